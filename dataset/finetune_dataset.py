@@ -1,0 +1,285 @@
+"""DAVIS-2017 and YouTube-VOS frames with synthesised masks.
+
+Every sample is a function of (seed, epoch, index) alone: neither the number of loader workers nor a resumed run changes
+it. Annotations are never read.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from dataset.utils import FULL_SPAN, fill, random_outlines
+from libs.errors import InputError
+
+PROMPT = "clean background"
+PROMPTS = (PROMPT, "")  # a clip's `prompt` is an index into these
+DAVIS_OVERSAMPLING = 10  # about 60 DAVIS videos beside 3,471 of YouTube-VOS: 15 % of an epoch instead of 2 %
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+MIN_HOLE = 0.01  # share of the crop that has to be hole in every frame
+MAX_REDRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Video:
+    name: str
+    frames: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One training sample in bytes."""
+
+    frames: np.ndarray  # (f, h, w, 3) uint8, RGB
+    holes: np.ndarray  # (f, h, w) uint8, 255 = hole, 0 = keep
+    prompt: int  # index into PROMPTS
+    noise_seed: int  # everything random that the training step does to this clip follows from it
+    video: str
+
+
+class FinetuneDataset(Dataset):
+    """Random windows of consecutive frames, `args.nframes` long and `args.resolution` square.
+
+    Args:
+        args: davis_root, ytvos_root (one of them may be None or empty), nframes, resolution; optional: seed (42),
+            proportion_empty_prompts (0), mask_span (smallest and largest share of each side of the frame),
+            mask_original_margins (False), validation_image (folders of frames that are left out of training).
+        tokenizer: CLIP tokenizer for `input_ids`; may be None where only `clip` is used.
+
+    Raises: InputError for folders that are missing, empty, or hold no video of nframes frames.
+    """
+
+    def __init__(self, args, tokenizer=None):
+        self.nframes, self.resolution = args.nframes, args.resolution
+        self.seed = getattr(args, "seed", 42)
+        self.proportion_empty_prompts = getattr(args, "proportion_empty_prompts", 0)
+        self.mask_span = getattr(args, "mask_span", FULL_SPAN)
+        self.mask_original_margins = getattr(args, "mask_original_margins", False)
+        self.tokenizer = tokenizer
+        self.epoch = 0
+
+        davis = scan_davis(args.davis_root) if args.davis_root else []
+        ytvos = scan_ytvos(args.ytvos_root) if args.ytvos_root else []
+        if not davis and not ytvos:
+            raise InputError("no dataset was given: set --davis_root, --ytvos_root or both")
+        held_out = {Path(folder).resolve() for folder in getattr(args, "validation_image", None) or []}
+        candidates = [(video, DAVIS_OVERSAMPLING) for video in davis] + [(video, 1) for video in ytvos]
+        self.videos, self.too_short, self.held_out = [], [], []
+        for video, repeats in candidates:
+            if video.frames and video.frames[0].parent.resolve() in held_out:
+                self.held_out.append(video)
+            elif len(video.frames) < self.nframes:
+                self.too_short.append(video)
+            else:
+                self.videos += [video] * repeats
+        if not self.videos:
+            longest = max(len(video.frames) for video, _ in candidates)
+            raise InputError(
+                f"no video to train on: of {len(candidates)} videos {len(self.held_out)} are held out for validation, "
+                f"the others have fewer than {self.nframes} frames (the longest video has {longest}); "
+                "lower --nframes or add longer videos"
+            )
+
+    def __len__(self):
+        return len(self.videos)
+
+    def set_epoch(self, epoch):
+        """Choose the epoch whose samples `self[index]` returns."""
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        """One sample as float tensors.
+
+        Returns: dict of pixel_values (f, 3, h, w) in [-1, 1]; conditioning_pixel_values, the same with the hole at -1
+            (black); masks (f, 1, h, w), 1 = keep, 0 = hole; input_ids (n,).
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        clip = self.clip(index, self.epoch)
+        pixel_values, conditioning_pixel_values, masks = to_tensors(
+            torch.from_numpy(clip.frames), torch.from_numpy(clip.holes)
+        )
+        return {
+            "pixel_values": pixel_values,
+            "conditioning_pixel_values": conditioning_pixel_values,
+            "masks": masks,
+            "input_ids": tokenize(self.tokenizer, PROMPTS[clip.prompt]),
+        }
+
+    def clip(self, index, epoch):
+        """The sample as bytes: see Clip."""
+        rng = np.random.default_rng([self.seed, epoch, index])
+        video = self.videos[index]
+        start = rng.integers(len(video.frames) - self.nframes + 1)
+        paths = video.frames[start : start + self.nframes]
+        if rng.random() < 0.5:
+            paths = paths[::-1]
+        first = read_frame(paths[0])
+        crop = Crop.of(*first.shape[:2], self.resolution)
+        frames = [crop.resize(frame) for frame in (first, *map(read_frame, paths[1:]))]
+        return Clip(
+            frames=np.stack(frames),
+            holes=self.draw_holes(rng, crop),
+            prompt=int(rng.random() < self.proportion_empty_prompts),
+            noise_seed=int(rng.integers(2**63)),
+            video=video.name,
+        )
+
+    def draw_holes(self, rng, crop):
+        """Masks of one shape, drawn in the source frame and scaled to the crop; redrawn while next to none is seen."""
+        for _ in range(MAX_REDRAWS):
+            outlines = random_outlines(
+                rng, self.nframes, crop.height, crop.width, self.mask_span, self.mask_original_margins
+            )
+            holes = [fill(crop.map_points(outline), self.resolution, self.resolution) for outline in outlines]
+            if min(cv2.countNonZero(hole) for hole in holes) >= MIN_HOLE * self.resolution**2:
+                return np.stack(holes)
+        raise InputError(
+            f"{MAX_REDRAWS} masks in a row covered less than {MIN_HOLE:.0%} of the {self.resolution}-pixel crop of a "
+            f"{crop.width}x{crop.height} frame: widen --mask_span"
+        )
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The centre square of a frame, scaled to `resolution`."""
+
+    height: int  # of the source frame
+    width: int
+    side: int  # of the square, in source pixels
+    resolution: int
+
+    @classmethod
+    def of(cls, height, width, resolution):
+        return cls(height, width, min(height, width), resolution)
+
+    @property
+    def corner(self):
+        """(x, y) of the square's top-left corner, in source pixels."""
+        return (self.width - self.side) // 2, (self.height - self.side) // 2
+
+    def resize(self, frame):
+        """(height, width, 3) to (resolution, resolution, 3)."""
+        x, y = self.corner
+        square = frame[y : y + self.side, x : x + self.side]
+        # Bilinear. When shrinking, cv2's bilinear would skip source pixels; areas are averaged then, as PIL does.
+        method = cv2.INTER_LINEAR if self.resolution >= self.side else cv2.INTER_AREA
+        return cv2.resize(square, (self.resolution, self.resolution), interpolation=method)
+
+    def map_points(self, points):
+        """Source pixel coordinates to the crop's; a pixel's centre is at its integer coordinates."""
+        return (points - np.array(self.corner) + 0.5) * (self.resolution / self.side) - 0.5
+
+
+class TrainingClips(Dataset):
+    """What the trainer's loader reads: clips in bytes by (epoch, index), so that the epoch reaches every worker."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        return self.dataset.clip(index, epoch)
+
+    @staticmethod
+    def collate(clips):
+        """A batch: frames (b, f, h, w, 3) and holes (b, f, h, w) in bytes, lists of the rest."""
+        return {
+            "frames": torch.from_numpy(np.stack([clip.frames for clip in clips])),
+            "holes": torch.from_numpy(np.stack([clip.holes for clip in clips])),
+            "prompts": [clip.prompt for clip in clips],
+            "noise_seeds": [clip.noise_seed for clip in clips],
+            "videos": [clip.video for clip in clips],
+        }
+
+
+class EpochSampler(Sampler):
+    """(epoch, index) keys of every clip once, in an order that follows from (seed, epoch) alone."""
+
+    def __init__(self, length, seed):
+        self.length, self.seed, self.current_epoch = length, seed, 0
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        epoch = self.current_epoch
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+        return iter([(epoch, int(index)) for index in order])
+
+
+def to_tensors(frames, holes):
+    """Bytes to a training step's tensors, on whatever device they are.
+
+    Args:
+        frames: (..., f, h, w, 3) uint8.
+        holes: (..., f, h, w) uint8, non-zero = hole.
+
+    Returns: pixel_values (..., f, 3, h, w) in [-1, 1]; conditioning_pixel_values, the same with the hole at -1 (black);
+        masks (..., f, 1, h, w), 1 = keep, 0 = hole.
+    """
+    pixel_values = frames.movedim(-1, -3).float().div(127.5).sub(1).contiguous()
+    masks = (holes == 0).unsqueeze(-3).float()
+    return pixel_values, torch.where(masks == 0, -1.0, pixel_values), masks
+
+
+def tokenize(tokenizer, prompt):
+    """(n,) token ids, padded to the text encoder's length."""
+    tokens = tokenizer(
+        prompt, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids[0]
+
+
+def read_frame(path):
+    """(h, w, 3) uint8, RGB."""
+    frame = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+    if frame is None:
+        raise InputError(f"{path} is no readable image ({path.stat().st_size} bytes): fetch it again or remove it")
+    return frame
+
+
+def scan_davis(root):
+    """The videos that ImageSets/2017/train.txt names, in JPEGImages/480p."""
+    names_file, images = Path(root, "ImageSets/2017/train.txt"), existing_folder(root, "JPEGImages/480p", "--davis_root")
+    if not names_file.is_file():
+        raise InputError(f"{names_file} is missing: DAVIS-2017's list of training videos was needed; check --davis_root")
+    names = names_file.read_text().split()
+    if not names:
+        raise InputError(f"{names_file} names no video: fetch DAVIS-2017's list of training videos again")
+    absent = [name for name in names if not Path(images, name).is_dir()]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise InputError(f"{names_file} names {absent[0]}{more}, which {images} lacks: unpack it or remove the line")
+    return [scan_video(Path(images, name)) for name in names]
+
+
+def scan_ytvos(root):
+    """Every folder of JPEGImages."""
+    images = existing_folder(root, "JPEGImages", "--ytvos_root")
+    videos = [scan_video(folder) for folder in sorted(images.iterdir()) if folder.is_dir()]
+    if not videos:
+        raise InputError(f"{images} holds no folder of frames: unpack YouTube-VOS there or change --ytvos_root")
+    return videos
+
+
+def existing_folder(root, subfolder, flag):
+    folder = Path(root, subfolder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: a dataset's root with {subfolder}/ in it was needed; check {flag}")
+    return folder
+
+
+def scan_video(folder):
+    return Video(folder.name, list_frames(folder))
+
+
+def list_frames(folder):
+    """A folder's images in the order of their names."""
+    return tuple(sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in FRAME_SUFFIXES))

@@ -1,0 +1,134 @@
+"""The one walk through a UNet's layers that all three models share.
+
+BrushNet (https://arxiv.org/abs/2403.06976) hands the UNet a feature for every layer instead of a few residuals per
+block, so diffusers' block-wise forward passes cannot be used. The layers themselves are diffusers' own.
+
+Shapes: b clips, f frames, N = b * f; every spatial tensor is (N, c, h, w), every text embedding (N, n, d).
+A site is a point where a feature is added or collected, in this order: conv_in's output; each layer of a down block,
+then its downsampler; the mid block; each layer of an up block, then its upsampler.
+"""
+
+from itertools import repeat
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None, num_frames=None):
+    """Run conv_in's output through `unet`'s blocks, adding a feature or collecting the running sample at every site.
+
+    Args:
+        unet: a module with `down_blocks`, `mid_block` and `up_blocks` of diffusers' UNet2D or UNetMotion classes.
+        sample: (N, c, h, w), conv_in's output.
+        temb: (N, 4c) time embedding.
+        encoder_hidden_states: (N, n, d) text embedding.
+        features: one (N, c', h', w') tensor per site, added there; None adds nothing.
+        collect: called with the running sample of every site (BrushNet).
+        num_frames: f, needed by motion modules.
+
+    Returns: (N, c, h, w), what the last up block leaves.
+    """
+    features = repeat(None) if features is None else iter(features)
+    recompute = unet.gradient_checkpointing and torch.is_grad_enabled()
+
+    def run(layer, *args):
+        return checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+
+    def at_site(sample, feature=None):
+        sample = sample if feature is None else sample + feature
+        if collect is not None:
+            collect(sample)
+        return sample
+
+    def run_layers(block, sample, skips=None):
+        """The running sample after each of the block's layers; up layers take the last of `skips` as they go."""
+        for resnet, attention, motion_module in zip(
+            block.resnets, getattr(block, "attentions", repeat(None)), getattr(block, "motion_modules", repeat(None))
+        ):
+            skip = skips.pop() if skips else None
+            sample = run(
+                _layer, resnet, attention, motion_module, sample, skip, temb, encoder_hidden_states, next(features),
+                num_frames,
+            )  # fmt: skip
+            yield at_site(sample)
+
+    skips = [sample]  # conv_in's skip connection goes without its feature
+    sample = at_site(sample, next(features))
+    for block in unet.down_blocks:
+        for sample in run_layers(block, sample):
+            skips.append(sample)
+        for downsampler in block.downsamplers or []:
+            sample = at_site(downsampler(sample), next(features))
+            skips.append(sample)
+
+    sample = run(_mid, unet.mid_block, sample, temb, encoder_hidden_states, next(features), num_frames)
+    sample = at_site(sample)
+
+    for block in unet.up_blocks:
+        *_, sample = run_layers(block, sample, skips)
+        for upsampler in block.upsamplers or []:
+            # To the size of the next skip, not simply twice: sizes that are no multiples of 8 come out right.
+            sample = at_site(upsampler(sample, output_size=skips[-1].shape[-2:]), next(features))
+    return sample
+
+
+def _layer(resnet, attention, motion_module, sample, skip, temb, encoder_hidden_states, feature, num_frames):
+    """Resnet, spatial attention, the addition, motion module; what gradient checkpointing recomputes as one."""
+    if skip is not None:
+        sample = torch.cat([sample, skip], dim=1)
+    sample = resnet(sample, temb)
+    if attention is not None:
+        sample = attention(sample, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+    if feature is not None:
+        sample = sample + feature
+    if motion_module is not None:
+        sample = motion_module(sample, num_frames=num_frames)
+    return sample
+
+
+def _mid(block, sample, temb, encoder_hidden_states, feature, num_frames):
+    (attention,), (resnet, second_resnet) = block.attentions, block.resnets
+    sample = resnet(sample, temb)
+    sample = attention(sample, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+    sample = second_resnet(sample, temb)
+    if feature is not None:
+        sample = sample + feature
+    if hasattr(block, "motion_modules"):
+        (motion_module,) = block.motion_modules
+        sample = motion_module(sample, num_frames=num_frames)
+        # The published weights were trained with this resnet run twice; without the repetition outputs drift.
+        sample = second_resnet(sample, temb)
+    return sample
+
+
+def embed_timesteps(unet, timestep, batch_size):
+    """Time embedding (batch_size, 4c) of a number, a tensor of one timestep, or one timestep per batch entry."""
+    weight = unet.time_embedding.linear_1.weight
+    timesteps = torch.as_tensor(timestep, device=weight.device).expand(batch_size)
+    # Timesteps always come as fp32 sinusoids; the embedding's weights may be in half precision.
+    return unet.time_embedding(unet.time_proj(timesteps).to(weight.dtype))
+
+
+class LayerWalk:
+    """What the three models share: whole-layer gradient checkpointing, and a plain word about unused arguments."""
+
+    gradient_checkpointing = False
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func=None):
+        """Recompute every layer (resnet, attention, addition, motion module) as one unit in the backward pass.
+
+        diffusers' own switch is set per sub-module and would recompute parts of a layer twice; so its argument, a
+        function to checkpoint with, does not apply here.
+        """
+        if gradient_checkpointing_func is not None:
+            raise ValueError("gradient_checkpointing_func is not supported: layers are checkpointed by the walk itself")
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self):
+        self.gradient_checkpointing = False
+
+    def reject_unsupported(self, arguments):
+        """Pipelines pass many optional arguments as None or False; anything else would be silently without effect."""
+        given = [name for name, value in arguments.items() if value is not None and value is not False]
+        if given:
+            raise TypeError(f"{type(self).__name__}.forward does not support {', '.join(given)}")

@@ -1,0 +1,164 @@
+"""Reading weights folders strictly: every key and shape is checked before a tensor is read."""
+
+import inspect
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+from libs.errors import InputError
+
+WEIGHTS_NAME = "diffusion_pytorch_model"
+
+
+class StrictLoading:
+    """`from_pretrained` for diffusers models in which a missing, surplus or wrongly shaped key is an error.
+
+    diffusers' own only warns about missing and surplus keys.
+    """
+
+    @classmethod
+    def from_pretrained(cls, path, subfolder=None, torch_dtype=torch.float32, revision=None, variant=None):
+        """Load a folder of config.json and diffusion_pytorch_model.safetensors (sharded or .bin too) onto the CPU.
+
+        Args:
+            path: a local folder, or a model's name on the Hugging Face Hub.
+            torch_dtype: the weights' type, whatever they are stored in.
+            variant: the "fp16" of diffusion_pytorch_model.fp16.safetensors.
+
+        Raises: InputError for a missing folder or file, another class's config, and any key or shape that differs.
+        """
+        folder = resolve_folder(path, subfolder, revision)
+        return cls._load(folder, cls.read_config(folder), lambda key: True, torch_dtype, variant)
+
+    @classmethod
+    def from_part_of(cls, path, belongs, convert_config, torch_dtype=torch.float32, revision=None, variant=None):
+        """Load what `belongs(key)` says of a UNetMotionModel folder, with the config that `convert_config` makes."""
+        folder = resolve_folder(path, None, revision)
+        config = convert_config(read_config(folder, "UNetMotionModel"))
+        return cls._load(folder, config, belongs, torch_dtype, variant)
+
+    @classmethod
+    def read_config(cls, folder):
+        return read_config(folder, cls.__name__)
+
+    @classmethod
+    def on_meta(cls, config):
+        """The model a config describes, without memory for its weights."""
+        accepted = inspect.signature(cls.__init__).parameters
+        with torch.device("meta"):
+            return cls(**{key: value for key, value in config.items() if key in accepted and not key.startswith("_")})
+
+    @classmethod
+    def _load(cls, folder, config, belongs, torch_dtype, variant):
+        model = cls.on_meta(config)
+        files = weight_files(folder, variant)
+        compare_shapes(shapes_of(model), {k: s for k, s in read_shapes(files).items() if belongs(k)}, folder)
+        # copy=True: weights must not stay views of a file that a later run may replace.
+        state_dict = {key: tensor.to(torch_dtype, copy=True) for key, tensor in read_tensors(files) if belongs(key)}
+        model.load_state_dict(state_dict, assign=True)
+        return model.eval()
+
+
+def resolve_folder(path, subfolder=None, revision=None):
+    """The local folder of `path`, downloaded from the Hub where `path` is no local folder but a model's name."""
+    folder = Path(path, subfolder or "")
+    if folder.is_dir():
+        return folder
+    name = str(path)
+    if Path(path).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.exists():
+        raise InputError(f"{folder} is not a folder: a folder of weights was needed; check the path")
+    patterns = [f"{subfolder}/*"] if subfolder else None
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns), subfolder or "")
+    except OSError as error:  # every error of the Hub's client is one
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder} is not a folder, and the Hugging Face Hub gave no model {name}: {reason}") from None
+
+
+def read_config(folder, class_name):
+    """The config.json of `folder`, which must be of class `class_name`."""
+    path = Path(folder, "config.json")
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: a folder with a {class_name}'s config and weights was needed") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
+    found = config.get("_class_name")
+    if found != class_name:
+        raise InputError(f"{folder} holds a {found}: a {class_name} was needed; check the path")
+    return config
+
+
+def weight_files(folder, variant=None):
+    """The file, or the files of a sharded model, that hold a folder's weights; safetensors before .bin."""
+    stem = f"{WEIGHTS_NAME}.{variant}" if variant else WEIGHTS_NAME
+    index_suffix = f"index.{variant}.json" if variant else "index.json"
+    for extension in ("safetensors", "bin"):
+        file, index = Path(folder, f"{stem}.{extension}"), Path(folder, f"{WEIGHTS_NAME}.{extension}.{index_suffix}")
+        if file.is_file():
+            return [file]
+        if index.is_file():
+            return [Path(folder, name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    raise InputError(f"{folder} has no {stem}.safetensors: a folder with a model's weights was needed")
+
+
+def open_weights(file):
+    """`safe_open` with the project's errors."""
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing: fetch or convert it again") from None
+    except Exception as error:  # safetensors raises its own class, which is no subclass of anything narrower
+        raise InputError(f"{file} is no complete safetensors file ({error}): fetch or convert it again") from None
+
+
+def read_shapes(files):
+    """{key: shape} of weight files; of safetensors only the headers are read."""
+    shapes = {}
+    for file in files:
+        if file.suffix == ".bin":
+            state_dict = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+            shapes.update({key: tuple(tensor.shape) for key, tensor in state_dict.items()})
+        else:
+            with open_weights(file) as weights:
+                shapes.update({key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()})
+    return shapes
+
+
+def read_tensors(files):
+    """Yield (key, tensor) of weight files, one tensor in memory at a time."""
+    for file in files:
+        if file.suffix == ".bin":
+            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+        else:
+            with open_weights(file) as weights:
+                for key in weights.keys():
+                    yield key, weights.get_tensor(key)
+
+
+def shapes_of(model):
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+def compare_shapes(expected, found, where):
+    """Raise InputError, naming the first key and the number of others, where {key: shape} dictionaries differ."""
+    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        raise InputError(f"{where} lacks {missing[0]}{and_more(missing)}: weights of another model, or incomplete")
+    if surplus:
+        raise InputError(f"{where} has a surplus {surplus[0]}{and_more(surplus)}: weights of another model")
+    wrong = [key for key in sorted(expected) if expected[key] != found[key]]
+    if wrong:
+        key = wrong[0]
+        raise InputError(
+            f"{where}: {key}{and_more(wrong)} has shape {found[key]}, its config needs {expected[key]}: "
+            "config.json and weights do not belong together"
+        )
+
+
+def and_more(keys):
+    return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
