@@ -3,6 +3,7 @@
 "CA": its blocks keep their cross-attention, as DiffuEraser's do (https://arxiv.org/abs/2501.10018).
 """
 
+import inspect
 from dataclasses import dataclass
 
 import diffusers
@@ -101,7 +102,7 @@ class BrushNetModel(LayerWalk, StrictLoading, diffusers.UNet2DConditionModel):
         conv_in_condition gets the UNet's conv_in weights for the noisy latents (channels 0-3) and again for the masked
         image's latents (4-7), zeros for the mask, and a copy of its bias.
         """
-        accepted = cls.__init__.__wrapped__.__code__.co_varnames
+        accepted = inspect.signature(cls.__init__).parameters
         config = {key: value for key, value in unet.config.items() if key in accepted and not key.startswith("_")}
         brushnet = cls.from_config(
             {

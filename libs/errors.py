@@ -1,5 +1,6 @@
 """Errors that a user can mend."""
 
+import os
 import sys
 from functools import wraps
 
@@ -16,7 +17,8 @@ def one_line_errors(main):
         try:
             return main(*args, **kwargs)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            if int(os.environ.get("RANK", 0)) == 0:  # every process finds the same: one says so
+                print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
 
     return wrapped

@@ -1,10 +1,12 @@
 """UNet2DConditionModel: diffusers' SD1.5 UNet, with BrushNet's features added at every layer."""
 
+import inspect
+
 import diffusers
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from libs.unet_walk import LayerWalk, embed_timesteps, walk
-from libs.weights import StrictLoading
+from libs.weights import OpenedWeights, StrictLoading, read_config, resolve_folder
 
 
 class UNet2DConditionModel(LayerWalk, StrictLoading, diffusers.UNet2DConditionModel):
@@ -40,9 +42,13 @@ class UNet2DConditionModel(LayerWalk, StrictLoading, diffusers.UNet2DConditionMo
         return UNet2DConditionOutput(sample) if return_dict else (sample,)
 
     @classmethod
-    def from_motion_folder(cls, folder, **kwargs):
-        """The 2D part of a UNetMotionModel folder, such as the published diffuEraser/unet_main."""
-        return cls.from_part_of(folder, lambda key: "motion_modules" not in key, config_from_motion, **kwargs)
+    def open_2d_part(cls, path, subfolder=None, revision=None, variant=None):
+        """Like `open`; of a UNetMotionModel folder, such as the published diffuEraser/unet_main, the 2D part."""
+        folder = resolve_folder(path, subfolder, revision)
+        config = read_config(folder, "UNet2DConditionModel", "UNetMotionModel")
+        if config["_class_name"] == "UNet2DConditionModel":
+            return OpenedWeights(cls, folder, config, variant)
+        return OpenedWeights(cls, folder, config_from_motion(config), variant, lambda key: "motion_modules" not in key)
 
 
 def gather_features(down, mid, up):
@@ -56,7 +62,7 @@ def gather_features(down, mid, up):
 
 def config_from_motion(motion_config):
     """The config of a UNetMotionModel's 2D part."""
-    accepted = diffusers.UNet2DConditionModel.__init__.__wrapped__.__code__.co_varnames
+    accepted = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters
     config = {key: value for key, value in motion_config.items() if key in accepted and not key.startswith("_")}
     for blocks in ("down_block_types", "up_block_types"):
         config[blocks] = [name.replace("Motion", "2D") for name in motion_config[blocks]]

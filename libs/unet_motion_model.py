@@ -7,16 +7,20 @@ from diffusers.models.unets.unet_motion_model import UNetMotionOutput
 
 from libs.unet_2d_condition import gather_features
 from libs.unet_walk import LayerWalk, embed_timesteps, walk
-from libs.weights import StrictLoading
+from libs.weights import OpenedWeights, StrictLoading, read_config, resolve_folder
 
 
 class MotionAdapter(StrictLoading, diffusers.MotionAdapter):
     """The motion modules as a model of their own, keys and config as AnimateDiff's published folders have them."""
 
     @classmethod
-    def from_motion_folder(cls, folder, **kwargs):
-        """The motion modules of a UNetMotionModel folder, such as the published diffuEraser/unet_main."""
-        return cls.from_part_of(folder, lambda key: "motion_modules" in key, adapter_config_from_motion, **kwargs)
+    def open_motion_part(cls, path, subfolder=None, revision=None, variant=None):
+        """Like `open`; of a UNetMotionModel folder, such as the published diffuEraser/unet_main, the motion modules."""
+        folder = resolve_folder(path, subfolder, revision)
+        config = read_config(folder, "MotionAdapter", "UNetMotionModel")
+        if config["_class_name"] == "MotionAdapter":
+            return OpenedWeights(cls, folder, config, variant)
+        return OpenedWeights(cls, folder, adapter_config(config), variant, lambda key: "motion_modules" in key)
 
 
 class UNetMotionModel(LayerWalk, StrictLoading, diffusers.UNetMotionModel):
@@ -71,7 +75,7 @@ class UNetMotionModel(LayerWalk, StrictLoading, diffusers.UNetMotionModel):
         return model
 
 
-def adapter_config_from_motion(motion_config):
+def adapter_config(motion_config):
     """The config of a UNetMotionModel's motion modules."""
     return {
         "block_out_channels": motion_config["block_out_channels"],

@@ -30,19 +30,13 @@ class StrictLoading:
 
         Raises: InputError for a missing folder or file, another class's config, and any key or shape that differs.
         """
+        return cls.open(path, subfolder, revision, variant).load(torch_dtype)
+
+    @classmethod
+    def open(cls, path, subfolder=None, revision=None, variant=None):
+        """What `from_pretrained` would load, checked but not read: OpenedWeights."""
         folder = resolve_folder(path, subfolder, revision)
-        return cls._load(folder, cls.read_config(folder), lambda key: True, torch_dtype, variant)
-
-    @classmethod
-    def from_part_of(cls, path, belongs, convert_config, torch_dtype=torch.float32, revision=None, variant=None):
-        """Load what `belongs(key)` says of a UNetMotionModel folder, with the config that `convert_config` makes."""
-        folder = resolve_folder(path, None, revision)
-        config = convert_config(read_config(folder, "UNetMotionModel"))
-        return cls._load(folder, config, belongs, torch_dtype, variant)
-
-    @classmethod
-    def read_config(cls, folder):
-        return read_config(folder, cls.__name__)
+        return OpenedWeights(cls, folder, read_config(folder, cls.__name__), variant)
 
     @classmethod
     def on_meta(cls, config):
@@ -51,13 +45,31 @@ class StrictLoading:
         with torch.device("meta"):
             return cls(**{key: value for key, value in config.items() if key in accepted and not key.startswith("_")})
 
-    @classmethod
-    def _load(cls, folder, config, belongs, torch_dtype, variant):
-        model = cls.on_meta(config)
-        files = weight_files(folder, variant)
-        compare_shapes(shapes_of(model), {k: s for k, s in read_shapes(files).items() if belongs(k)}, folder)
+
+class OpenedWeights:
+    """A weights folder whose keys and shapes were checked against the model class, before a tensor is read."""
+
+    def __init__(self, cls, folder, config, variant=None, belongs=lambda key: True):
+        """`belongs(key)` chooses the part of the folder's tensors that are this model's."""
+        self.cls, self.folder, self.config, self.belongs = cls, folder, config, belongs
+        self.files = weight_files(folder, variant)
+        found = {key: shape for key, shape in read_shapes(self.files).items() if belongs(key)}
+        compare_shapes(shapes_of(cls.on_meta(config)), found, folder)
+
+    @property
+    def source_class(self):
+        """The class that the folder was saved as."""
+        return json.loads(Path(self.folder, "config.json").read_text())["_class_name"]
+
+    def tensors(self):
+        """Yield (key, tensor), one in memory at a time."""
+        return ((key, tensor) for key, tensor in read_tensors(self.files) if self.belongs(key))
+
+    def load(self, torch_dtype=torch.float32):
+        """The model on the CPU."""
+        model = self.cls.on_meta(self.config)
         # copy=True: weights must not stay views of a file that a later run may replace.
-        state_dict = {key: tensor.to(torch_dtype, copy=True) for key, tensor in read_tensors(files) if belongs(key)}
+        state_dict = {key: tensor.to(torch_dtype, copy=True) for key, tensor in self.tensors()}
         model.load_state_dict(state_dict, assign=True)
         return model.eval()
 
@@ -78,18 +90,18 @@ def resolve_folder(path, subfolder=None, revision=None):
         raise InputError(f"{folder} is not a folder, and the Hugging Face Hub gave no model {name}: {reason}") from None
 
 
-def read_config(folder, class_name):
-    """The config.json of `folder`, which must be of class `class_name`."""
+def read_config(folder, *class_names):
+    """The config.json of `folder`, which must be of one of the classes named."""
     path = Path(folder, "config.json")
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: a folder with a {class_name}'s config and weights was needed") from None
+        raise InputError(f"{path} is missing: a folder with a {class_names[0]}'s config and weights was needed") from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
     found = config.get("_class_name")
-    if found != class_name:
-        raise InputError(f"{folder} holds a {found}: a {class_name} was needed; check the path")
+    if found not in class_names:
+        raise InputError(f"{folder} holds a {found}: a {' or '.join(class_names)} was needed; check the path")
     return config
 
 

@@ -1,0 +1,157 @@
+"""Checkpoints: written whole or not at all, found, pruned, and resumed from.
+
+checkpoint-<step>/ holds what `accelerator.save_state` writes for the one module that is trained (model.safetensors with
+keys unet_main.* and brushnet.*, only what is not frozen), and trainer_state.json, which is written last.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from libs.errors import InputError
+from libs.weights import compare_shapes, open_weights, read_shapes, read_tensors
+
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "trainer_state.json"
+PARTIAL_SUFFIX = ".partial"
+
+
+@dataclass
+class TrainerState:
+    """Where a run is, and what its checkpoint's weights belong to."""
+
+    stage: int
+    global_step: int = 0  # optimizer steps done
+    epoch: int = 0
+    batches_done: int = 0  # of this epoch, in every process
+    probe_start: float | None = None  # the probe loss before the first step
+    configs: dict = field(default_factory=dict)  # {"unet_main": config, "brushnet": config}
+    frozen_from: dict = field(default_factory=dict)  # stage 2: {model: [folder, fingerprint]} of what is not in here
+
+    def write(self, folder):
+        Path(folder, STATE_FILE).write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, folder):
+        """Raises InputError for a folder that is no complete checkpoint of these scripts."""
+        if is_original_form(folder):
+            raise InputError(
+                f"{folder} was written by the original DiffuEraser scripts, whose optimizer state does not fit: convert "
+                "it, then start from the converted folder without --resume_from_checkpoint"
+            )
+        try:
+            state = cls(**json.loads(Path(folder, STATE_FILE).read_text()))
+        except FileNotFoundError:
+            raise InputError(f"{folder} has no {STATE_FILE}: it is no complete checkpoint; choose another") from None
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{folder}/{STATE_FILE} is not readable ({error}): choose another checkpoint") from None
+        with open_weights(Path(folder, MODEL_FILE)):  # opening compares the header with the file's size
+            return state
+
+
+def is_original_form(folder):
+    """Whether the original scripts wrote this checkpoint: unet_main and brushnet as two models, without a prefix."""
+    if not Path(folder, "model_1.safetensors").is_file() or not Path(folder, MODEL_FILE).is_file():
+        return False
+    return any(key.removeprefix("module.") == "conv_in.weight" for key in read_shapes([Path(folder, MODEL_FILE)]))
+
+
+def list_checkpoints(run_dir):
+    """[(step, folder)] of everything that is named like a finished checkpoint, oldest first."""
+    if not Path(run_dir).is_dir():
+        return []
+    matches = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(run_dir).iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
+
+
+def find_latest(run_dir, accept_original=False):
+    """The newest complete checkpoint in a run's folder, or None; and one line for each newer one passed over."""
+    skipped = []
+    for _, folder in reversed(list_checkpoints(run_dir)):
+        if accept_original and is_original_form(folder):
+            return folder, skipped
+        try:
+            TrainerState.read(folder)
+        except InputError as error:
+            if is_original_form(folder):
+                raise
+            skipped.append(str(error))
+        else:
+            return folder, skipped
+    return None, skipped
+
+
+def saved_keys(model):
+    """The keys of a checkpoint: all but frozen parameters (motion modules keep their position tables)."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return [key for key in model.state_dict() if key not in frozen]
+
+
+def register_hooks(accelerator, keys):
+    """Let save_state write, and load_state read, just `keys` of the one prepared module, without DDP's prefix."""
+
+    def save_hook(models, weights, output_dir):
+        if weights:  # FSDP and DeepSpeed write their own files and leave it empty
+            state_dict = accelerator.unwrap_model(models[0]).state_dict()
+            weights[0] = {key: state_dict[key] for key in keys}
+
+    def load_hook(models, input_dir):
+        model = accelerator.unwrap_model(models.pop())
+        files = [Path(input_dir, MODEL_FILE)]
+        state_dict = model.state_dict()
+        compare_shapes({key: tuple(state_dict[key].shape) for key in keys}, read_shapes(files), input_dir)
+        for key, tensor in read_tensors(files):
+            state_dict[key].copy_(tensor)
+
+    accelerator.register_save_state_pre_hook(save_hook)
+    accelerator.register_load_state_pre_hook(load_hook)
+
+
+def save_checkpoint(accelerator, run_dir, state, total_limit=None):
+    """Write checkpoint-<step> beside its final name, rename it when it is on the disk, then prune: returns its path."""
+    folder = Path(run_dir, f"checkpoint-{state.global_step}")
+    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        state.write(partial)
+        replace_folder(partial, folder)
+        prune(run_dir, total_limit)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def replace_folder(partial, folder):
+    """Flush `partial` and give it the name `folder`, in whose place nothing half-written can ever stand."""
+    for path in sorted(partial.rglob("*")):
+        flush(path)
+    flush(partial)
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(run_dir, total_limit):
+    """Delete all but the newest `total_limit` checkpoints (None: keep all)."""
+    if total_limit is not None:
+        for _, folder in list_checkpoints(run_dir)[:-total_limit]:
+            shutil.rmtree(folder)

@@ -1,0 +1,92 @@
+# What finetune_stage1.sh and finetune_stage2.sh share: sourced by them with `stage` set.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# An environment that is active, else the one that quickstart.sh makes.
+if [[ -z "${PYTHON:-}" ]]; then
+  if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x .venv/bin/python ]]; then
+    PYTHON=.venv/bin/python
+  else
+    PYTHON=python
+  fi
+fi
+
+WEIGHTS=${WEIGHTS:-weights}
+DAVIS_ROOT=${DAVIS_ROOT-dataset/DAVIS}
+YTVOS_ROOT=${YTVOS_ROOT-dataset/YTBV}
+OUTPUT_DIR=${OUTPUT_DIR:-finetune-stage$stage}
+LOG=${LOG:-finetune-stage$stage.log}
+
+# The first two held-out DAVIS videos that have masks, as Python lists.
+find_validation_videos() {
+  local names=() name
+  images=() masks=()
+  [[ -f "$DAVIS_ROOT/ImageSets/2017/val.txt" ]] && mapfile -t names <"$DAVIS_ROOT/ImageSets/2017/val.txt"
+  for name in "${names[@]//$'\r'/}"; do
+    if [[ -n "$name" && -d "$DAVIS_ROOT/JPEGImages/480p/$name" && -d "$DAVIS_ROOT/Annotations/480p/$name" ]]; then
+      images+=("'$DAVIS_ROOT/JPEGImages/480p/$name'")
+      masks+=("'$DAVIS_ROOT/Annotations/480p/$name'")
+    fi
+    [[ ${#images[@]} -lt 2 ]] || break
+  done
+}
+
+join() { local IFS=,; echo "[$*]"; }
+
+launch() {
+  local has_gpu=0
+  "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' && has_gpu=1
+  local precision=${MIXED_PRECISION:-$([[ $has_gpu = 1 ]] && echo fp16 || echo no)}
+
+  local engine=(--num_processes="${NUM_PROCESSES:-1}" --num_machines=1 --dynamo_backend=no)
+  [[ "${NUM_PROCESSES:-1}" -gt 1 && $has_gpu = 1 ]] && engine+=(--multi_gpu)
+  [[ $has_gpu = 0 ]] && engine+=(--cpu --num_cpu_threads_per_process="${OMP_NUM_THREADS:-$(nproc)}")
+
+  local options=(
+    --base_model_name_or_path="$WEIGHTS/stable-diffusion-v1-5"
+    --vae_path="$WEIGHTS/sd-vae-ft-mse"
+    --davis_root="$DAVIS_ROOT"
+    --ytvos_root="$YTVOS_ROOT"
+    --resolution="${RESOLUTION:-512}"
+    --train_batch_size="${TRAIN_BATCH_SIZE:-1}"
+    --gradient_accumulation_steps="${GRADIENT_ACCUMULATION_STEPS:-1}"
+    --dataloader_num_workers="${DATALOADER_NUM_WORKERS:-4}"
+    --learning_rate="${LEARNING_RATE:-5e-06}"
+    --checkpointing_steps="${CHECKPOINTING_STEPS:-2000}"
+    --validation_steps="${VALIDATION_STEPS:-2000}"
+    --resume_from_checkpoint="${RESUME_FROM_CHECKPOINT-latest}"
+    --logging_dir="logs-finetune-stage$stage"
+    --output_dir="$OUTPUT_DIR"
+  )
+  [[ -n "${MAX_TRAIN_STEPS:-}" ]] && options+=(--max_train_steps="$MAX_TRAIN_STEPS")
+  [[ -n "${CHECKPOINTS_TOTAL_LIMIT:-}" ]] && options+=(--checkpoints_total_limit="$CHECKPOINTS_TOTAL_LIMIT")
+  [[ -n "${SEED:-}" ]] && options+=(--seed="$SEED")
+
+  local images masks note=
+  find_validation_videos
+  if [[ ${#images[@]} -gt 0 ]]; then
+    options+=(--validation_image="$(join "${images[@]}")" --validation_mask="$(join "${masks[@]}")")
+  else
+    note="validation is off: $DAVIS_ROOT has no ImageSets/2017/val.txt that names videos with Annotations/480p/;"
+    note+=" add them, or pass --validation_image and --validation_mask"
+  fi
+
+  local command=(accelerate launch "${engine[@]}" --mixed_precision="$precision" --quiet
+    "train_DiffuEraser_stage$stage.py" "${options[@]}" "$@")
+  local lines_before=0
+  [[ -f "$LOG" ]] && lines_before=$(wc -l <"$LOG")
+  {
+    echo "===== $(date '+%Y-%m-%d %H:%M:%S') stage $stage"
+    echo "command: ${command[*]}"
+    [[ -n "$note" ]] && echo "$note"
+  } >>"$LOG"
+  echo "stage $stage: training, log in $LOG (tail -f $LOG), checkpoints in $OUTPUT_DIR/${note:+; $note}"
+
+  local status=0
+  PYTHONUNBUFFERED=1 "$PYTHON" -m accelerate.commands.accelerate_cli "${command[@]:1}" >>"$LOG" 2>&1 || status=$?
+  if [[ $status != 0 ]]; then
+    echo "stage $stage failed with status $status; the end of $LOG:" >&2
+    tail -n +$((lines_before + 1)) "$LOG" | tail -n 15 >&2
+  fi
+  exit $status
+}

@@ -1,0 +1,523 @@
+"""The loop that both stages share: set-up, steps, log, validation, checkpoints, and the end of a run."""
+
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import accelerate
+import cv2
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.tracking import LoggerType, get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from torch.utils.data import DataLoader
+
+from dataset.finetune_dataset import PROMPTS, EpochSampler, FinetuneDataset, TrainingClips
+from libs.checkpoints import TrainerState, find_latest, register_hooks, save_checkpoint, saved_keys
+from libs.conversion import convert, fingerprint, refuse_source_weights
+from libs.diffusion import batch_loss
+from libs.errors import InputError
+from libs.frozen import FrozenModels
+from libs.options import parse_args
+from libs.validation import inpaint, load_validation_video, write_gif
+
+log = logging.getLogger("diffueraser")
+
+PROBE_EPOCH = 2**31  # an epoch that no run reaches: the probe's clips and masks are not trained on
+ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
+
+
+class Stage:
+    """What a train script says of its stage."""
+
+    number: int
+    description: str
+    nframes: int
+    inference_steps: int  # of the validation samples
+    shared_noise: bool  # validation starts all frames from the same noise
+
+    @staticmethod
+    def add_model_flags(add):
+        """Declare the stage's own flags: `add` is an argparse group's add_argument."""
+
+    @staticmethod
+    def open_models(args):
+        """Check the stage's weights folders without reading a tensor: {name: OpenedWeights or None}."""
+
+    @staticmethod
+    def load_models(opened, frozen_dtype):
+        """The Inpainter in training mode, what is frozen in `frozen_dtype`."""
+
+    @staticmethod
+    def frozen_weights(opened):
+        """{unet_main, brushnet: OpenedWeights} of what a checkpoint leaves out."""
+        return {}
+
+
+def run(stage, argv=None):
+    """Train one stage: what `accelerate launch train_DiffuEraser_stage<n>.py` does."""
+    args = parse_args(stage, argv)
+    check_tracker(args.report_to)
+    check_precision(args)
+    if args.use_8bit_adam:
+        eight_bit_adam()
+
+    # Everything that can be wrong is found before the first tensor is read.
+    dataset = FinetuneDataset(args)
+    frozen = FrozenModels(args)
+    opened = stage.open_models(args)
+    check_fit(args, frozen, opened)
+    check_output_dir(args)
+    checkpoint, skipped = checkpoint_to_resume(args, stage)
+
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        step_scheduler_with_optimizer=False,  # the loop steps it, once per optimizer step in every process
+    )
+    with log_on_main_process(accelerator):
+        log_start(args, stage, accelerator, dataset, opened)
+        for line in skipped:
+            log.info("skipped: %s", line)
+        trainer = Trainer(args, stage, accelerator, dataset, frozen, opened)
+        if checkpoint:
+            trainer.resume(checkpoint)
+        elif args.resume_from_checkpoint:
+            log.info("no checkpoint in %s yet: a fresh start", args.output_dir)
+        trainer.train()
+        accelerator.end_training()
+
+
+class Trainer:
+    """Models, optimizer and data of one run, and its position."""
+
+    def __init__(self, args, stage, accelerator, dataset, frozen, opened):
+        self.args, self.stage, self.accelerator, self.device = args, stage, accelerator, accelerator.device
+        set_seed(args.seed)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+        # One embedding per prompt for the whole run; the text encoder is gone before the large models come.
+        prompts = [*PROMPTS, *args.validation_prompt]
+        embeds = frozen.encode_prompts(prompts, self.device)
+        self.prompt_embeds, validation_embeds = embeds[: len(PROMPTS)], embeds[len(PROMPTS) :]
+        self.codec = frozen.load_codec(self.device, half)
+        self.noise_scheduler, self.sampler = frozen.noise_scheduler, frozen.load_sampler()
+        self.validation_videos = [
+            load_validation_video(images, masks, validation_embeds[i : i + 1], args.nframes, args.resolution)
+            for i, (images, masks) in enumerate(zip(args.validation_image, args.validation_mask, strict=True))
+        ]
+
+        model = stage.load_models(opened, frozen_dtype=half)
+        if args.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        log_parameters(model, args.checkpoints_total_limit)
+        self.state = TrainerState(
+            stage=stage.number,
+            configs={name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")},
+            frozen_from={
+                name: [str(weights.folder), fingerprint(weights.files)]
+                for name, weights in stage.frozen_weights(opened).items()
+            },
+        )
+        register_hooks(accelerator, saved_keys(model))
+
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        learning_rate = args.learning_rate
+        if args.scale_lr:
+            learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        optimizer = make_optimizer(args, parameters, learning_rate, self.device)
+        self.clips = TrainingClips(dataset)
+        self.clip_order = EpochSampler(len(dataset), args.seed)
+        self.dataloader = accelerator.prepare(self.make_dataloader())
+
+        # Steps are counted after prepare: every process sees its share of the data only.
+        self.steps_per_epoch = math.ceil(len(self.dataloader) / args.gradient_accumulation_steps)
+        self.max_train_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
+        lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=self.max_train_steps,
+            num_cycles=args.lr_num_cycles,
+            power=args.lr_power,
+        )
+        self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+        log.info(
+            "%d steps per epoch of %d batches in every process; global batch %d clips; the last step is %d",
+            self.steps_per_epoch,
+            len(self.dataloader),
+            args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+            self.max_train_steps,
+        )
+        if args.report_to != "none":
+            accelerator.init_trackers(args.tracker_project_name, config=flat_settings(args))
+
+    def make_dataloader(self):
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.clips,
+            batch_size=self.args.train_batch_size,
+            sampler=self.clip_order,
+            collate_fn=TrainingClips.collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=one_thread,
+        )
+
+    def resume(self, checkpoint):
+        saved = TrainerState.read(checkpoint)
+        for name, (folder, expected) in saved.frozen_from.items():
+            if self.state.frozen_from[name][1] != expected:
+                raise InputError(
+                    f"{checkpoint} was trained on other frozen weights ({folder}): start from those, or use another "
+                    "--output_dir"
+                )
+        self.accelerator.load_state(str(checkpoint))
+        self.state = saved
+        log.info("resumed from %s at step %d, epoch %d", checkpoint, self.state.global_step, self.state.epoch)
+
+    def train(self):
+        args, state, accelerator = self.args, self.state, self.accelerator
+        first_step = state.global_step + 1
+        if args.probe_clips and state.probe_start is None:
+            state.probe_start = self.measure_probe()
+            log.info("probe loss %.4f at the start, on %d fixed clips", state.probe_start, args.probe_clips)
+        meter = Meter(accelerator, self.max_train_steps)
+        self.model.train()
+        while state.global_step < self.max_train_steps:
+            for batch in self.epoch_batches():
+                with accelerator.accumulate(self.model):
+                    loss = self.loss(batch)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        meter.grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                meter.add(loss.detach())
+                state.batches_done += 1
+                if not accelerator.sync_gradients:
+                    continue
+
+                if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips steps whose gradients overflow
+                    self.lr_scheduler.step()
+                state.global_step += 1
+                step = state.global_step
+                meter.steps += 1
+                if step % args.logging_steps == 0 or step == first_step or step == self.max_train_steps:
+                    meter.report(step, self.lr_scheduler.get_last_lr()[0])
+                validating = args.validation_steps and (step % args.validation_steps == 0 or step == first_step)
+                if validating:
+                    self.validate()
+                if step % args.checkpointing_steps == 0 or step == self.max_train_steps:
+                    self.save()
+                if validating or step % args.checkpointing_steps == 0:
+                    meter.restart()  # neither counts as time per step
+                if step == self.max_train_steps:
+                    break
+            else:
+                state.epoch, state.batches_done = state.epoch + 1, 0
+        self.finish()
+
+    def epoch_batches(self):
+        """The batches of the current epoch that are not done yet; those done are skipped without loading them."""
+        self.clip_order.current_epoch = self.state.epoch
+        if self.state.batches_done == 0:
+            return self.dataloader
+        return self.accelerator.skip_first_batches(self.dataloader, self.state.batches_done)
+
+    def loss(self, batch, timesteps=None):
+        return batch_loss(
+            self.model, self.codec, self.noise_scheduler, self.prompt_embeds, batch, self.device, timesteps
+        )
+
+    @torch.no_grad()
+    def measure_probe(self):
+        """Mean loss on fixed clips, masks and noises, at timesteps spread evenly: comparable from step to step."""
+        n, total = self.args.probe_clips, self.noise_scheduler.config.num_train_timesteps
+        losses = []
+        for i in range(n):
+            batch = TrainingClips.collate([self.clips[PROBE_EPOCH, i * len(self.clips) // n]])
+            timesteps = torch.tensor([(2 * i + 1) * total // (2 * n)], device=self.device)
+            losses.append(self.loss(batch, timesteps))
+        return torch.stack(losses).mean().item()
+
+    def validate(self):
+        """Write the validation GIFs and measure the probe loss; every process has its share of the videos."""
+        args, accelerator, step = self.args, self.accelerator, self.state.global_step
+        start = time.perf_counter()
+        self.model.eval()
+        folder = Path(args.output_dir, args.logging_dir, "samples", f"sample-{step}")
+        for i in range(accelerator.process_index, len(self.validation_videos), accelerator.num_processes):
+            frames = inpaint(
+                self.model,
+                self.codec,
+                self.sampler,
+                self.validation_videos[i],
+                self.stage.inference_steps,
+                self.stage.shared_noise,
+                args.seed,
+                self.device,
+            )
+            write_gif(folder / f"{i + 1}.gif", frames)
+        if args.probe_clips:
+            self.report_probe()
+        self.model.train()
+        accelerator.wait_for_everyone()
+        if self.validation_videos:
+            seconds = time.perf_counter() - start
+            log.info("validation: %d videos in %s, %.0f s", len(self.validation_videos), folder, seconds)
+
+    def report_probe(self):
+        probe, start = self.measure_probe(), self.state.probe_start
+        log.info("probe loss %.4f at step %d, %.3f of its start", probe, self.state.global_step, probe / start)
+        self.accelerator.log({"probe_loss": probe}, step=self.state.global_step)
+
+    def save(self):
+        start = time.perf_counter()
+        folder = save_checkpoint(
+            self.accelerator, self.args.output_dir, self.state, self.args.checkpoints_total_limit
+        )
+        log.info("saved %s in %.0f s", folder, time.perf_counter() - start)
+
+    def finish(self):
+        """The last checkpoint, converted into the two folders that inference loads."""
+        args, step = self.args, self.state.global_step
+        if args.probe_clips and not (args.validation_steps and step % args.validation_steps == 0):
+            self.report_probe()
+        if self.accelerator.is_main_process:
+            checkpoint = Path(args.output_dir, f"checkpoint-{step}")
+            convert(self.stage.number, checkpoint, args.output_dir, getattr(args, "pretrained_stage1", None))
+        self.accelerator.wait_for_everyone()
+        log.info("done at step %d: %s/unet_main and %s/brushnet", step, args.output_dir, args.output_dir)
+
+
+class Meter:
+    """Sums up steps for a line of the log; the loss stays on its device until then."""
+
+    def __init__(self, accelerator, max_train_steps):
+        self.accelerator, self.max_train_steps = accelerator, max_train_steps
+        self.grad_norm = torch.zeros(())
+        self.losses = []
+        self.restart()
+
+    def restart(self):
+        """Start timing anew, so that a validation does not count as steps."""
+        self.start, self.steps = time.perf_counter(), 0
+
+    def add(self, loss):
+        self.losses.append(loss)
+
+    def report(self, step, lr):
+        """Log a line for the steps since the last one."""
+        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        grad_norm = float(self.grad_norm)
+        self.losses.clear()
+        seconds = (time.perf_counter() - self.start) / max(1, self.steps)
+        memory = peak_memory(self.accelerator.device)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.max_train_steps - step) % 86400))
+        days = int(seconds * (self.max_train_steps - step) // 86400)
+        log.info(
+            "step %d/%d  loss %.4f  lr %.3g  grad norm %.3f  %.2f s/step  peak %.1f GiB  left %s%s",
+            step, self.max_train_steps, loss, lr, grad_norm, seconds, memory, f"{days}d " if days else "", left,
+        )  # fmt: skip
+        self.accelerator.log(
+            {"loss": loss, "lr": lr, "grad_norm": grad_norm, "seconds_per_step": seconds, "peak_gib": memory}, step=step
+        )
+        self.restart()
+
+
+def peak_memory(device):
+    """GiB: the most the GPU allocator held, or the process's resident memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def make_optimizer(args, parameters, learning_rate, device):
+    settings = {
+        "lr": learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.use_8bit_adam:
+        return eight_bit_adam()(parameters, **settings)
+    # Fused: one kernel, and fp16's scaler needs no look at the gradients from the host.
+    return torch.optim.AdamW(parameters, fused=device.type == "cuda", **settings)
+
+
+def eight_bit_adam():
+    """The AdamW with 8-bit state of whichever library is installed."""
+    for name in ("bitsandbytes.optim", "torchao.optim"):
+        if importlib.util.find_spec(name.split(".")[0]):
+            return importlib.import_module(name).AdamW8bit
+    raise InputError("--use_8bit_adam needs bitsandbytes or torchao: pip install bitsandbytes, or drop the flag")
+
+
+def one_thread(worker_id):
+    """Loader workers are many: none of them needs OpenCV's own thread pool."""
+    cv2.setNumThreads(1)
+
+
+# What is checked before any weights load.
+
+
+def check_tracker(name):
+    known = [tracker.value for tracker in LoggerType]
+    if name not in (*known, "none"):
+        raise InputError(f"--report_to={name}: one of {', '.join(known)}, none was needed")
+    available = [tracker.value for tracker in get_available_trackers()]
+    if name not in (*available, "all", "none"):
+        raise InputError(f"--report_to={name}: its package is not installed; pip install {name}, or --report_to=none")
+
+
+def check_precision(args):
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("mixed precision fp16 needs a GPU, and none was found: use --mixed_precision=no")
+
+
+def check_fit(args, frozen, opened):
+    """UNet, BrushNet, VAE and text encoder must be of one family, and clips short enough for the motion modules."""
+    unet = opened["unet_main"].config
+    for name, weights in opened.items():
+        if weights is None:
+            continue
+        for key in ("block_out_channels", "cross_attention_dim"):
+            if key in weights.config and list_of(weights.config[key]) != list_of(unet[key]):
+                raise InputError(
+                    f"{weights.folder} has {key} {weights.config[key]}, {opened['unet_main'].folder} has {unet[key]}: "
+                    "weights of one model family were needed"
+                )
+        longest = weights.config.get("motion_max_seq_length")
+        if longest and args.nframes > longest:
+            raise InputError(f"--nframes={args.nframes}: {weights.folder} takes {longest} frames at most; lower --nframes")
+    if frozen.text_config["hidden_size"] != unet["cross_attention_dim"]:
+        raise InputError(
+            f"{frozen.text_encoder_folder} gives embeddings of {frozen.text_config['hidden_size']} values, "
+            f"{opened['unet_main'].folder} takes {unet['cross_attention_dim']}: models of one family were needed"
+        )
+    if frozen.vae_config["latent_channels"] != unet["in_channels"]:
+        raise InputError(
+            f"{frozen.vae_folder} makes latents of {frozen.vae_config['latent_channels']} channels, "
+            f"{opened['unet_main'].folder} takes {unet['in_channels']}: models of one family were needed"
+        )
+
+
+def list_of(value):
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def check_output_dir(args):
+    """It can be written to, and holds no weights that the end of the run would overwrite."""
+    folder = Path(args.output_dir)
+    pretrained_stage1 = getattr(args, "pretrained_stage1", None)
+    refuse_source_weights(folder, [pretrained_stage1] if pretrained_stage1 else [], flag="--output_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be written to ({error.strerror}): choose another") from None
+
+
+def checkpoint_to_resume(args, stage):
+    """(folder or None, lines about newer ones passed over) that --resume_from_checkpoint asks for."""
+    wanted = args.resume_from_checkpoint
+    if not wanted:
+        return None, []
+    if wanted == "latest":
+        folder, skipped = find_latest(args.output_dir)
+    else:
+        folder, skipped = Path(wanted), []
+        if not folder.is_dir():
+            folder = Path(args.output_dir, folder.name)
+        if not folder.is_dir():
+            raise InputError(f"--resume_from_checkpoint={wanted} is no folder: a checkpoint-<step> folder was needed")
+    if folder:
+        found = TrainerState.read(folder).stage
+        if found != stage.number:
+            raise InputError(f"{folder} is of stage {found}, this is stage {stage.number}: use another --output_dir")
+    return folder, skipped
+
+
+# What the log says.
+
+
+@contextmanager
+def log_on_main_process(accelerator):
+    """Plain lines on stdout, one process's only; a progress bar on a terminal does not break them."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def log_start(args, stage, accelerator, dataset, opened):
+    """Everything that tells one run from another, in the log and in <output_dir>/config.json."""
+    versions = {
+        "python": platform.python_version(),
+        **{library.__name__: library.__version__ for library in (torch, diffusers, accelerate, transformers)},
+    }
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
+    log.info("stage %d on %s, %d process(es), mixed precision %s, seed %d", stage.number, device,
+             accelerator.num_processes, accelerator.mixed_precision, args.seed)  # fmt: skip
+    log.info("versions: %s", ", ".join(f"{name} {version}" for name, version in versions.items()))
+    log.info(
+        "data: %d clips an epoch; %d videos shorter than %d frames left out, %d held out for validation",
+        len(dataset), len(dataset.too_short), args.nframes, len(dataset.held_out),
+    )  # fmt: skip
+    if not args.validation_image or not args.validation_steps:
+        log.info("validation videos: none (--validation_image and --validation_mask give them)")
+    for name, weights in opened.items():
+        if weights is None:
+            log.info("%s: a copy of the UNet with a zero-initialised output", name)
+        else:
+            log.info("%s: %s from a %s in %s", name, weights.cls.__name__, weights.source_class, weights.folder)
+    if accelerator.is_main_process:
+        settings = {"settings": vars(args), "versions": versions, "command": sys.argv}
+        Path(args.output_dir, "config.json").write_text(json.dumps(settings, indent=1))
+
+
+def log_parameters(model, checkpoints_total_limit):
+    """Total, trained and frozen parameters of each model, and what a checkpoint of them takes."""
+    all_trained = 0
+    for name in ("unet_main", "brushnet"):
+        parameters = list(getattr(model, name).parameters())
+        total = sum(parameter.numel() for parameter in parameters)
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        all_trained += trained
+        log.info("%s: %.1f M parameters, %.1f M trained, %.1f M frozen", name, total / 1e6, trained / 1e6,
+                 (total - trained) / 1e6)  # fmt: skip
+    kept = "all are kept" if checkpoints_total_limit is None else f"the newest {checkpoints_total_limit} are kept"
+    log.info("a checkpoint takes about %.1f GB; %s", all_trained * ADAM_BYTES / 1e9, kept)
+
+
+def flat_settings(args):
+    """Trackers take numbers and strings only."""
+    return {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in vars(args).items()
+    }

@@ -1,0 +1,78 @@
+"""Stage 1: UNet2D and BrushNet learn to fill holes in single frames.
+
+Everything in both models is trained; the frames of a clip do not see each other.
+"""
+
+from pathlib import Path
+
+from libs.brushnet_CA import BrushNetModel
+from libs.diffusion import Inpainter
+from libs.errors import one_line_errors
+from libs.training import Stage, run
+from libs.unet_2d_condition import UNet2DConditionModel
+
+
+class FrameInpainter(Inpainter):
+    """UNet2D and BrushNet, every frame on its own."""
+
+    def forward(self, noisy_latents, conditioning, timesteps, encoder_hidden_states):
+        num_frames = noisy_latents.shape[0] // timesteps.shape[0]
+        timesteps = timesteps.repeat_interleave(num_frames)  # (b,) -> (N,)
+        encoder_hidden_states = encoder_hidden_states.repeat_interleave(num_frames, dim=0)
+        down, mid, up = self.brushnet(
+            noisy_latents, timesteps, encoder_hidden_states, brushnet_cond=conditioning, return_dict=False
+        )
+        return self.unet_main(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states,
+            down_block_add_samples=down,
+            mid_block_add_sample=mid,
+            up_block_add_samples=up,
+            return_dict=False,
+        )[0]
+
+
+class Stage1(Stage):
+    number = 1
+    description = __doc__
+    nframes = 10
+    inference_steps = 50
+    shared_noise = True
+
+    @staticmethod
+    def add_model_flags(add):
+        add("--pretrained_stage1_path", metavar="DIR",
+            help="weights to start from: unet_main/ (UNet2D, or a UNetMotion whose 2D part is taken) and brushnet/; "
+            "without it the UNet is the base model's")  # fmt: skip
+        add("--brushnet_model_name_or_path", metavar="DIR",
+            help="BrushNet to start from, where --pretrained_stage1_path is not given (default: a copy of the UNet)")
+
+    @staticmethod
+    def open_models(args):
+        if args.pretrained_stage1_path:
+            return {
+                "unet_main": UNet2DConditionModel.open_2d_part(Path(args.pretrained_stage1_path, "unet_main")),
+                "brushnet": BrushNetModel.open(Path(args.pretrained_stage1_path, "brushnet")),
+            }
+        source = {"revision": args.revision, "variant": args.variant}
+        brushnet = args.brushnet_model_name_or_path
+        return {
+            "unet_main": UNet2DConditionModel.open(args.base_model_name_or_path, "unet", **source),
+            "brushnet": BrushNetModel.open(brushnet, **source) if brushnet else None,
+        }
+
+    @staticmethod
+    def load_models(opened, frozen_dtype):
+        unet = opened["unet_main"].load()
+        brushnet = opened["brushnet"].load() if opened["brushnet"] else BrushNetModel.from_unet(unet)
+        return FrameInpainter(unet, brushnet)
+
+
+@one_line_errors
+def main(argv=None):
+    run(Stage1, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Stage 2: the motion modules learn to keep time over stage 1's frames.
+
+Only the motion modules are trained; UNet2D's layers and BrushNet are frozen, in half precision on a GPU.
+"""
+
+from pathlib import Path
+
+import torch
+
+from libs.brushnet_CA import BrushNetModel
+from libs.diffusion import Inpainter
+from libs.errors import one_line_errors
+from libs.training import Stage, run
+from libs.unet_2d_condition import UNet2DConditionModel
+from libs.unet_motion_model import MotionAdapter, UNetMotionModel
+
+
+class ClipInpainter(Inpainter):
+    """UNetMotion over whole clips; BrushNet, frozen, on every frame on its own."""
+
+    def forward(self, noisy_latents, conditioning, timesteps, encoder_hidden_states):
+        num_frames = noisy_latents.shape[0] // timesteps.shape[0]
+        with torch.no_grad():
+            down, mid, up = self.brushnet(
+                noisy_latents,
+                timesteps.repeat_interleave(num_frames),  # (b,) -> (N,)
+                encoder_hidden_states.repeat_interleave(num_frames, dim=0),
+                brushnet_cond=conditioning,
+                return_dict=False,
+            )
+        return self.unet_main(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states,
+            num_frames=num_frames,
+            down_block_add_samples=down,
+            mid_block_add_sample=mid,
+            up_block_add_samples=up,
+            return_dict=False,
+        )[0]
+
+
+class Stage2(Stage):
+    number = 2
+    description = __doc__
+    nframes = 22
+    inference_steps = 20
+    shared_noise = False
+
+    @staticmethod
+    def add_model_flags(add):
+        add("--pretrained_stage1", default="converted_weights/finetuned-stage1", metavar="DIR",
+            help="converted stage 1: unet_main/ and brushnet/, both frozen here")
+        add("--motion_adapter_path", default="weights/animatediff-motion-adapter-v1-5-2", metavar="DIR",
+            help="motion modules to start from: a MotionAdapter folder, or a UNetMotion's such as "
+            "weights/diffuEraser/unet_main, which works better")  # fmt: skip
+
+    @staticmethod
+    def open_models(args):
+        return {
+            "unet_main": UNet2DConditionModel.open_2d_part(Path(args.pretrained_stage1, "unet_main")),
+            "brushnet": BrushNetModel.open(Path(args.pretrained_stage1, "brushnet")),
+            "motion_modules": MotionAdapter.open_motion_part(
+                args.motion_adapter_path, revision=args.revision, variant=args.variant
+            ),
+        }
+
+    @staticmethod
+    def load_models(opened, frozen_dtype):
+        unet_main = UNetMotionModel.from_unet2d(opened["unet_main"].load(), opened["motion_modules"].load())
+        unet_main.freeze_unet2d_params()
+        brushnet = opened["brushnet"].load(frozen_dtype).requires_grad_(False)
+        for parameter in unet_main.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(frozen_dtype)
+        return ClipInpainter(unet_main, brushnet)
+
+    @staticmethod
+    def frozen_weights(opened):
+        return {name: opened[name] for name in ("unet_main", "brushnet")}
+
+
+@one_line_errors
+def main(argv=None):
+    run(Stage2, argv)
+
+
+if __name__ == "__main__":
+    main()
