@@ -40,6 +40,16 @@ class ClipInpainter(Inpainter):
         )[0]
 
 
+def freeze(model, frozen_dtype):
+    """Leave only the motion modules trainable; the rest is kept in `frozen_dtype`."""
+    model.brushnet.requires_grad_(False)
+    model.unet_main.freeze_unet2d_params()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(frozen_dtype)
+    return model
+
+
 class Stage2(Stage):
     number = 2
     description = __doc__
@@ -68,12 +78,7 @@ class Stage2(Stage):
     @staticmethod
     def load_models(opened, frozen_dtype):
         unet_main = UNetMotionModel.from_unet2d(opened["unet_main"].load(), opened["motion_modules"].load())
-        unet_main.freeze_unet2d_params()
-        brushnet = opened["brushnet"].load(frozen_dtype).requires_grad_(False)
-        for parameter in unet_main.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(frozen_dtype)
-        return ClipInpainter(unet_main, brushnet)
+        return freeze(ClipInpainter(unet_main, opened["brushnet"].load(frozen_dtype)), frozen_dtype)
 
     @staticmethod
     def frozen_weights(opened):

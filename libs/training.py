@@ -206,12 +206,8 @@ class Trainer:
             for batch in self.epoch_batches():
                 with accelerator.accumulate(self.model):
                     loss = self.loss(batch)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        meter.grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
-                meter.add(loss.detach())
+                    grad_norm = optimize(accelerator, self.model, self.optimizer, loss, args.max_grad_norm)
+                meter.add(loss.detach(), grad_norm)
                 state.batches_done += 1
                 if not accelerator.sync_gradients:
                     continue
@@ -309,12 +305,20 @@ class Trainer:
         log.info("done at step %d: %s/unet_main and %s/brushnet", step, args.output_dir, args.output_dir)
 
 
+def optimize(accelerator, model, optimizer, loss, max_grad_norm):
+    """Backward, clip, and the optimizer's step where gradients are complete; returns their norm before clipping."""
+    accelerator.backward(loss)
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm) if accelerator.sync_gradients else None
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
+
+
 class Meter:
     """Sums up steps for a line of the log; the loss stays on its device until then."""
 
     def __init__(self, accelerator, max_train_steps):
         self.accelerator, self.max_train_steps = accelerator, max_train_steps
-        self.grad_norm = torch.zeros(())
         self.losses = []
         self.restart()
 
@@ -322,8 +326,9 @@ class Meter:
         """Start timing anew, so that a validation does not count as steps."""
         self.start, self.steps = time.perf_counter(), 0
 
-    def add(self, loss):
+    def add(self, loss, grad_norm):
         self.losses.append(loss)
+        self.grad_norm = grad_norm
 
     def report(self, step, lr):
         """Log a line for the steps since the last one."""
@@ -487,11 +492,13 @@ def log_start(args, stage, accelerator, dataset, opened):
              accelerator.num_processes, accelerator.mixed_precision, args.seed)  # fmt: skip
     log.info("versions: %s", ", ".join(f"{name} {version}" for name, version in versions.items()))
     log.info(
-        "data: %d clips an epoch; %d videos shorter than %d frames left out, %d held out for validation",
-        len(dataset), len(dataset.too_short), args.nframes, len(dataset.held_out),
+        "data: %d clips an epoch; of the training videos %d are left out as shorter than %d frames, %d as used for "
+        "validation", len(dataset), len(dataset.too_short), args.nframes, len(dataset.held_out),
     )  # fmt: skip
-    if not args.validation_image or not args.validation_steps:
-        log.info("validation videos: none (--validation_image and --validation_mask give them)")
+    if not args.validation_steps:
+        log.info("validation is off (--validation_steps=0)")
+    elif not args.validation_image:
+        log.info("no validation videos: --validation_image and --validation_mask give them")
     for name, weights in opened.items():
         if weights is None:
             log.info("%s: a copy of the UNet with a zero-initialised output", name)

@@ -1,0 +1,149 @@
+"""Seconds, memory and parts of a full-size training step: random weights, the trainer's own step functions.
+
+    python -m benchmarks.train_step --stage 1
+    python -m benchmarks.train_step --stage 2 --gradient_checkpointing
+
+Prints one JSON line. The batch is on the GPU already; `benchmarks/data_loading.py` measures the loader.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler
+
+from demo.make_weights import SCHEDULER, SIZES
+from libs.brushnet_CA import BrushNetModel
+from libs.diffusion import Codec, batch_loss
+from libs.training import make_optimizer, optimize
+from libs.unet_2d_condition import UNet2DConditionModel
+from libs.unet_motion_model import MotionAdapter, UNetMotionModel
+from train_DiffuEraser_stage1 import FrameInpainter
+from train_DiffuEraser_stage2 import ClipInpainter, freeze
+
+
+class Parts:
+    """CUDA events around parts of a step, read after it."""
+
+    def __init__(self):
+        self.events = []
+
+    def wrap(self, name, function):
+        def timed(*args, **kwargs):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            result = function(*args, **kwargs)
+            end.record()
+            self.events.append((name, start, end))
+            return result
+
+        return timed
+
+    def read(self):
+        """{part: milliseconds} since the last call."""
+        torch.cuda.synchronize()
+        parts = {}
+        for name, start, end in self.events:
+            parts[name] = parts.get(name, 0) + start.elapsed_time(end)
+        self.events.clear()
+        return parts
+
+
+def make_model(stage, frozen_dtype):
+    """The stage's Inpainter with random full-size weights, on the GPU."""
+    spec = SIZES["full"]["unet"]
+    with torch.device("cuda"):
+        unet = UNet2DConditionModel(sample_size=64, **spec)
+        brushnet = BrushNetModel.from_unet(unet)
+        if stage == 1:
+            return FrameInpainter(unet, brushnet)
+        adapter = MotionAdapter(block_out_channels=spec["block_out_channels"])
+        return freeze(ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), frozen_dtype)
+
+
+def measure(options):
+    torch.manual_seed(0)
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[options.mixed_precision]
+    nframes = options.nframes or {1: 10, 2: 22}[options.stage]
+    blocks = len(SIZES["full"]["vae"]["block_out_channels"])
+    with torch.device("cuda"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            **SIZES["full"]["vae"],
+        )
+    codec = Codec(torch.nn.Module.to(vae, dtype))
+    model = make_model(options.stage, dtype)
+    if options.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(options, parameters, options.learning_rate, accelerator.device)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    noise_scheduler = DDPMScheduler.from_config(SCHEDULER)
+
+    size = options.resolution
+    batch = {
+        "frames": torch.randint(0, 256, (1, nframes, size, size, 3), dtype=torch.uint8, device="cuda"),
+        "holes": torch.zeros((1, nframes, size, size), dtype=torch.uint8, device="cuda"),
+        "prompts": [0],
+        "noise_seeds": [0],
+    }
+    batch["holes"][:, :, size // 4 : size // 2, size // 4 : size // 2] = 255
+    prompt_embeds = torch.randn(2, 77, 768, device="cuda")
+
+    parts = Parts()
+    codec.encode = parts.wrap("vae", codec.encode)
+    model.brushnet.forward = parts.wrap("brushnet", model.brushnet.forward)
+    model.unet_main.forward = parts.wrap("unet", model.unet_main.forward)
+    accelerator.backward = parts.wrap("backward", accelerator.backward)
+    accelerator.clip_grad_norm_ = parts.wrap("clip", accelerator.clip_grad_norm_)
+    optimizer.step = parts.wrap("optimizer", optimizer.step)
+
+    seconds, all_parts = [], []
+    for step in range(options.warmup + options.steps):
+        if step == options.warmup:
+            torch.cuda.reset_peak_memory_stats()
+        batch["noise_seeds"] = [step]
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = batch_loss(model, codec, noise_scheduler, prompt_embeds, batch, accelerator.device)
+        optimize(accelerator, model, optimizer, loss, 1.0)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        all_parts.append(parts.read())
+    seconds, all_parts = seconds[options.warmup :], all_parts[options.warmup :]
+    return {
+        "stage": options.stage,
+        "nframes": nframes,
+        "resolution": size,
+        "precision": options.mixed_precision,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "use_8bit_adam": options.use_8bit_adam,
+        "median_s": round(statistics.median(seconds), 3),
+        "min_s": round(min(seconds), 3),
+        "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1),
+        "parts_ms": {name: round(statistics.median(p[name] for p in all_parts)) for name in all_parts[0]},
+        "loss_finite": bool(torch.isfinite(loss)),
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    parser.add_argument("--nframes", type=int)
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="fp16")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--use_8bit_adam", action="store_true")
+    parser.add_argument("--learning_rate", type=float, default=5e-6)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.set_defaults(adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8)
+    print(json.dumps(measure(parser.parse_args())), flush=True)

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The whole workflow on tiny random weights and drawn videos: a few minutes on two CPU cores, nothing to download but
+# the Python packages. Then the same commands run with real weights and data.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+bash demo/venv.sh requirements.txt
+python=.venv/bin/python
+unset VIRTUAL_ENV CONDA_PREFIX
+
+run=demo/run
+rm -rf "$run"
+mkdir -p "$run"
+"$python" -m demo.make_weights --output_dir demo/weights
+"$python" -m demo.make_videos --output_dir demo/data
+
+# What the scripts read from the environment, at sizes for a CPU and at a learning rate for random weights.
+export PYTHON=$python WEIGHTS=demo/weights DAVIS_ROOT=demo/data/DAVIS YTVOS_ROOT=demo/data/YTBV
+export RESOLUTION=64 DATALOADER_NUM_WORKERS=0 LEARNING_RATE=1e-3 CHECKPOINTING_STEPS=50 VALIDATION_STEPS=50
+export RESUME_FROM_CHECKPOINT= PRETRAINED_STAGE1=$run/finetuned-stage1
+
+LOG=$run/finetune-stage1.log OUTPUT_DIR=$run/finetune-stage1 MAX_TRAIN_STEPS=100 bash finetune_stage1.sh --probe_clips=8
+"$python" save_checkpoint_stage1.py --input_dir "$run/finetune-stage1" --output_dir "$run/finetuned-stage1"
+LOG=$run/finetune-stage2.log OUTPUT_DIR=$run/finetune-stage2 MAX_TRAIN_STEPS=100 bash finetune_stage2.sh --probe_clips=8
+"$python" save_checkpoint_stage2.py --input_dir "$run/finetune-stage2" --output_dir "$run/finetuned-stage2" \
+  --pretrained_stage1 "$run/finetuned-stage1"
+
+"$python" -m demo.plot_loss "$run"/finetune-stage1.log "$run"/finetune-stage2.log --output "$run/loss.png"
+echo
+grep -h "of its start" "$run"/finetune-stage1.log | tail -n 1 | sed 's/^.*probe/stage 1: probe/'
+grep -h "of its start" "$run"/finetune-stage2.log | tail -n 1 | sed 's/^.*probe/stage 2: probe/'
+cat <<EOF
+logs              $run/finetune-stage1.log, $run/finetune-stage2.log
+loss curves       $run/loss.png
+validation GIFs   $run/finetune-stage1/logs-finetune-stage1/samples/, $run/finetune-stage2/logs-finetune-stage2/samples/
+                  (random weights paint noise; the real ones paint pictures)
+final folders     $run/finetuned-stage2/unet_main, $run/finetuned-stage2/brushnet
+EOF
