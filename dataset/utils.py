@@ -8,6 +8,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
+# No OpenCV threads: its pool does not survive the fork into loader workers, which would then hang in their first
+# resize if this process had used OpenCV before. Workers are the parallelism here.
+cv2.setNumThreads(0)
+
 FULL_SPAN = (1 / 3, 1.0)
 SUBPIXEL_BITS = 4  # cv2 takes fixed-point coordinates
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import accelerate
-import cv2
 import diffusers
 import torch
 import transformers
@@ -179,7 +178,6 @@ class Trainer:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=one_thread,
         )
 
     def resume(self, checkpoint):
@@ -375,11 +373,6 @@ def eight_bit_adam():
         if importlib.util.find_spec(name.split(".")[0]):
             return importlib.import_module(name).AdamW8bit
     raise InputError("--use_8bit_adam needs bitsandbytes or torchao: pip install bitsandbytes, or drop the flag")
-
-
-def one_thread(worker_id):
-    """Loader workers are many: none of them needs OpenCV's own thread pool."""
-    cv2.setNumThreads(1)
 
 
 # What is checked before any weights load.
