@@ -247,9 +247,14 @@ def read_frame(path):
 
 def scan_davis(root):
     """The videos that ImageSets/2017/train.txt names, in JPEGImages/480p."""
-    names_file, images = Path(root, "ImageSets/2017/train.txt"), existing_folder(root, "JPEGImages/480p", "--davis_root")
+    names_file, images = (
+        Path(root, "ImageSets/2017/train.txt"),
+        existing_folder(root, "JPEGImages/480p", "--davis_root"),
+    )
     if not names_file.is_file():
-        raise InputError(f"{names_file} is missing: DAVIS-2017's list of training videos was needed; check --davis_root")
+        raise InputError(
+            f"{names_file} is missing: DAVIS-2017's list of training videos was needed; check --davis_root"
+        )
     names = names_file.read_text().split()
     if not names:
         raise InputError(f"{names_file} names no video: fetch DAVIS-2017's list of training videos again")

@@ -78,7 +78,8 @@ def random_positions(rng, video_length, room):
     Half the time it stays where it is. Otherwise it starts with 1-3 px/frame in a random direction; per frame its speed
     changes by N(0, 1.5) px and its direction by N(0, 0.25) rad; at the border it takes a new random velocity.
     """
-    position = rng.uniform(0, room)
+    room = np.floor(room)
+    position = np.floor(rng.uniform(0, room + 1))
     if rng.random() < 0.5:
         return np.tile(position, (video_length, 1))
     speed, angle = rng.uniform(1, 3), rng.uniform(0, 2 * np.pi)

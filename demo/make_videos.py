@@ -1,6 +1,6 @@
 """Small moving scenes in DAVIS's and YouTube-VOS's folder layouts: a panning background with drifting shapes.
 
-    python -m demo.make_videos --output_dir demo/data
+python -m demo.make_videos --output_dir demo/data
 """
 
 import argparse

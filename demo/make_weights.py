@@ -1,7 +1,7 @@
 """Random weights in the published layout: tiny ones for the quickstart and the tests, or full-size ones for a GPU.
 
-    python demo/make_weights.py --output_dir demo/weights
-    python demo/make_weights.py --output_dir weights-random --size full --dtype float16
+python demo/make_weights.py --output_dir demo/weights
+python demo/make_weights.py --output_dir weights-random --size full --dtype float16
 """
 
 import argparse
@@ -61,9 +61,7 @@ def make_weights(output_dir, size="tiny", dtype=torch.float32, seed=0):
 
     unet = UNet2DConditionModel(sample_size=spec["sample_size"], **spec["unet"])
     heads = spec["unet"]["attention_head_dim"]
-    adapter = MotionAdapter(
-        block_out_channels=spec["unet"]["block_out_channels"], motion_num_attention_heads=heads
-    )
+    adapter = MotionAdapter(block_out_channels=spec["unet"]["block_out_channels"], motion_num_attention_heads=heads)
     save(adapter, output_dir / "animatediff-motion-adapter-v1-5-2", dtype)
     save(unet, base / "unet", dtype)
     with torch.no_grad():  # DiffuEraser's weights are not the base model's
@@ -118,7 +116,8 @@ def write_text_encoder(folder, spec, vocab_size, dtype):
     )  # fmt: skip
     config.architectures = ["CLIPTextModel"]
     state_dict = {
-        f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in CLIPTextModel(config).state_dict().items()
+        f"text_model.{key.removeprefix('text_model.')}": tensor
+        for key, tensor in CLIPTextModel(config).state_dict().items()
     }
     state_dict["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     config.save_pretrained(folder)

@@ -1,6 +1,6 @@
 """The loss of training logs as a picture: every logged line, and the probe loss at fixed clips.
 
-    python -m demo.plot_loss finetune-stage1.log finetune-stage2.log --output loss.png
+python -m demo.plot_loss finetune-stage1.log finetune-stage2.log --output loss.png
 """
 
 import argparse

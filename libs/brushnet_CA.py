@@ -15,6 +15,13 @@ from torch import nn
 from libs.unet_walk import LayerWalk, embed_timesteps, walk
 from libs.weights import StrictLoading
 
+BRUSHNET_SETTINGS = (  # config entries that a UNet2D does not have
+    "conditioning_channels",
+    "brushnet_conditioning_channel_order",
+    "conditioning_embedding_out_channels",
+    "global_pool_conditions",
+)
+
 
 @dataclass
 class BrushNetOutput(BaseOutput):
@@ -70,9 +77,8 @@ class BrushNetModel(LayerWalk, StrictLoading, diffusers.UNet2DConditionModel):
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         if brushnet_conditioning_channel_order != "rgb" or global_pool_conditions:
             raise ValueError("BrushNetModel supports the channel order 'rgb' without global pooling only")
-        for own in ("conditioning_channels", "brushnet_conditioning_channel_order", "conditioning_embedding_out_channels",
-                    "global_pool_conditions"):  # fmt: skip
-            del settings[own]
+        for name in BRUSHNET_SETTINGS:
+            del settings[name]
         # The undecorated __init__: the decorated one would add the UNet's entries to BrushNet's config.
         super().__init__.__wrapped__(self, **settings)
         del self.conv_norm_out, self.conv_act, self.conv_out

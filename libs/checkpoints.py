@@ -39,8 +39,8 @@ class TrainerState:
         """Raises InputError for a folder that is no complete checkpoint of these scripts."""
         if is_original_form(folder):
             raise InputError(
-                f"{folder} was written by the original DiffuEraser scripts, whose optimizer state does not fit: convert "
-                "it, then start from the converted folder without --resume_from_checkpoint"
+                f"{folder} was written by the original DiffuEraser scripts, whose optimizer state does not fit: "
+                "convert it, then start from the converted folder without --resume_from_checkpoint"
             )
         try:
             state = cls(**json.loads(Path(folder, STATE_FILE).read_text()))
@@ -130,7 +130,11 @@ def save_checkpoint(accelerator, run_dir, state, total_limit=None):
 
 def replace_folder(partial, folder):
     """Flush `partial` and give it the name `folder`, in whose place nothing half-written can ever stand."""
+    umask = os.umask(0)
+    os.umask(umask)
     for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
         flush(path)
     flush(partial)
     old = folder.with_name(folder.name + ".old")

@@ -80,7 +80,9 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
 def find_checkpoint(input_dir):
     """`input_dir` itself, or the newest complete checkpoint in it."""
     if not input_dir.is_dir():
-        raise InputError(f"{input_dir} is no folder: a checkpoint-<step> folder or a run's folder was needed; see input_dir")
+        raise InputError(
+            f"{input_dir} is no folder: a checkpoint-<step> folder or a run's folder was needed; see input_dir"
+        )
     if Path(input_dir, MODEL_FILE).is_file() or input_dir.name.startswith("checkpoint-"):
         return input_dir
     checkpoint, skipped = find_latest(input_dir, accept_original=True)
@@ -135,8 +137,8 @@ def check_frozen(state, opened, pretrained_stage1):
     for name, (folder, expected) in state.frozen_from.items():
         if fingerprint(opened[name].files) != expected:
             raise InputError(
-                f"{pretrained_stage1}/{name} is not what the checkpoint was trained on ({folder}): set pretrained_stage1 "
-                "to that folder, or restore its weights"
+                f"{pretrained_stage1}/{name} is not what the checkpoint was trained on ({folder}): set "
+                "pretrained_stage1 to that folder, or restore its weights"
             )
 
 
@@ -186,7 +188,9 @@ def infer_sizes(checkpoint, state_dict):
     try:
         blocks = 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("down_blocks."))
         channels = [state_dict[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(blocks)]
-        cross_attention = next(key for key in state_dict if key.endswith("attentions.0.transformer_blocks.0.attn2.to_k.weight"))
+        cross_attention = next(
+            key for key in state_dict if key.endswith("attentions.0.transformer_blocks.0.attn2.to_k.weight")
+        )
     except (KeyError, StopIteration, ValueError):
         raise InputError(f"{checkpoint} does not hold a DiffuEraser UNet: choose another input_dir") from None
     return {"block_out_channels": channels, "cross_attention_dim": state_dict[cross_attention].shape[1]}

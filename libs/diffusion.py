@@ -113,6 +113,4 @@ def batch_loss(model, codec, noise_scheduler, prompt_embeds, batch, device, time
     conditioning = conditioning_latents(codec, conditioning_pixel_values, masks, draws.conditioning)
     timesteps = draws.timesteps if timesteps is None else timesteps
     encoder_hidden_states = torch.stack([prompt_embeds[prompt] for prompt in batch["prompts"]])
-    return diffusion_loss(
-        model, noise_scheduler, latents, draws.noise, conditioning, timesteps, encoder_hidden_states
-    )
+    return diffusion_loss(model, noise_scheduler, latents, draws.noise, conditioning, timesteps, encoder_hidden_states)

@@ -106,5 +106,6 @@ def require_file(folder, *patterns):
 def refuse_missing(report, folder):
     missing = sorted(report["missing_keys"])
     if missing:
-        raise InputError(f"{folder} lacks {missing[0]} ({len(missing)} in all): weights of another model, or incomplete")
-
+        raise InputError(
+            f"{folder} lacks {missing[0]} ({len(missing)} in all): weights of another model, or incomplete"
+        )

@@ -38,9 +38,14 @@ launch() {
   "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' && has_gpu=1
   local precision=${MIXED_PRECISION:-$([[ $has_gpu = 1 ]] && echo fp16 || echo no)}
 
-  local engine=(--num_processes="${NUM_PROCESSES:-1}" --num_machines=1 --dynamo_backend=no)
-  [[ "${NUM_PROCESSES:-1}" -gt 1 && $has_gpu = 1 ]] && engine+=(--multi_gpu)
-  [[ $has_gpu = 0 ]] && engine+=(--cpu --num_cpu_threads_per_process="${OMP_NUM_THREADS:-$(nproc)}")
+  local processes=${NUM_PROCESSES:-1}
+  local engine=(--num_processes="$processes" --num_machines=1 --dynamo_backend=no)
+  if [[ "$processes" -gt 1 ]]; then
+    engine+=(--multi_gpu) # accelerate's name for several processes, with or without GPUs
+  elif [[ $has_gpu = 0 ]]; then
+    engine+=(--cpu)
+  fi
+  [[ $has_gpu = 0 ]] && engine+=(--num_cpu_threads_per_process="${OMP_NUM_THREADS:-$((($(nproc) + processes - 1) / processes))}")
 
   local options=(
     --base_model_name_or_path="$WEIGHTS/stable-diffusion-v1-5"

@@ -19,7 +19,7 @@ REMOVED_FLAGS = {
     "--hub_token": "nothing is uploaded: use `hf upload` on the converted folders",
     "--hub_model_id": "nothing is uploaded: use `hf upload` on the converted folders",
     "--push_to_hub": "nothing is uploaded: use `hf upload` on the converted folders",
-    "--enable_xformers_memory_efficient_attention": "torch's own memory-efficient attention is always on: drop the flag",
+    "--enable_xformers_memory_efficient_attention": "torch's own efficient attention is always on: drop it",
     "--set_grads_to_none": "gradients are always set to None: drop the flag",
 }
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -40,7 +40,7 @@ def python_list(text):
     try:
         value = ast.literal_eval(text) if text.strip() else []
     except (ValueError, SyntaxError):
-        raise argparse.ArgumentTypeError(f"a Python list such as '[\"a\", \"b\"]' was needed, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f'a Python list such as \'["a", "b"]\' was needed, not {text!r}') from None
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -55,7 +55,9 @@ def mask_span(text):
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'original' or two numbers such as 0.33,1 were needed, not {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"'original' or two numbers such as 0.33,1 were needed, not {text!r}"
+        ) from None
     if not 0 < low <= high <= 1:
         raise argparse.ArgumentTypeError(f"0 < smallest <= largest <= 1 was needed, not {text!r}")
     return low, high
@@ -69,8 +71,12 @@ def build_parser(stage):
 
     group = parser.add_argument_group("models")
     add = group.add_argument
-    add("--base_model_name_or_path", default="weights/stable-diffusion-v1-5", metavar="DIR",
-        help="Stable Diffusion 1.5: tokenizer, text_encoder and scheduler are taken from it")
+    add(
+        "--base_model_name_or_path",
+        default="weights/stable-diffusion-v1-5",
+        metavar="DIR",
+        help="Stable Diffusion 1.5: tokenizer, text_encoder and scheduler are taken from it",
+    )
     add("--vae_path", default="weights/sd-vae-ft-mse", metavar="DIR", help="VAE folder, or one with vae/ in it")
     stage.add_model_flags(add)
     add("--tokenizer_name", metavar="DIR", help="another tokenizer folder than the base model's")
@@ -83,10 +89,20 @@ def build_parser(stage):
     add("--ytvos_root", default="dataset/YTBV", metavar="DIR", help="YouTube-VOS's root; '' leaves it out")
     add("--resolution", type=int, default=512, metavar="PX", help="side of the square crops, a multiple of 8")
     add("--nframes", type=int, default=stage.nframes, metavar="N", help="frames per clip")
-    add("--mask_span", type=mask_span, default=FULL_SPAN, metavar="MIN,MAX",
-        help="share of each side of the frame that a mask's box takes; 'original' for the original code's smaller masks")
-    add("--proportion_empty_prompts", type=float, default=0.0, metavar="P",
-        help=f"share of clips trained with an empty prompt instead of '{PROMPT}'")
+    add(
+        "--mask_span",
+        type=mask_span,
+        default=FULL_SPAN,
+        metavar="MIN,MAX",
+        help="share of each side of the frame that a mask's box takes; 'original': the original code's smaller masks",
+    )
+    add(
+        "--proportion_empty_prompts",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help=f"share of clips trained with an empty prompt instead of '{PROMPT}'",
+    )
     add("--dataloader_num_workers", type=int, default=4, metavar="N", help="processes that load clips; 0: none")
 
     group = parser.add_argument_group("run")
@@ -105,8 +121,11 @@ def build_parser(stage):
     add = group.add_argument
     add("--checkpointing_steps", type=int, default=2000, metavar="N", help="save every N optimizer steps")
     add("--checkpoints_total_limit", type=int, metavar="N", help="keep the newest N only (default: all)")
-    add("--resume_from_checkpoint", metavar="DIR",
-        help='a checkpoint folder, or "latest": the newest in --output_dir, a fresh start if there is none')
+    add(
+        "--resume_from_checkpoint",
+        metavar="DIR",
+        help='a checkpoint folder, or "latest": the newest in --output_dir, a fresh start if there is none',
+    )
 
     group = parser.add_argument_group("optimizer")
     add = group.add_argument
@@ -125,19 +144,43 @@ def build_parser(stage):
 
     group = parser.add_argument_group("logging and validation")
     add = group.add_argument
-    add("--logging_dir", default=f"logs-finetune-stage{stage.number}", metavar="DIR",
-        help="trackers and validation samples, a folder in --output_dir")
+    add(
+        "--logging_dir",
+        default=f"logs-finetune-stage{stage.number}",
+        metavar="DIR",
+        help="trackers and validation samples, a folder in --output_dir",
+    )
     add("--logging_steps", type=int, default=10, metavar="N", help="a line in the log every N optimizer steps")
     add("--report_to", default="tensorboard", help='a tracker as accelerate knows it, "all" or "none"')
     add("--tracker_project_name", default="train_diffuEraser", metavar="NAME", help="the trackers' project")
-    add("--validation_steps", type=int, default=2000, metavar="N",
-        help="sample the validation videos every N optimizer steps and after the first; 0: never")
-    add("--validation_image", type=python_list, default=[], metavar="LIST",
-        help="Python list of folders of frames; they are left out of training")
-    add("--validation_mask", type=python_list, default=[], metavar="LIST",
-        help="Python list of folders of masks, any value above 0 = hole, with the frames' names")
-    add("--validation_prompt", type=python_list, default=None, metavar="LIST",
-        help=f"Python list of prompts (default: '{PROMPT}' for every video)")
+    add(
+        "--validation_steps",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="sample the validation videos every N optimizer steps and after the first; 0: never",
+    )
+    add(
+        "--validation_image",
+        type=python_list,
+        default=[],
+        metavar="LIST",
+        help="Python list of folders of frames; they are left out of training",
+    )
+    add(
+        "--validation_mask",
+        type=python_list,
+        default=[],
+        metavar="LIST",
+        help="Python list of folders of masks, any value above 0 = hole, with the frames' names",
+    )
+    add(
+        "--validation_prompt",
+        type=python_list,
+        default=None,
+        metavar="LIST",
+        help=f"Python list of prompts (default: '{PROMPT}' for every video)",
+    )
     add("--probe_clips", type=int, default=0, metavar="N",
         help="measure the loss on N fixed clips, masks, timesteps and noises at the start, at every validation and at "
         "the end: one number that is comparable from step to step")  # fmt: skip
@@ -164,12 +207,12 @@ def parse_args(stage, argv=None):
     for name in ("max_train_steps", "checkpoints_total_limit"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name}={value}: at least 1 was needed, or leave the flag out")
-    require(args.resolution % 8 == 0, f"--resolution={args.resolution} is not divisible by 8, as the VAE's latents need;"
-            f" use {max(8, round(args.resolution / 8) * 8)}")  # fmt: skip
+    nearest = max(8, round(args.resolution / 8) * 8)
+    require(args.resolution % 8 == 0, f"--resolution={args.resolution}: a multiple of 8 was needed; use {nearest}")
     require(args.learning_rate > 0, f"--learning_rate={args.learning_rate}: a positive number was needed")
     require(args.max_grad_norm > 0, f"--max_grad_norm={args.max_grad_norm}: a positive number was needed")
-    require(0 <= args.proportion_empty_prompts <= 1,
-            f"--proportion_empty_prompts={args.proportion_empty_prompts}: a share between 0 and 1 was needed")  # fmt: skip
+    share = args.proportion_empty_prompts
+    require(0 <= share <= 1, f"--proportion_empty_prompts={share}: a share between 0 and 1 was needed")
     check_validation(args)
     return args
 
@@ -194,8 +237,11 @@ def pair_by_name(images, masks):
     require(frames, f"{images} holds no frames: --validation_image needs folders of .jpg or .png files")
     by_name = {path.stem: path for path in list_frames(masks)}
     missing = [path.name for path in frames if path.stem not in by_name]
-    require(not missing, f"{masks} has no mask for {len(missing)} of {len(frames)} frames of {images}, the first of them "
-            f"{missing[0] if missing else ''}: --validation_mask needs a mask of every frame's name")  # fmt: skip
+    if missing:
+        raise InputError(
+            f"{masks} has no mask for {len(missing)} of the {len(frames)} frames in {images}, such as {missing[0]}: "
+            "--validation_mask needs a mask of every frame's name"
+        )
     return [(path, by_name[path.stem]) for path in frames]
 
 

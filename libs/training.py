@@ -1,42 +1,35 @@
-"""The loop that both stages share: set-up, steps, log, validation, checkpoints, and the end of a run."""
+"""The loop that both stages share: set-up, steps, validation, checkpoints, and the end of a run."""
 
-import importlib
-import importlib.util
-import json
-import logging
 import math
 import os
-import platform
-import resource
-import sys
-import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import accelerate
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
-from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
 from dataset.finetune_dataset import PROMPTS, EpochSampler, FinetuneDataset, TrainingClips
-from libs.checkpoints import TrainerState, find_latest, register_hooks, save_checkpoint, saved_keys
-from libs.conversion import convert, fingerprint, refuse_source_weights
+from libs.checkpoints import TrainerState, register_hooks, save_checkpoint, saved_keys
+from libs.conversion import convert, fingerprint
 from libs.diffusion import batch_loss
 from libs.errors import InputError
 from libs.frozen import FrozenModels
 from libs.options import parse_args
+from libs.preflight import (
+    check_fit,
+    check_output_dir,
+    check_precision,
+    check_tracker,
+    checkpoint_to_resume,
+    eight_bit_adam,
+)
+from libs.reporting import Meter, flat_settings, log, log_on_main_process, log_parameters, log_start
 from libs.validation import inpaint, load_validation_video, write_gif
 
-log = logging.getLogger("diffueraser")
-
 PROBE_EPOCH = 2**31  # an epoch that no run reaches: the probe's clips and masks are not trained on
-ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
 
 
 class Stage:
@@ -75,14 +68,16 @@ def run(stage, argv=None):
         eight_bit_adam()
 
     # Everything that can be wrong is found before the first tensor is read.
-    dataset = FinetuneDataset(args)
     frozen = FrozenModels(args)
     opened = stage.open_models(args)
     check_fit(args, frozen, opened)
+    dataset = FinetuneDataset(args)
     check_output_dir(args)
     checkpoint, skipped = checkpoint_to_resume(args, stage)
 
     accelerator = Accelerator(
+        # Several processes without a GPU (gloo): accelerate would let each of them train on its own.
+        cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -207,6 +202,8 @@ class Trainer:
                     grad_norm = optimize(accelerator, self.model, self.optimizer, loss, args.max_grad_norm)
                 meter.add(loss.detach(), grad_norm)
                 state.batches_done += 1
+                if state.batches_done == len(self.dataloader):
+                    state.epoch, state.batches_done = state.epoch + 1, 0
                 if not accelerator.sync_gradients:
                     continue
 
@@ -226,8 +223,6 @@ class Trainer:
                     meter.restart()  # neither counts as time per step
                 if step == self.max_train_steps:
                     break
-            else:
-                state.epoch, state.batches_done = state.epoch + 1, 0
         self.finish()
 
     def epoch_batches(self):
@@ -257,11 +252,12 @@ class Trainer:
         """Write the validation GIFs and measure the probe loss; every process has its share of the videos."""
         args, accelerator, step = self.args, self.accelerator, self.state.global_step
         start = time.perf_counter()
-        self.model.eval()
+        # Unwrapped: processes sample different numbers of videos, and DDP's forward would wait for the others.
+        model = accelerator.unwrap_model(self.model).eval()
         folder = Path(args.output_dir, args.logging_dir, "samples", f"sample-{step}")
         for i in range(accelerator.process_index, len(self.validation_videos), accelerator.num_processes):
             frames = inpaint(
-                self.model,
+                model,
                 self.codec,
                 self.sampler,
                 self.validation_videos[i],
@@ -286,9 +282,7 @@ class Trainer:
 
     def save(self):
         start = time.perf_counter()
-        folder = save_checkpoint(
-            self.accelerator, self.args.output_dir, self.state, self.args.checkpoints_total_limit
-        )
+        folder = save_checkpoint(self.accelerator, self.args.output_dir, self.state, self.args.checkpoints_total_limit)
         log.info("saved %s in %.0f s", folder, time.perf_counter() - start)
 
     def finish(self):
@@ -312,48 +306,6 @@ def optimize(accelerator, model, optimizer, loss, max_grad_norm):
     return grad_norm
 
 
-class Meter:
-    """Sums up steps for a line of the log; the loss stays on its device until then."""
-
-    def __init__(self, accelerator, max_train_steps):
-        self.accelerator, self.max_train_steps = accelerator, max_train_steps
-        self.losses = []
-        self.restart()
-
-    def restart(self):
-        """Start timing anew, so that a validation does not count as steps."""
-        self.start, self.steps = time.perf_counter(), 0
-
-    def add(self, loss, grad_norm):
-        self.losses.append(loss)
-        self.grad_norm = grad_norm
-
-    def report(self, step, lr):
-        """Log a line for the steps since the last one."""
-        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
-        grad_norm = float(self.grad_norm)
-        self.losses.clear()
-        seconds = (time.perf_counter() - self.start) / max(1, self.steps)
-        memory = peak_memory(self.accelerator.device)
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.max_train_steps - step) % 86400))
-        days = int(seconds * (self.max_train_steps - step) // 86400)
-        log.info(
-            "step %d/%d  loss %.4f  lr %.3g  grad norm %.3f  %.2f s/step  peak %.1f GiB  left %s%s",
-            step, self.max_train_steps, loss, lr, grad_norm, seconds, memory, f"{days}d " if days else "", left,
-        )  # fmt: skip
-        self.accelerator.log(
-            {"loss": loss, "lr": lr, "grad_norm": grad_norm, "seconds_per_step": seconds, "peak_gib": memory}, step=step
-        )
-        self.restart()
-
-
-def peak_memory(device):
-    """GiB: the most the GPU allocator held, or the process's resident memory on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def make_optimizer(args, parameters, learning_rate, device):
     settings = {
         "lr": learning_rate,
@@ -365,159 +317,3 @@ def make_optimizer(args, parameters, learning_rate, device):
         return eight_bit_adam()(parameters, **settings)
     # Fused: one kernel, and fp16's scaler needs no look at the gradients from the host.
     return torch.optim.AdamW(parameters, fused=device.type == "cuda", **settings)
-
-
-def eight_bit_adam():
-    """The AdamW with 8-bit state of whichever library is installed."""
-    for name in ("bitsandbytes.optim", "torchao.optim"):
-        if importlib.util.find_spec(name.split(".")[0]):
-            return importlib.import_module(name).AdamW8bit
-    raise InputError("--use_8bit_adam needs bitsandbytes or torchao: pip install bitsandbytes, or drop the flag")
-
-
-# What is checked before any weights load.
-
-
-def check_tracker(name):
-    known = [tracker.value for tracker in LoggerType]
-    if name not in (*known, "none"):
-        raise InputError(f"--report_to={name}: one of {', '.join(known)}, none was needed")
-    available = [tracker.value for tracker in get_available_trackers()]
-    if name not in (*available, "all", "none"):
-        raise InputError(f"--report_to={name}: its package is not installed; pip install {name}, or --report_to=none")
-
-
-def check_precision(args):
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("mixed precision fp16 needs a GPU, and none was found: use --mixed_precision=no")
-
-
-def check_fit(args, frozen, opened):
-    """UNet, BrushNet, VAE and text encoder must be of one family, and clips short enough for the motion modules."""
-    unet = opened["unet_main"].config
-    for name, weights in opened.items():
-        if weights is None:
-            continue
-        for key in ("block_out_channels", "cross_attention_dim"):
-            if key in weights.config and list_of(weights.config[key]) != list_of(unet[key]):
-                raise InputError(
-                    f"{weights.folder} has {key} {weights.config[key]}, {opened['unet_main'].folder} has {unet[key]}: "
-                    "weights of one model family were needed"
-                )
-        longest = weights.config.get("motion_max_seq_length")
-        if longest and args.nframes > longest:
-            raise InputError(f"--nframes={args.nframes}: {weights.folder} takes {longest} frames at most; lower --nframes")
-    if frozen.text_config["hidden_size"] != unet["cross_attention_dim"]:
-        raise InputError(
-            f"{frozen.text_encoder_folder} gives embeddings of {frozen.text_config['hidden_size']} values, "
-            f"{opened['unet_main'].folder} takes {unet['cross_attention_dim']}: models of one family were needed"
-        )
-    if frozen.vae_config["latent_channels"] != unet["in_channels"]:
-        raise InputError(
-            f"{frozen.vae_folder} makes latents of {frozen.vae_config['latent_channels']} channels, "
-            f"{opened['unet_main'].folder} takes {unet['in_channels']}: models of one family were needed"
-        )
-
-
-def list_of(value):
-    return list(value) if isinstance(value, (list, tuple)) else value
-
-
-def check_output_dir(args):
-    """It can be written to, and holds no weights that the end of the run would overwrite."""
-    folder = Path(args.output_dir)
-    pretrained_stage1 = getattr(args, "pretrained_stage1", None)
-    refuse_source_weights(folder, [pretrained_stage1] if pretrained_stage1 else [], flag="--output_dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be written to ({error.strerror}): choose another") from None
-
-
-def checkpoint_to_resume(args, stage):
-    """(folder or None, lines about newer ones passed over) that --resume_from_checkpoint asks for."""
-    wanted = args.resume_from_checkpoint
-    if not wanted:
-        return None, []
-    if wanted == "latest":
-        folder, skipped = find_latest(args.output_dir)
-    else:
-        folder, skipped = Path(wanted), []
-        if not folder.is_dir():
-            folder = Path(args.output_dir, folder.name)
-        if not folder.is_dir():
-            raise InputError(f"--resume_from_checkpoint={wanted} is no folder: a checkpoint-<step> folder was needed")
-    if folder:
-        found = TrainerState.read(folder).stage
-        if found != stage.number:
-            raise InputError(f"{folder} is of stage {found}, this is stage {stage.number}: use another --output_dir")
-    return folder, skipped
-
-
-# What the log says.
-
-
-@contextmanager
-def log_on_main_process(accelerator):
-    """Plain lines on stdout, one process's only; a progress bar on a terminal does not break them."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-
-
-def log_start(args, stage, accelerator, dataset, opened):
-    """Everything that tells one run from another, in the log and in <output_dir>/config.json."""
-    versions = {
-        "python": platform.python_version(),
-        **{library.__name__: library.__version__ for library in (torch, diffusers, accelerate, transformers)},
-    }
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    log.info("stage %d on %s, %d process(es), mixed precision %s, seed %d", stage.number, device,
-             accelerator.num_processes, accelerator.mixed_precision, args.seed)  # fmt: skip
-    log.info("versions: %s", ", ".join(f"{name} {version}" for name, version in versions.items()))
-    log.info(
-        "data: %d clips an epoch; of the training videos %d are left out as shorter than %d frames, %d as used for "
-        "validation", len(dataset), len(dataset.too_short), args.nframes, len(dataset.held_out),
-    )  # fmt: skip
-    if not args.validation_steps:
-        log.info("validation is off (--validation_steps=0)")
-    elif not args.validation_image:
-        log.info("no validation videos: --validation_image and --validation_mask give them")
-    for name, weights in opened.items():
-        if weights is None:
-            log.info("%s: a copy of the UNet with a zero-initialised output", name)
-        else:
-            log.info("%s: %s from a %s in %s", name, weights.cls.__name__, weights.source_class, weights.folder)
-    if accelerator.is_main_process:
-        settings = {"settings": vars(args), "versions": versions, "command": sys.argv}
-        Path(args.output_dir, "config.json").write_text(json.dumps(settings, indent=1))
-
-
-def log_parameters(model, checkpoints_total_limit):
-    """Total, trained and frozen parameters of each model, and what a checkpoint of them takes."""
-    all_trained = 0
-    for name in ("unet_main", "brushnet"):
-        parameters = list(getattr(model, name).parameters())
-        total = sum(parameter.numel() for parameter in parameters)
-        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        all_trained += trained
-        log.info("%s: %.1f M parameters, %.1f M trained, %.1f M frozen", name, total / 1e6, trained / 1e6,
-                 (total - trained) / 1e6)  # fmt: skip
-    kept = "all are kept" if checkpoints_total_limit is None else f"the newest {checkpoints_total_limit} are kept"
-    log.info("a checkpoint takes about %.1f GB; %s", all_trained * ADAM_BYTES / 1e9, kept)
-
-
-def flat_settings(args):
-    """Trackers take numbers and strings only."""
-    return {
-        name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in vars(args).items()
-    }

@@ -42,21 +42,21 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
 
     def run_layers(block, sample, skips=None):
         """The running sample after each of the block's layers; up layers take the last of `skips` as they go."""
-        for resnet, attention, motion_module in zip(
-            block.resnets, getattr(block, "attentions", repeat(None)), getattr(block, "motion_modules", repeat(None))
-        ):
+        attentions = getattr(block, "attentions", repeat(None))
+        motion_modules = getattr(block, "motion_modules", repeat(None))
+        samples = []
+        for resnet, attention, motion_module in zip(block.resnets, attentions, motion_modules, strict=False):
             skip = skips.pop() if skips else None
-            sample = run(
-                _layer, resnet, attention, motion_module, sample, skip, temb, encoder_hidden_states, next(features),
-                num_frames,
-            )  # fmt: skip
-            yield at_site(sample)
+            modules = (resnet, attention, motion_module)
+            sample = run(_layer, *modules, sample, skip, temb, encoder_hidden_states, next(features), num_frames)
+            samples.append(at_site(sample))
+        return samples
 
     skips = [sample]  # conv_in's skip connection goes without its feature
     sample = at_site(sample, next(features))
     for block in unet.down_blocks:
-        for sample in run_layers(block, sample):
-            skips.append(sample)
+        skips += run_layers(block, sample)
+        sample = skips[-1]
         for downsampler in block.downsamplers or []:
             sample = at_site(downsampler(sample), next(features))
             skips.append(sample)
@@ -65,7 +65,7 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
     sample = at_site(sample)
 
     for block in unet.up_blocks:
-        *_, sample = run_layers(block, sample, skips)
+        sample = run_layers(block, sample, skips)[-1]
         for upsampler in block.upsamplers or []:
             # To the size of the next skip, not simply twice: sizes that are no multiples of 8 come out right.
             sample = at_site(upsampler(sample, output_size=skips[-1].shape[-2:]), next(features))

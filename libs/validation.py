@@ -43,7 +43,7 @@ def load_validation_video(images, masks, prompt_embeds, nframes, resolution):
             )
         mask = cv2.dilate((mask > 0).astype(np.uint8) * 255, cross, iterations=MASK_DILATIONS)
         scale = min(1, resolution / min(mask.shape))
-        height, width = (int(round(side * scale)) // 8 * 8 for side in mask.shape)
+        height, width = (round(side * scale) // 8 * 8 for side in mask.shape)
         frames.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
         holes.append(cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST))
     return ValidationVideo(

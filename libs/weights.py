@@ -96,7 +96,9 @@ def read_config(folder, *class_names):
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: a folder with a {class_names[0]}'s config and weights was needed") from None
+        raise InputError(
+            f"{path} is missing: a folder with a {class_names[0]}'s config and weights was needed"
+        ) from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
     found = config.get("_class_name")

@@ -1,0 +1,117 @@
+"""Tiny weights and drawn videos, made once per test process, and the train scripts run in this process."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from demo.make_videos import make_videos
+from demo.make_weights import make_weights
+
+DATA = Path(__file__).parent / "data"
+REPOSITORY = Path(__file__).parents[1]
+REALDATA = REPOSITORY.parent / "shared" / "realdata"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Tiny weights in the published layout."""
+    folder = tmp_path_factory.mktemp("weights")
+    make_weights(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """DAVIS/ and YTBV/ with drawn videos."""
+    folder = tmp_path_factory.mktemp("videos")
+    make_videos(folder)
+    return folder
+
+
+@pytest.fixture
+def flags(weights, videos, tmp_path):
+    """stage, overrides -> the command line of a run of few, small steps."""
+
+    def make(stage, **overrides):
+        settings = {
+            "base_model_name_or_path": weights / "stable-diffusion-v1-5",
+            "vae_path": weights / "sd-vae-ft-mse",
+            "davis_root": videos / "DAVIS",
+            "ytvos_root": videos / "YTBV",
+            "output_dir": tmp_path / "run",
+            "resolution": 32,
+            "nframes": 3,
+            "max_train_steps": 2,
+            "dataloader_num_workers": 0,
+            "logging_steps": 1,
+            "validation_steps": 0,
+            "learning_rate": 1e-3,
+            "report_to": "none",
+        }
+        if stage == 1:
+            settings["pretrained_stage1_path"] = weights / "diffuEraser"
+        else:
+            settings["pretrained_stage1"] = weights / "diffuEraser"
+            settings["motion_adapter_path"] = weights / "diffuEraser" / "unet_main"
+        settings.update(overrides)
+        given = {name: value for name, value in settings.items() if value is not None}
+        return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+    return make
+
+
+@pytest.fixture
+def train(flags):
+    """Run a train script's main in this process, as `accelerate launch` would on one CPU."""
+
+    def run(stage, **overrides):
+        reset_accelerate()
+        importlib.import_module(f"train_DiffuEraser_stage{stage}").main(flags(stage, **overrides))
+
+    yield run
+    reset_accelerate()
+
+
+def reset_accelerate():
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def parity_case(name):
+    """(case, tensors): a reference case computed by the original models."""
+    from safetensors.torch import load_file
+
+    folder = DATA / "parity" / name
+    return json.loads((folder / "case.json").read_text()), load_file(folder / "io.safetensors")
+
+
+def fill_by_formula(model, seed):
+    """The reference cases' weights: seeded normal values scaled by fan-in, around 1 for norms. Returns their sum."""
+    generator, total = torch.Generator().manual_seed(seed), 0.0
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in sorted(parameters):
+            parameter = parameters[name]
+            values = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(values * (0.8 / parameter[0].numel() ** 0.5))
+            elif "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.1 * values)
+            else:
+                parameter.copy_(0.1 * values)
+            total += parameter.double().abs().sum().item()
+    return total
+
+
+def equal_files(first, second):
+    """Whether two safetensors files hold the same bits."""
+    from safetensors.torch import load_file
+
+    a, b = load_file(first), load_file(second)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# All tests, on a machine that has nothing but Python 3.11: arguments go to pytest, as in `bash tests/run.sh -k masks`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash demo/venv.sh tests/requirements.txt
+# Two processes with one thread each: the models are so small that threads would only wait for each other.
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal "$@"

@@ -1,0 +1,153 @@
+"""Wrong inputs through the real entry point: status 1, one line that says what, where and what to change."""
+
+import importlib
+import json
+import re
+import shutil
+
+import pytest
+from conftest import reset_accelerate
+from PIL import Image
+
+SCHEDULER = "stable-diffusion-v1-5/scheduler/scheduler_config.json"
+STAGES = {1: "train_DiffuEraser_stage1", 2: "train_DiffuEraser_stage2"}
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def empty_davis(ctx):
+    lists = ctx.videos / "DAVIS/ImageSets/2017"
+    (lists / "train.txt").write_text("")
+
+
+def absent_videos(ctx):
+    (ctx.videos / "DAVIS/ImageSets/2017/train.txt").write_text("kites\nunicorn\npegasus\n")
+
+
+def other_model_size(ctx):
+    edit_json(ctx.weights / "diffuEraser/brushnet/config.json", cross_attention_dim=48)
+
+
+class Context:
+    """Copies of the weights and videos that a case may damage."""
+
+    def __init__(self, weights, videos, folder):
+        self.weights, self.videos, self.run = folder / "weights", folder / "videos", folder / "run"
+        self.folder = folder
+        shutil.copytree(weights, self.weights)
+        shutil.copytree(videos, self.videos)
+
+
+# name: (stage, damage or None, overrides as a function of the context, what the line must say)
+CASES = {
+    "resolution": (1, None, {"resolution": 100}, "--resolution=100: a multiple of 8 was needed; use 96"),
+    "nframes_zero": (1, None, {"nframes": 0}, "--nframes=0: at least 1"),
+    "nframes_above_the_adapters": (2, None, {"nframes": 33}, "takes 32 frames at most; lower --nframes"),
+    "nframes_longer_than_videos": (1, None, {"nframes": 27}, "the longest video has 26"),
+    "unknown_flag": (1, None, {"frames": 3}, "unrecognized arguments: --frames=3; --help"),
+    "no_number": (1, None, {"learning_rate": "fast"}, "--learning_rate: invalid float value: 'fast'"),
+    "removed_flag": (1, None, {"csv_file": "a.csv"}, "--csv_file is gone: .*--davis_root"),
+    "removed_switch": (2, None, {"enable_xformers_memory_efficient_attention": True}, "is gone: torch's own"),
+    "abbreviation": (1, None, {"resol": 64}, "unrecognized arguments: --resol=64"),
+    "negative_rate": (1, None, {"learning_rate": -1}, "--learning_rate=-1.0: a positive number"),
+    "share_of_prompts": (1, None, {"proportion_empty_prompts": 2}, "a share between 0 and 1"),
+    "mask_span": (1, None, {"mask_span": "1,0.5"}, "0 < smallest <= largest <= 1"),
+    "limit_zero": (1, None, {"checkpoints_total_limit": 0}, "--checkpoints_total_limit=0: at least 1"),
+    "no_list": (1, None, {"validation_image": "buoy"}, "a Python list such as"),
+    "unequal_lists": (
+        1, None, lambda c: {"validation_image": [str(c.videos / "DAVIS/JPEGImages/480p/buoy")]},
+        "--validation_image has 1, --validation_mask has 0"),
+    "validation_folder": (
+        1, None, {"validation_image": ["/no/frames"], "validation_mask": ["/no/masks"]}, "/no/frames is no folder"),
+    "mask_missing": (
+        1, lambda c: (c.videos / "DAVIS/Annotations/480p/buoy/00003.png").unlink(),
+        lambda c: {"validation_image": [str(c.videos / "DAVIS/JPEGImages/480p/buoy")],
+                   "validation_mask": [str(c.videos / "DAVIS/Annotations/480p/buoy")]},
+        "no mask for 1 of the 26 frames .* such as 00003.jpg"),
+    "davis_missing": (1, None, {"davis_root": "/no/DAVIS"}, "/no/DAVIS/JPEGImages/480p is no folder.*--davis_root"),
+    "ytvos_missing": (1, None, {"ytvos_root": "/no/YTBV"}, "/no/YTBV/JPEGImages is no folder.*--ytvos_root"),
+    "ytvos_empty": (
+        1, lambda c: [shutil.rmtree(p) for p in (c.videos / "YTBV/JPEGImages").iterdir()], {},
+        "holds no folder of frames"),
+    "no_dataset": (1, None, {"davis_root": "", "ytvos_root": ""}, "no dataset was given"),
+    "train_list_missing": (
+        1, lambda c: (c.videos / "DAVIS/ImageSets/2017/train.txt").unlink(), {}, "train.txt is missing"),
+    "train_list_empty": (1, empty_davis, {}, "names no video"),
+    "train_list_absent": (1, absent_videos, {}, "names unicorn and 1 more, which .* lacks"),
+    "base_missing": (1, None, {"base_model_name_or_path": "/no/base"}, "/no/base/tokenizer is not a folder"),
+    "vae_missing": (1, None, {"vae_path": "/no/vae"}, "/no/vae is not a folder"),
+    "vae_without_weights": (
+        1, lambda c: (c.weights / "sd-vae-ft-mse/diffusion_pytorch_model.safetensors").unlink(), {},
+        "sd-vae-ft-mse has no diffusion_pytorch_model.safetensors"),
+    "text_encoder_without_weights": (
+        1, lambda c: (c.weights / "stable-diffusion-v1-5/text_encoder/model.safetensors").unlink(), {},
+        "text_encoder has no model"),
+    "tokenizer_without_vocabulary": (
+        1, lambda c: (c.weights / "stable-diffusion-v1-5/tokenizer/vocab.json").unlink(), {},
+        "tokenizer has no vocab.json"),
+    "prediction_type": (
+        1, lambda c: edit_json(c.weights / SCHEDULER, prediction_type="sample"), {}, "prediction_type 'sample': epsilon or v_prediction"),
+    "stage1_weights_missing": (
+        1, None, {"pretrained_stage1_path": "/no/weights"}, "/no/weights/unet_main is not a folder"),
+    "wrong_class": (
+        1, None, lambda c: {"pretrained_stage1_path": None,
+                            "brushnet_model_name_or_path": c.weights / "diffuEraser/unet_main"},
+        "holds a UNetMotionModel: a BrushNetModel was needed"),
+    "wrong_shape": (1, other_model_size, {}, "has shape .*config.json and weights do not belong together"),
+    "adapter_of_another_class": (
+        2, None, lambda c: {"motion_adapter_path": c.weights / "diffuEraser/brushnet"},
+        "holds a BrushNetModel: a MotionAdapter or UNetMotionModel was needed"),
+    "broken_config": (
+        1, lambda c: (c.weights / "diffuEraser/brushnet/config.json").write_text("{"), {}, "is not JSON"),
+    "weights_cut_short": (
+        1, lambda c: (c.weights / "diffuEraser/brushnet/diffusion_pytorch_model.safetensors").write_bytes(b"123"), {},
+        "is no complete safetensors file"),
+    "output_is_source_weights": (
+        1, None, lambda c: {"output_dir": c.weights / "diffuEraser"}, "holds weights that no converter wrote"),
+    "output_is_a_file": (
+        1, lambda c: c.run.write_text(""), {}, "--output_dir .*run cannot be written to"),
+    "tracker": (1, None, {"report_to": "abacus"}, "--report_to=abacus: one of"),
+    "tracker_not_installed": (1, None, {"report_to": "wandb"}, "--report_to=wandb: its package is not installed"),
+    "fp16_without_gpu": (1, None, {"mixed_precision": "fp16"}, "fp16 needs a GPU"),
+    "eight_bit_adam": (1, None, {"use_8bit_adam": True}, "needs bitsandbytes or torchao"),
+    "checkpoint_missing": (1, None, {"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7 is no folder"),
+    "checkpoint_empty": (
+        1, lambda c: (c.run / "checkpoint-7").mkdir(parents=True), {"resume_from_checkpoint": "checkpoint-7"},
+        "checkpoint-7 has no trainer_state.json"),
+    "image_broken": (
+        1, lambda c: [p.write_bytes(b"version https://git-lfs") for p in (c.videos / "DAVIS").rglob("*.jpg")],
+        {"ytvos_root": ""}, "is no readable image"),
+    "mask_of_another_size": (
+        1, lambda c: Image.new("L", (8, 8)).save(c.videos / "DAVIS/Annotations/480p/buoy/00000.png"),
+        lambda c: {"validation_image": [str(c.videos / "DAVIS/JPEGImages/480p/buoy")],
+                   "validation_mask": [str(c.videos / "DAVIS/Annotations/480p/buoy")]},
+        "is 8x8, its frame .* 160x96"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(name, weights, videos, flags, tmp_path, capsys):
+    stage, damage, overrides, message = CASES[name]
+    ctx = Context(weights, videos, tmp_path / "copy")
+    if damage:
+        damage(ctx)
+    settings = {
+        "base_model_name_or_path": ctx.weights / "stable-diffusion-v1-5",
+        "vae_path": ctx.weights / "sd-vae-ft-mse",
+        "davis_root": ctx.videos / "DAVIS",
+        "ytvos_root": ctx.videos / "YTBV",
+        "output_dir": ctx.run,
+    }
+    if stage == 1:
+        settings["pretrained_stage1_path"] = ctx.weights / "diffuEraser"
+    settings.update(overrides(ctx) if callable(overrides) else overrides)
+    reset_accelerate()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(STAGES[stage]).main(flags(stage, **settings))
+    reset_accelerate()
+    captured = capsys.readouterr()
+    assert stop.value.code == 1
+    assert captured.err.count("\n") == 1, captured.err
+    assert re.search(f"^error: .*{message}", captured.err), captured.err

@@ -1,0 +1,119 @@
+"""Converters: bits, classes, configs, refusals, and checkpoints of the original scripts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import equal_files
+from safetensors.torch import load_file, save_file
+
+from libs.brushnet_CA import BrushNetModel
+from libs.conversion import convert, main
+from libs.errors import InputError
+from libs.unet_2d_condition import UNet2DConditionModel
+from libs.unet_motion_model import UNetMotionModel
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def test_both_stages(train, tmp_path, weights):
+    """Stage 1 trains all, stage 2 only motion modules; the folders load strictly and hold the checkpoint's bits."""
+    train(1, output_dir=tmp_path / "s1")
+    convert(1, tmp_path / "s1", tmp_path / "c1")
+    assert sorted(path.name for path in (tmp_path / "c1").iterdir()) == ["brushnet", "unet_main"]
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "c1" / "unet_main")
+    start = UNet2DConditionModel.open_2d_part(weights / "diffuEraser" / "unet_main").load()
+    changed = [not torch.equal(a, b) for a, b in zip(unet.parameters(), start.parameters(), strict=True)]
+    assert sum(changed) > 0.99 * len(changed)
+
+    train(2, output_dir=tmp_path / "s2", pretrained_stage1=tmp_path / "c1")
+    convert(2, tmp_path / "s2" / "checkpoint-2", tmp_path / "c2", pretrained_stage1=tmp_path / "c1")
+    motion = UNetMotionModel.from_pretrained(tmp_path / "c2", subfolder="unet_main")
+    before = UNetMotionModel.from_pretrained(weights / "diffuEraser" / "unet_main").state_dict()
+    for key, value in motion.state_dict().items():
+        if "motion_modules" not in key:
+            assert torch.equal(value, unet.state_dict()[key]), key
+        else:
+            assert torch.equal(value, before[key]) == key.endswith("pos_embed.pe"), key
+    assert equal_files(tmp_path / "c1" / "brushnet" / WEIGHTS, tmp_path / "c2" / "brushnet" / WEIGHTS)
+    for name in ("unet_main", "brushnet"):  # the end of a run writes the same two folders
+        assert equal_files(tmp_path / "c2" / name / WEIGHTS, tmp_path / "s2" / name / WEIGHTS)
+    assert json.loads((tmp_path / "c2/unet_main/config.json").read_text())["_class_name"] == "UNetMotionModel"
+    assert (tmp_path / "c2/unet_main" / WEIGHTS).stat().st_mode & 0o044 == 0o044  # others may read them
+
+
+@pytest.mark.parametrize("prefix", ["", "module."], ids=["one_process", "ddp"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_checkpoints_of_the_original_scripts(weights, tmp_path, stage, prefix, capsys):
+    """Two whole models as model.safetensors and model_1.safetensors, without any config."""
+    source = weights / "diffuEraser"
+    unet = (
+        UNet2DConditionModel.open_2d_part(source / "unet_main").load()
+        if stage == 1
+        else UNetMotionModel.from_pretrained(source, subfolder="unet_main")
+    )
+    brushnet = BrushNetModel.from_pretrained(source, subfolder="brushnet")
+    checkpoint = tmp_path / "run" / "checkpoint-70"
+    checkpoint.mkdir(parents=True)
+    for model, name in ((unet, "model"), (brushnet, "model_1")):
+        state_dict = {prefix + key: value.contiguous() for key, value in model.state_dict().items()}
+        save_file(state_dict, checkpoint / f"{name}.safetensors")
+
+    main(stage, [f"--input_dir={tmp_path / 'run'}", f"--output_dir={tmp_path / 'out'}", f"--model_config={source}"],
+         input_dir=None, output_dir=None, model_config=None)  # fmt: skip
+    assert "step 70" in capsys.readouterr().out
+    loaded = type(unet).from_pretrained(tmp_path / "out" / "unet_main")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in unet.state_dict().items())
+    heads = "attention_head_dim" if stage == 1 else "num_attention_heads"
+    assert loaded.config[heads] == unet.config[heads] == 4
+    branch = BrushNetModel.from_pretrained(tmp_path / "out" / "brushnet")
+    assert branch.config["attention_head_dim"] == 4
+    assert all(torch.equal(value, branch.state_dict()[key]) for key, value in brushnet.state_dict().items())
+    with pytest.raises(InputError, match=f"is a stage {stage} checkpoint: use save_checkpoint_stage{stage}"):
+        convert(3 - stage, checkpoint, tmp_path / "wrong")
+
+
+def test_refusals_leave_everything_as_it_was(train, tmp_path, weights):
+    train(1, output_dir=tmp_path / "s1", max_train_steps=1)
+    checkpoint = tmp_path / "s1" / "checkpoint-1"
+    sources = {path: path.read_bytes() for path in (weights / "diffuEraser").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="holds weights that no converter wrote"):
+        convert(1, checkpoint, weights / "diffuEraser")
+    assert all(path.read_bytes() == content for path, content in sources.items())
+    with pytest.raises(InputError, match="is also read from"):
+        convert(1, checkpoint, checkpoint)
+    with pytest.raises(InputError, match="is a stage 1 checkpoint: use save_checkpoint_stage1"):
+        convert(2, checkpoint, tmp_path / "out", pretrained_stage1=weights / "diffuEraser")
+    with pytest.raises(InputError, match="is no folder"):
+        convert(1, tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        convert(1, tmp_path, tmp_path / "out")
+
+    model = checkpoint / "model.safetensors"
+    tensors = load_file(model)
+    save_file({key: t for key, t in tensors.items() if key != "brushnet.conv_in_condition.bias"}, model)
+    with pytest.raises(InputError, match=r"brushnet lacks conv_in_condition\.bias"):
+        convert(1, checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_stage_2_wants_the_stage_1_it_was_trained_on(train, tmp_path, weights):
+    train(2, output_dir=tmp_path / "s2", max_train_steps=1)
+    other = tmp_path / "other"
+    shutil.copytree(weights / "diffuEraser", other)
+    path = other / "brushnet" / WEIGHTS
+    tensors = load_file(path)
+    tensors["conv_in_condition.bias"] += 1
+    save_file(tensors, path)
+    with pytest.raises(InputError, match="is not what the checkpoint was trained on"):
+        convert(2, tmp_path / "s2", tmp_path / "out", pretrained_stage1=other)
+    convert(2, tmp_path / "s2", tmp_path / "out", pretrained_stage1=weights / "diffuEraser")
+
+
+def test_converting_twice_replaces_the_first(train, tmp_path):
+    train(1, output_dir=tmp_path / "s1", checkpointing_steps=1)
+    for step in (1, 2):
+        convert(1, tmp_path / "s1" / f"checkpoint-{step}", tmp_path / "out")
+        assert json.loads((tmp_path / "out/brushnet/conversion.json").read_text())["step"] == step
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "s1"]

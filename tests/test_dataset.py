@@ -1,0 +1,136 @@
+"""The dataset's contract: shapes, ranges, polarity, and samples that are functions of (seed, epoch, index)."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import CLIPTokenizer
+
+from dataset.finetune_dataset import EpochSampler, FinetuneDataset, TrainingClips, to_tensors
+from libs.errors import InputError
+
+
+def settings(videos, **overrides):
+    args = {"davis_root": videos / "DAVIS", "ytvos_root": videos / "YTBV", "nframes": 5, "resolution": 64}
+    return SimpleNamespace(**{**args, **overrides})
+
+
+def test_a_sample(videos, weights):
+    tokenizer = CLIPTokenizer.from_pretrained(weights / "stable-diffusion-v1-5" / "tokenizer")
+    dataset = FinetuneDataset(settings(videos), tokenizer)
+    sample = dataset[3]
+    assert sample["pixel_values"].shape == sample["conditioning_pixel_values"].shape == (5, 3, 64, 64)
+    assert sample["masks"].shape == (5, 1, 64, 64) and sample["input_ids"].shape == (77,)
+    assert sample["pixel_values"].min() >= -1 and sample["pixel_values"].max() <= 1
+    keep = sample["masks"].expand(-1, 3, -1, -1) == 1
+    assert set(sample["masks"].unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(sample["conditioning_pixel_values"][keep], sample["pixel_values"][keep])
+    assert (sample["conditioning_pixel_values"][~keep] == -1).all()
+    assert len(list(dataset)) == len(dataset) == 4 * 10 + 4  # DAVIS ten times, YouTube-VOS once
+
+
+def test_samples_follow_from_seed_epoch_and_index(videos):
+    first, second = FinetuneDataset(settings(videos)), FinetuneDataset(settings(videos))
+    a, b = first.clip(7, 2), second.clip(7, 2)
+    assert np.array_equal(a.frames, b.frames) and np.array_equal(a.holes, b.holes) and a.noise_seed == b.noise_seed
+    others = [first.clip(7, 3), first.clip(8, 2), FinetuneDataset(settings(videos, seed=1)).clip(7, 2)]
+    assert all(other.noise_seed != a.noise_seed and not np.array_equal(other.holes, a.holes) for other in others)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_epoch_reaches_persistent_workers(videos, workers):
+    dataset = FinetuneDataset(settings(videos))
+    sampler = EpochSampler(len(dataset), seed=42)
+    loader = DataLoader(
+        TrainingClips(dataset), 1, sampler=sampler, collate_fn=TrainingClips.collate, num_workers=workers,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+    for epoch in range(2):
+        sampler.current_epoch = epoch
+        seeds = [batch["noise_seeds"][0] for batch in loader]
+        assert seeds == [dataset.clip(index, epoch).noise_seed for _, index in sampler]
+        assert sorted(index for _, index in sampler) == list(range(len(dataset)))
+
+
+def test_opencv_has_no_threads():
+    """Its thread pool would not survive the fork into loader workers: they hung on frames of 854x480."""
+    assert cv2.getNumThreads() == 1
+
+
+def test_windows_are_consecutive_and_reversed_half_the_time(videos, tmp_path):
+    folder = tmp_path / "YTBV" / "JPEGImages" / "counting"
+    folder.mkdir(parents=True)
+    for i in range(12):
+        Image.new("RGB", (80, 64), (20 * i,) * 3).save(folder / f"{i:05d}.png")
+    dataset = FinetuneDataset(settings(videos, davis_root="", ytvos_root=tmp_path / "YTBV"))
+    steps, starts = [], set()
+    for epoch in range(80):
+        numbers = dataset.clip(0, epoch).frames[:, 0, 0, 0].astype(int) // 20
+        assert abs(np.diff(numbers)).tolist() == [1] * 4 and len(set(np.diff(numbers))) == 1
+        steps.append(numbers[1] - numbers[0])
+        starts.add(min(numbers))
+    assert starts == set(range(8))
+    assert 25 <= steps.count(1) <= 55
+
+
+def test_centre_crop_at_the_short_side(videos, tmp_path):
+    """A 100x60 frame: columns 20-79 remain; masks and frames go through the same geometry."""
+    folder = tmp_path / "YTBV" / "JPEGImages" / "columns"
+    folder.mkdir(parents=True)
+    columns = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None] * 2, (60, 100, 3))
+    for i in range(5):
+        Image.fromarray(np.ascontiguousarray(columns)).save(folder / f"{i}.png")
+    for resolution in (64, 32, 128):
+        dataset = FinetuneDataset(settings(videos, davis_root="", ytvos_root=tmp_path / "YTBV", resolution=resolution))
+        row = dataset.clip(0, 0).frames[0, 0, :, 0].astype(float) / 2
+        expected = 19.5 + (np.arange(resolution) + 0.5) * 60 / resolution
+        assert np.abs(row - expected).max() < 1
+
+
+def test_every_frame_shows_a_hole(videos):
+    dataset = FinetuneDataset(settings(videos, mask_span=(0.3, 0.4)))
+    for index in range(len(dataset)):
+        shares = (dataset.clip(index, 0).holes > 0).mean(axis=(1, 2))
+        assert shares.min() >= 0.01
+
+
+def test_empty_prompts(videos):
+    prompts = [FinetuneDataset(settings(videos, proportion_empty_prompts=0.5)).clip(i, 0).prompt for i in range(44)]
+    assert 10 < sum(prompts) < 34
+    assert not any(FinetuneDataset(settings(videos)).clip(i, 0).prompt for i in range(10))
+
+
+def test_validation_videos_and_short_ones_are_left_out(videos):
+    held_out = videos / "DAVIS/JPEGImages/480p/kites"
+    dataset = FinetuneDataset(settings(videos, validation_image=[str(held_out)]))
+    assert len(dataset) == 3 * 10 + 4 and [video.name for video in dataset.held_out] == ["kites"]
+    assert "kites" not in {video.name for video in dataset.videos}
+    with pytest.raises(InputError, match=r"fewer than 27 frames \(the longest video has 26\)"):
+        FinetuneDataset(settings(videos, nframes=27))
+
+
+def test_bytes_become_the_same_tensors_anywhere(videos):
+    dataset = FinetuneDataset(settings(videos))
+    clip = dataset.clip(1, 0)
+    batch = TrainingClips.collate([clip])
+    pixel_values, conditioning_pixel_values, masks = to_tensors(batch["frames"], batch["holes"])
+    assert pixel_values.shape == (1, 5, 3, 64, 64) and masks.shape == (1, 5, 1, 64, 64)
+    assert pixel_values[0, 0, 0, 0, 0] == pytest.approx(clip.frames[0, 0, 0, 0] / 127.5 - 1)
+    assert (masks[0, :, 0].numpy() == (clip.holes == 0)).all()
+    assert (conditioning_pixel_values.amax(dim=2)[0][torch.from_numpy(clip.holes) > 0] == -1).all()
+
+
+def test_frames_of_odd_names_only(videos, tmp_path):
+    """Files that are no images are not frames."""
+    folder = tmp_path / "YTBV" / "JPEGImages" / "mixed"
+    folder.mkdir(parents=True)
+    for i in range(5):
+        Image.new("RGB", (64, 64)).save(folder / f"{i}.jpg")
+    Path(folder, "Thumbs.db").write_text("")
+    dataset = FinetuneDataset(settings(videos, davis_root="", ytvos_root=tmp_path / "YTBV"))
+    assert len(dataset.videos[0].frames) == 5

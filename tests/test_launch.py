@@ -1,0 +1,162 @@
+"""What users type: the shell scripts, `accelerate launch`, the converters, in processes of their own."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REALDATA, REPOSITORY, equal_files
+from safetensors.torch import load_file
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def environment(weights, videos, tmp_path):
+    """The shell scripts' variables for a run of few, small steps."""
+    return {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "WEIGHTS": str(weights),
+        "DAVIS_ROOT": str(videos / "DAVIS"),
+        "YTVOS_ROOT": str(videos / "YTBV"),
+        "OUTPUT_DIR": str(tmp_path / "run"),
+        "LOG": str(tmp_path / "run.log"),
+        "RESOLUTION": "32",
+        "NFRAMES": "3",
+        "MAX_TRAIN_STEPS": "2",
+        "CHECKPOINTING_STEPS": "1",
+        "VALIDATION_STEPS": "0",
+        "DATALOADER_NUM_WORKERS": "1",
+    }
+
+
+def run(command, environment, **changes):
+    """The finished process of a command line."""
+    environment = {**environment, **{name: str(value) for name, value in changes.items()}}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_workflow(environment, tmp_path):
+    """Stage 1, resumed, converted; stage 2 from the converted folder, converted: the four commands of the guide."""
+    log = Path(environment["LOG"])
+    first = run(["bash", "finetune_stage1.sh"], environment, VALIDATION_STEPS=1)
+    assert first.returncode == 0, first.stderr
+    assert len(first.stdout.splitlines()) == 1 and "run.log" in first.stdout and not first.stderr
+    text = log.read_text()
+    assert len(re.findall(r"step \d+/2  loss \d\.\d+  lr 5e-06  grad norm", text)) == 2
+    assert "\r" not in text and "Warning" not in text and "warn" not in text
+    assert "unet_main: 2.4 M parameters, 2.4 M trained, 0.0 M frozen" in text
+    gifs = sorted(path.relative_to(tmp_path) for path in (tmp_path / "run").rglob("*.gif"))
+    assert [str(gif) for gif in gifs] == [
+        f"run/logs-finetune-stage1/samples/sample-{step}/{n}.gif" for step in (1, 2) for n in (1, 2)
+    ]
+    assert list((tmp_path / "run/logs-finetune-stage1").rglob("events.out.tfevents.*"))
+
+    again = run(["bash", "finetune_stage1.sh", "--checkpoints_total_limit=1"], environment, MAX_TRAIN_STEPS=3)
+    assert again.returncode == 0, again.stderr
+    assert "resumed from" in log.read_text() and log.read_text().startswith(text)  # the log is appended to
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+    converted = run(
+        [sys.executable, "save_checkpoint_stage1.py", "--input_dir", tmp_path / "run", "--output_dir", tmp_path / "c1"],
+        environment,
+    )
+    assert converted.returncode == 0, converted.stderr
+    assert "step 3" in converted.stdout and "sha256" in converted.stdout
+
+    second = run(
+        ["bash", "finetune_stage2.sh", "--logging_steps=1"],
+        environment,
+        OUTPUT_DIR=tmp_path / "run2",
+        LOG=tmp_path / "run2.log",
+        PRETRAINED_STAGE1=tmp_path / "c1",
+        MOTION_ADAPTER=Path(environment["WEIGHTS"], "diffuEraser/unet_main"),
+    )
+    assert second.returncode == 0, second.stderr
+    assert "motion_modules: MotionAdapter from a UNetMotionModel" in (tmp_path / "run2.log").read_text()
+    converted = run(
+        [sys.executable, "save_checkpoint_stage2.py", "--input_dir", tmp_path / "run2/checkpoint-2",
+         "--output_dir", tmp_path / "c2", "--pretrained_stage1", tmp_path / "c1"],
+        environment,
+    )  # fmt: skip
+    assert converted.returncode == 0, converted.stderr
+    assert equal_files(tmp_path / "c1/brushnet" / WEIGHTS, tmp_path / "c2/brushnet" / WEIGHTS)
+    assert (tmp_path / "c2/unet_main" / WEIGHTS).is_file()
+
+
+def test_a_failing_run(environment, tmp_path):
+    """The trainer's status, the end of the log on the terminal, one line of error, no traceback."""
+    failed = run(["bash", "finetune_stage1.sh"], environment, WEIGHTS=tmp_path / "nowhere")
+    assert failed.returncode == 1
+    errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "nowhere" in errors[0]
+    assert "Traceback" not in failed.stderr + failed.stdout + Path(environment["LOG"]).read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_is_off_without_masks(environment, tmp_path, videos):
+    bare = tmp_path / "DAVIS"
+    bare.mkdir()
+    (bare / "JPEGImages").symlink_to(videos / "DAVIS/JPEGImages")
+    (bare / "ImageSets").symlink_to(videos / "DAVIS/ImageSets")
+    result = run(["bash", "finetune_stage1.sh"], environment, DAVIS_ROOT=bare, MAX_TRAIN_STEPS=1, VALIDATION_STEPS=1)
+    assert result.returncode == 0, result.stderr
+    assert "validation is off" in result.stdout and "--validation_image" in result.stdout
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(environment, tmp_path):
+    """Each sees its share of the data; losses and weights are those of one process with both clips."""
+    logs, settings = {}, {"MAX_TRAIN_STEPS": 3, "LEARNING_RATE": 1e-5, "OMP_NUM_THREADS": 1, "VALIDATION_STEPS": 2}
+    for processes, batch in ((1, 2), (2, 1)):
+        changes = {"NUM_PROCESSES": processes, "TRAIN_BATCH_SIZE": batch, **settings}
+        changes |= {"LOG": tmp_path / f"{processes}.log", "OUTPUT_DIR": tmp_path / str(processes)}
+        result = run(["bash", "finetune_stage1.sh", "--logging_steps=1", "--probe_clips=2"], environment, **changes)
+        assert result.returncode == 0, result.stderr
+        logs[processes] = (tmp_path / f"{processes}.log").read_text()
+        assert f"{processes} process(es)" in logs[processes]
+        assert "22 steps per epoch" in logs[processes] and "global batch 2 clips" in logs[processes]
+        assert "arning" not in logs[processes]
+    losses = {n: [float(loss) for loss in re.findall(r"/3  loss ([\d.]+)", log)] for n, log in logs.items()}
+    assert len(losses[1]) == 3 and losses[1] == pytest.approx(losses[2], abs=2e-4)
+    weights = [load_file(tmp_path / str(n) / "unet_main" / WEIGHTS) for n in (1, 2)]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], rtol=0, atol=4e-5, msg=key)  # Adam: at most 3 x 1e-5 apart
+
+    # Interrupted and resumed, bit for bit.
+    whole = tmp_path / "2" / "unet_main" / WEIGHTS
+    kept = whole.rename(tmp_path / "whole.safetensors")
+    shutil.rmtree(tmp_path / "2" / "checkpoint-3")
+    shutil.rmtree(tmp_path / "2" / "checkpoint-2")
+    again = run(["bash", "finetune_stage1.sh"], environment, **changes)
+    assert again.returncode == 0, again.stderr
+    assert "checkpoint-1 at step 1" in (tmp_path / "2.log").read_text()
+    assert equal_files(kept, whole)
+
+
+@pytest.mark.skipif(not REALDATA.is_dir(), reason="real videos lie beside some checkouts only")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_real_videos(environment, weights, stage):
+    """Both stages from the shell scripts on real footage, validation on held-out videos included."""
+    result = run(
+        ["bash", f"finetune_stage{stage}.sh", "--probe_clips=2"],
+        environment,
+        DAVIS_ROOT=REALDATA / "DAVIS",
+        YTVOS_ROOT=REALDATA / "YTBV",
+        PRETRAINED_STAGE1=weights / "diffuEraser",
+        MOTION_ADAPTER=weights / "diffuEraser/unet_main",
+        RESOLUTION=64,
+        NFRAMES=5,
+        MAX_TRAIN_STEPS=20,
+        CHECKPOINTING_STEPS=20,
+        LEARNING_RATE=1e-3,
+        VALIDATION_STEPS=1000,
+    )
+    assert result.returncode == 0, result.stderr
+    text = Path(environment["LOG"]).read_text()
+    share = float(re.findall(r"([\d.]+) of its start", text)[-1])
+    assert share < 0.9, text

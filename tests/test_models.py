@@ -1,0 +1,202 @@
+"""Contracts of the four model classes: published layout, strict loading, the branch, recomputation."""
+
+import json
+
+import pytest
+import torch
+from conftest import DATA, fill_by_formula, parity_case
+from safetensors.torch import load_file, save_file
+
+from libs.brushnet_CA import BrushNetModel
+from libs.errors import InputError
+from libs.unet_2d_condition import UNet2DConditionModel
+from libs.unet_motion_model import MotionAdapter, UNetMotionModel
+from libs.weights import shapes_of
+
+LAYOUT = DATA / "published_layout"
+PUBLISHED = {
+    "stable-diffusion-v1-5/unet": UNet2DConditionModel,
+    "diffuEraser/unet_main": UNetMotionModel,
+    "diffuEraser/brushnet": BrushNetModel,
+    "animatediff-motion-adapter-v1-5-2": MotionAdapter,
+}
+
+
+@pytest.fixture
+def tiny():
+    case, _ = parity_case("batch2")
+    unet = UNet2DConditionModel(**case["configs"]["unet"])
+    fill_by_formula(unet, 1)
+    adapter = MotionAdapter(**case["configs"]["motion_adapter"])
+    return unet, adapter
+
+
+@pytest.mark.parametrize("folder", PUBLISHED)
+def test_published_layout(folder, tmp_path):
+    """Full-size models have exactly the published keys and shapes, and their saved configs say the same model."""
+    cls, config = PUBLISHED[folder], json.loads((LAYOUT / folder / "config.json").read_text())
+    model = cls.on_meta(config)
+    expected = {key: tuple(shape) for key, shape in json.loads((LAYOUT / folder / "keys.json").read_text()).items()}
+    assert shapes_of(model) == expected
+
+    model.save_config(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["_class_name"] == config["_class_name"] == cls.__name__
+    unused = {"conditioning_channels", "conditioning_embedding_out_channels", "attention_head_dim", "mid_block_type"}
+    for key, value in config.items():
+        if key != "_diffusers_version" and not (cls is UNetMotionModel and key in unused):
+            assert saved[key] == value, key
+    if cls is BrushNetModel:
+        assert saved.keys() == config.keys()
+
+
+def test_saved_and_loaded_again(tiny, tmp_path):
+    unet, adapter = tiny
+    for name, model in {
+        "unet": unet,
+        "adapter": adapter,
+        "motion": UNetMotionModel.from_unet2d(unet, adapter),
+        "brushnet": BrushNetModel.from_unet(unet),
+    }.items():
+        model.save_pretrained(tmp_path / name)
+        loaded = type(model).from_pretrained(tmp_path, subfolder=name)
+        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+        assert json.loads((tmp_path / name / "config.json").read_text())["_class_name"] == type(model).__name__
+
+
+def test_half_precision_files_are_upcast(tiny, tmp_path):
+    unet, _ = tiny
+    unet.half().save_pretrained(tmp_path)
+    assert {p.dtype for p in UNet2DConditionModel.from_pretrained(tmp_path).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors: tensors.pop("conv_in.bias"), "lacks conv_in.bias"),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "surplus extra"),
+        (lambda tensors: tensors.update({"conv_in.bias": torch.zeros(7)}), "conv_in.bias has shape"),
+    ],
+    ids=["missing", "surplus", "wrong_shape"],
+)
+def test_loading_is_strict(tiny, tmp_path, damage, message):
+    tiny[0].save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    damage(tensors)
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=message):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_wrong_class_and_missing_files(tiny, tmp_path):
+    tiny[0].save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds a UNet2DConditionModel: a BrushNetModel was needed"):
+        BrushNetModel.from_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"has no diffusion_pytorch_model\.safetensors"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is not a folder"):
+        UNet2DConditionModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_parts_of_a_motion_folder(tiny, tmp_path):
+    """Stage 1 takes the 2D part, stage 2 the motion modules, both bit for bit."""
+    unet, adapter = tiny
+    motion = UNetMotionModel.from_unet2d(unet, adapter)
+    motion.save_pretrained(tmp_path)
+    opened = UNet2DConditionModel.open_2d_part(tmp_path)
+    assert opened.source_class == "UNetMotionModel"
+    part = opened.load()
+    assert all(torch.equal(value, part.state_dict()[key]) for key, value in unet.state_dict().items())
+    assert part.config["attention_head_dim"] == motion.config["num_attention_heads"] == 2
+    modules = MotionAdapter.open_motion_part(tmp_path).load()
+    assert all(torch.equal(value, modules.state_dict()[key]) for key, value in adapter.state_dict().items())
+
+
+def test_from_unet2d_copies(tiny):
+    unet, adapter = tiny
+    motion = UNetMotionModel.from_unet2d(unet, adapter)
+    before = motion.conv_in.weight.clone()
+    unet.conv_in.weight.data.zero_()
+    assert torch.equal(motion.conv_in.weight, before)
+
+
+def test_freeze_unet2d_params(tiny):
+    motion = UNetMotionModel.from_unet2d(*tiny)
+    motion.freeze_unet2d_params()
+    for name, parameter in motion.named_parameters():
+        assert parameter.requires_grad == ("motion_modules" in name)
+
+
+def test_brushnet_from_unet(tiny):
+    unet, _ = tiny
+    brushnet = BrushNetModel.from_unet(unet)
+    weight = brushnet.conv_in_condition.weight
+    assert torch.equal(weight[:, :4], unet.conv_in.weight) and torch.equal(weight[:, 4:8], unet.conv_in.weight)
+    assert not weight[:, 8].any()
+    assert torch.equal(brushnet.conv_in_condition.bias, unet.conv_in.bias)
+    assert brushnet.conv_in_condition.bias is not unet.conv_in.bias
+    shared = brushnet.state_dict().keys() & unet.state_dict().keys()
+    assert len(shared) > 500
+    assert all(torch.equal(brushnet.state_dict()[key], unet.state_dict()[key]) for key in shared)
+
+
+@pytest.mark.parametrize("motion", [False, True])
+def test_untrained_brushnet_changes_nothing(tiny, motion):
+    unet, adapter = tiny
+    frames = 2
+    latents, text, t = torch.randn(frames, 4, 10, 6), torch.randn(frames, 5, 16), torch.tensor([7, 7])
+    down, mid, up = BrushNetModel.from_unet(unet)(latents, t, text, torch.randn(frames, 5, 10, 6), return_dict=False)
+    features = {"down_block_add_samples": down, "mid_block_add_sample": mid, "up_block_add_samples": up}
+    if motion:
+        unet, text, t = UNetMotionModel.from_unet2d(unet, adapter), text[:1], t[:1]
+        features["num_frames"] = frames
+    with_branch = unet(latents, t, text, **features).sample
+    without = unet(latents, t, text, **({"num_frames": frames} if motion else {})).sample
+    assert torch.equal(with_branch, without)
+    assert len(down) == 12 and len(up) == 15  # the lists passed in are not consumed
+
+
+def test_conditioning_scale(tiny):
+    unet, _ = tiny
+    brushnet = BrushNetModel.from_unet(unet)
+    fill_by_formula(brushnet, 2)
+    inputs = torch.randn(1, 4, 8, 8), 5, torch.randn(1, 5, 16), torch.randn(1, 5, 8, 8)
+    plain, doubled = brushnet(*inputs), brushnet(*inputs, conditioning_scale=2.0)
+    torch.testing.assert_close(doubled.mid_block_res_sample, 2 * plain.mid_block_res_sample)
+    torch.testing.assert_close(doubled.up_block_res_samples[-1], 2 * plain.up_block_res_samples[-1])
+
+
+def test_timesteps_may_be_numbers_or_tensors(tiny):
+    unet, _ = tiny
+    latents, text = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 16)
+    expected = unet(latents, torch.tensor([9, 9, 9]), text).sample
+    for timestep in (9, torch.tensor(9), torch.tensor([9])):
+        assert torch.equal(unet(latents, timestep, text).sample, expected)
+
+
+def test_unsupported_arguments_are_refused(tiny):
+    unet, _ = tiny
+    latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+    unet(latents, 1, text, timestep_cond=None, cross_attention_kwargs=None)  # as the original's pipelines call it
+    with pytest.raises(TypeError, match="cross_attention_kwargs"):
+        unet(latents, 1, text, cross_attention_kwargs={"scale": 0.5})
+    with pytest.raises(ValueError, match="all three or none"):
+        unet(latents, 1, text, mid_block_add_sample=torch.zeros(1))
+
+
+def test_gradient_checkpointing_recomputes_whole_layers(tiny):
+    """Less is kept for the backward pass, in BrushNet too: nothing of a layer but its inputs."""
+    unet, _ = tiny
+    brushnet = BrushNetModel.from_unet(unet)
+    saved = {}
+    for recompute in (False, True):
+        if recompute:
+            brushnet.enable_gradient_checkpointing()
+        sizes = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t)
+        with hooks:
+            brushnet(torch.randn(2, 4, 16, 16), 3, torch.randn(2, 5, 16), torch.randn(2, 5, 16, 16))
+        saved[recompute] = sum(sizes)
+    assert saved[True] < 0.5 * saved[False]

@@ -1,0 +1,104 @@
+"""The original models' outputs, losses and gradients, computed by the original code, to 1e-4 and usually to the bit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import fill_by_formula, parity_case
+from diffusers import DDPMScheduler
+
+from libs.brushnet_CA import BrushNetModel
+from libs.diffusion import diffusion_loss
+from libs.unet_2d_condition import UNet2DConditionModel
+from libs.unet_motion_model import MotionAdapter, UNetMotionModel
+from train_DiffuEraser_stage1 import FrameInpainter
+from train_DiffuEraser_stage2 import ClipInpainter, freeze
+
+TOLERANCE = {"rtol": 0, "atol": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """As the reference was made: with one thread, some convolutions' weight gradients take another path on the CPU, up
+    to 5e-4 away."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["batch2", "odd_size"])
+def case(request):
+    case, io = parity_case(request.param)
+    models = {
+        "unet": UNet2DConditionModel(**case["configs"]["unet"]),
+        "brushnet": BrushNetModel(**case["configs"]["brushnet"]),
+        "motion_adapter": MotionAdapter(**case["configs"]["motion_adapter"]),
+    }
+    for name, model in models.items():
+        assert fill_by_formula(model, case["seeds"][name]) == pytest.approx(case["abs_sum"][name], abs=1e-6)
+    return case, io, models
+
+
+def repeat_frames(tensor, case):
+    return tensor.repeat_interleave(case["frames"], dim=0)
+
+
+def test_brushnet(case):
+    case, io, models = case
+    down, mid, up = models["brushnet"](
+        io["noisy_latents"],
+        repeat_frames(io["timesteps"], case),
+        encoder_hidden_states=repeat_frames(io["prompt_embeds"], case),
+        brushnet_cond=io["conditioning"],
+        return_dict=False,
+    )
+    assert len(down) == 12 and len(up) == 15
+    for i, feature in enumerate(down):
+        torch.testing.assert_close(feature, io[f"brushnet.down.{i}"], **TOLERANCE)
+    torch.testing.assert_close(mid, io["brushnet.mid"], **TOLERANCE)
+    for i, feature in enumerate(up):
+        torch.testing.assert_close(feature, io[f"brushnet.up.{i}"], **TOLERANCE)
+
+
+def test_unets_without_features(case):
+    case, io, models = case
+    pred = models["unet"](
+        io["noisy_latents"], repeat_frames(io["timesteps"], case), repeat_frames(io["prompt_embeds"], case)
+    ).sample
+    torch.testing.assert_close(pred, io["unet2d.plain"], **TOLERANCE)
+    motion = UNetMotionModel.from_unet2d(models["unet"], models["motion_adapter"])
+    pred = motion(io["noisy_latents"], io["timesteps"], io["prompt_embeds"], num_frames=case["frames"]).sample
+    torch.testing.assert_close(pred, io["motion.plain"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "gradient_checkpointing"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_training_step(case, stage, recompute):
+    """Prediction, loss and every gradient norm of both stages, through the modules that are trained."""
+    case, io, models = case
+    if stage == 1:
+        model = FrameInpainter(models["unet"], models["brushnet"])
+    else:
+        motion = UNetMotionModel.from_unet2d(models["unet"], models["motion_adapter"])
+        model = freeze(ClipInpainter(motion, models["brushnet"]), torch.float32)
+    if recompute:
+        model.enable_gradient_checkpointing()
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == int(io[f"stage{stage}.trainable"])
+
+    pred = model(io["noisy_latents"], io["conditioning"], io["timesteps"], io["prompt_embeds"])
+    torch.testing.assert_close(pred, io[f"stage{stage}.pred"], **TOLERANCE)
+    scheduler = DDPMScheduler(**case["scheduler"])
+    loss = diffusion_loss(
+        model, scheduler, io["latents"], io["noise"], io["conditioning"], io["timesteps"], io["prompt_embeds"]
+    )
+    torch.testing.assert_close(loss, F.mse_loss(pred, io["noise"]))
+    assert loss.item() == pytest.approx(case[f"stage{stage}_loss"], abs=1e-4)
+
+    loss.backward()
+    for name, part in (("unet", model.unet_main), ("brushnet", model.brushnet)):
+        for key, parameter in part.named_parameters():
+            expected = io.get(f"stage{stage}.gradnorm.{name}.{key}")
+            if expected is None or expected.isnan():
+                assert parameter.grad is None, key
+            else:
+                torch.testing.assert_close(parameter.grad.norm(), expected, **TOLERANCE, msg=key)

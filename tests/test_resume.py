@@ -1,0 +1,125 @@
+"""Checkpoints: a run that is stopped and resumed ends bit for bit as one that was not."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import equal_files
+from safetensors import safe_open
+
+from libs.checkpoints import find_latest
+
+
+def final(folder):
+    return folder / "unet_main" / "diffusion_pytorch_model.safetensors"
+
+
+def losses(output):
+    """{step: loss} of a log."""
+    return {int(step): loss for step, loss in re.findall(r"step (\d+)/\d+  loss ([\d.]+)", output)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "steps", "stop"),
+    [
+        (1, {}, 4, 2),
+        (2, {"lr_scheduler": "cosine", "lr_warmup_steps": 1}, 4, 1),
+        # an epoch has 44 clips: 22 batches of 2, 8 steps of 3 batches (the last of one): across the epoch's end
+        (
+            1,
+            {"train_batch_size": 2, "gradient_accumulation_steps": 3, "nframes": 1, "dataloader_num_workers": 2},
+            10,
+            7,
+        ),
+        (1, {"train_batch_size": 22, "nframes": 1}, 5, 2),  # at an epoch's end
+    ],
+    ids=["stage1", "stage2_schedule", "accumulation_workers_epoch", "at_epoch_end"],
+)
+def test_resume_is_exact(train, tmp_path, capsys, stage, settings, steps, stop):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(stage, output_dir=whole, max_train_steps=steps, **settings)
+    expected = losses(capsys.readouterr().out)
+    assert sorted(expected) == list(range(1, steps + 1))
+
+    # The same run once more, then all is taken away that a run killed after `stop` steps would not have.
+    train(stage, output_dir=parts, max_train_steps=steps, checkpointing_steps=stop, **settings)
+    for folder in parts.glob("checkpoint-*"):
+        if folder.name != f"checkpoint-{stop}":
+            shutil.rmtree(folder)
+    first = losses(capsys.readouterr().out)
+    train(
+        stage,
+        output_dir=parts,
+        max_train_steps=steps,
+        resume_from_checkpoint="latest",
+        **{**settings, "dataloader_num_workers": 0},
+    )
+    resumed = losses(capsys.readouterr().out)
+    assert sorted(resumed) == list(range(stop + 1, steps + 1))
+    assert {**first, **resumed} == expected
+    assert equal_files(final(whole), final(parts))
+    checkpoint = f"checkpoint-{steps}/model.safetensors"
+    assert equal_files(whole / checkpoint, parts / checkpoint)
+
+
+def test_limit_latest_and_incomplete_checkpoints(train, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(1, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    (run / "checkpoint-4" / "trainer_state.json").unlink()
+    (run / "checkpoint-9").mkdir()
+    (run / "checkpoint-7.partial").mkdir()
+    latest, skipped = find_latest(run)
+    assert latest == run / "checkpoint-3" and len(skipped) == 2
+    capsys.readouterr()
+    train(1, max_train_steps=5, resume_from_checkpoint="latest")
+    output = capsys.readouterr().out
+    assert "checkpoint-4 has no trainer_state.json" in output and "resumed from" in output
+    assert sorted(losses(output)) == [4, 5]
+
+
+def test_a_checkpoint_cut_short_is_passed_over(train, tmp_path):
+    run = tmp_path / "run"
+    train(1, max_train_steps=2, checkpointing_steps=1)
+    model = run / "checkpoint-2" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-100])
+    assert find_latest(run)[0] == run / "checkpoint-1"
+
+
+def test_stage_2_checkpoints_hold_only_what_trains(train, tmp_path):
+    train(2, max_train_steps=1)
+    with safe_open(tmp_path / "run/checkpoint-1/model.safetensors", framework="pt") as weights:
+        assert all(key.startswith("unet_main.") and "motion_modules" in key for key in weights.keys())
+    state = json.loads((tmp_path / "run/checkpoint-1/trainer_state.json").read_text())
+    assert state["global_step"] == 1 and state["stage"] == 2
+
+
+def test_validation_and_probe_do_not_change_training(train, tmp_path, videos):
+    video = [str(videos / "DAVIS/JPEGImages/480p/buoy")]
+    mask = [str(videos / "DAVIS/Annotations/480p/buoy")]
+    train(2, output_dir=tmp_path / "plain")
+    train(
+        2,
+        output_dir=tmp_path / "validated",
+        validation_steps=1,
+        validation_image=video,
+        validation_mask=mask,
+        probe_clips=2,
+        gradient_checkpointing=True,
+    )
+    assert equal_files(final(tmp_path / "plain"), final(tmp_path / "validated"))
+    gifs = sorted((tmp_path / "validated").rglob("*.gif"))
+    assert [str(gif.relative_to(tmp_path / "validated")) for gif in gifs] == [
+        "logs-finetune-stage2/samples/sample-1/1.gif",
+        "logs-finetune-stage2/samples/sample-2/1.gif",
+    ]
+
+
+def test_resuming_stage_2_on_other_frozen_weights_is_refused(train, tmp_path, weights, capsys):
+    train(1, output_dir=tmp_path / "stage1", max_train_steps=1)
+    train(2, max_train_steps=1)
+    with pytest.raises(SystemExit) as stop:
+        train(2, pretrained_stage1=tmp_path / "stage1", max_train_steps=2, resume_from_checkpoint="latest")
+    assert stop.value.code == 1
+    assert "was trained on other frozen weights" in capsys.readouterr().err
