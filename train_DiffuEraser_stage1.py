@@ -39,6 +39,8 @@ class Stage1(Stage):
     nframes = 10
     inference_steps = 50
     shared_noise = True
+    trained = ("unet_main", "brushnet")
+    gib_per_frame = (2.1, 0.25)
 
     @staticmethod
     def add_model_flags(add):

@@ -56,6 +56,8 @@ class Stage2(Stage):
     nframes = 22
     inference_steps = 20
     shared_noise = False
+    trained = ("motion_modules",)
+    gib_per_frame = (1.85, 0.35)
 
     @staticmethod
     def add_model_flags(add):
@@ -83,10 +85,6 @@ class Stage2(Stage):
     def load_models(opened, frozen_dtype):
         unet_main = UNetMotionModel.from_unet2d(opened["unet_main"].load(), opened["motion_modules"].load())
         return freeze(ClipInpainter(unet_main, opened["brushnet"].load(frozen_dtype)), frozen_dtype)
-
-    @staticmethod
-    def frozen_weights(opened):
-        return {name: opened[name] for name in ("unet_main", "brushnet")}
 
 
 @one_line_errors

@@ -4,7 +4,7 @@ Every sample is a function of (seed, epoch, index) alone: neither the number of 
 it. Annotations are never read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -12,21 +12,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from dataset.frames import BrokenFrame, read_frames, scan_davis, scan_ytvos
 from dataset.utils import FULL_SPAN, fill, random_outlines
 from libs.errors import InputError
 
 PROMPT = "clean background"
 PROMPTS = (PROMPT, "")  # a clip's `prompt` is an index into these
 DAVIS_OVERSAMPLING = 10  # about 60 DAVIS videos beside 3,471 of YouTube-VOS: 15 % of an epoch instead of 2 %
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 MIN_HOLE = 0.01  # share of the crop that has to be hole in every frame
 MAX_REDRAWS = 1000
-
-
-@dataclass(frozen=True)
-class Video:
-    name: str
-    frames: tuple[Path, ...]
+MAX_REPLACEMENTS = 20  # broken videos in a row, before a sample is given up
 
 
 @dataclass(frozen=True)
@@ -38,6 +33,7 @@ class Clip:
     prompt: int  # index into PROMPTS
     noise_seed: int  # everything random that the training step does to this clip follows from it
     video: str
+    broken: tuple[str, ...] = ()  # what was wrong with the videos in whose place this one stands
 
 
 class FinetuneDataset(Dataset):
@@ -48,17 +44,18 @@ class FinetuneDataset(Dataset):
             proportion_empty_prompts (0), mask_span (smallest and largest share of each side of the frame),
             mask_original_margins (False), validation_image (folders of frames that are left out of training).
         tokenizer: CLIP tokenizer for `input_ids`; may be None where only `clip` is used.
+        broken: {folder: reason} of videos to leave out, as `scan_frames` finds them.
 
     Raises: InputError for folders that are missing, empty, or hold no video of nframes frames.
     """
 
-    def __init__(self, args, tokenizer=None):
+    def __init__(self, args, tokenizer=None, broken=None):
         self.nframes, self.resolution = args.nframes, args.resolution
         self.seed = getattr(args, "seed", 42)
         self.proportion_empty_prompts = getattr(args, "proportion_empty_prompts", 0)
         self.mask_span = getattr(args, "mask_span", FULL_SPAN)
         self.mask_original_margins = getattr(args, "mask_original_margins", False)
-        self.tokenizer = tokenizer
+        self.tokenizer, broken = tokenizer, broken or {}
         self.epoch = 0
 
         davis = scan_davis(args.davis_root) if args.davis_root else []
@@ -67,9 +64,11 @@ class FinetuneDataset(Dataset):
             raise InputError("no dataset was given: set --davis_root, --ytvos_root or both")
         held_out = {Path(folder).resolve() for folder in getattr(args, "validation_image", None) or []}
         candidates = [(video, DAVIS_OVERSAMPLING) for video in davis] + [(video, 1) for video in ytvos]
-        self.videos, self.too_short, self.held_out = [], [], []
+        self.videos, self.too_short, self.held_out, self.left_out = [], [], [], []
         for video, repeats in candidates:
-            if video.frames and video.frames[0].parent.resolve() in held_out:
+            if video.broken or video.folder in broken:
+                self.left_out.append(video.broken or broken[video.folder])
+            elif video.folder.resolve() in held_out:
                 self.held_out.append(video)
             elif len(video.frames) < self.nframes:
                 self.too_short.append(video)
@@ -79,8 +78,8 @@ class FinetuneDataset(Dataset):
             longest = max(len(video.frames) for video, _ in candidates)
             raise InputError(
                 f"no video to train on: of {len(candidates)} videos {len(self.held_out)} are held out for validation, "
-                f"the others have fewer than {self.nframes} frames (the longest video has {longest}); "
-                "lower --nframes or add longer videos"
+                f"{len(self.left_out)} broken, the others have fewer than {self.nframes} frames (the longest video has "
+                f"{longest}); lower --nframes or add longer videos"
             )
 
     def __len__(self):
@@ -117,11 +116,10 @@ class FinetuneDataset(Dataset):
         paths = video.frames[start : start + self.nframes]
         if rng.random() < 0.5:
             paths = paths[::-1]
-        first = read_frame(paths[0])
-        crop = Crop.of(*first.shape[:2], self.resolution)
-        frames = [crop.resize(frame) for frame in (first, *map(read_frame, paths[1:]))]
+        frames = read_frames(paths)
+        crop = Crop.of(*frames[0].shape[:2], self.resolution)
         return Clip(
-            frames=np.stack(frames),
+            frames=np.stack([crop.resize(frame) for frame in frames]),
             holes=self.draw_holes(rng, crop),
             prompt=int(rng.random() < self.proportion_empty_prompts),
             noise_seed=int(rng.integers(2**63)),
@@ -175,7 +173,10 @@ class Crop:
 
 
 class TrainingClips(Dataset):
-    """What the trainer's loader reads: clips in bytes by (epoch, index), so that the epoch reaches every worker."""
+    """What the trainer's loader reads: clips in bytes by (epoch, index), so that the epoch reaches every worker.
+
+    A clip whose video turns out to be broken is replaced by another one that follows from (seed, epoch, index) too.
+    """
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -185,7 +186,16 @@ class TrainingClips(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        return self.dataset.clip(index, epoch)
+        broken, rng = [], np.random.default_rng([self.dataset.seed, epoch, index, 1])
+        for _ in range(MAX_REPLACEMENTS):
+            try:
+                return replace(self.dataset.clip(index, epoch), broken=tuple(broken))
+            except BrokenFrame as error:
+                broken.append(f"{self.dataset.videos[index].name}: {error}")
+                index = int(rng.integers(len(self)))
+        raise InputError(
+            f"{MAX_REPLACEMENTS} broken videos in a row, the last of them {broken[-1]}: check with --scan_data"
+        )
 
     @staticmethod
     def collate(clips):
@@ -196,6 +206,7 @@ class TrainingClips(Dataset):
             "prompts": [clip.prompt for clip in clips],
             "noise_seeds": [clip.noise_seed for clip in clips],
             "videos": [clip.video for clip in clips],
+            "broken": [line for clip in clips for line in clip.broken],
         }
 
 
@@ -235,56 +246,3 @@ def tokenize(tokenizer, prompt):
         prompt, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
     )
     return tokens.input_ids[0]
-
-
-def read_frame(path):
-    """(h, w, 3) uint8, RGB."""
-    frame = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
-    if frame is None:
-        raise InputError(f"{path} is no readable image ({path.stat().st_size} bytes): fetch it again or remove it")
-    return frame
-
-
-def scan_davis(root):
-    """The videos that ImageSets/2017/train.txt names, in JPEGImages/480p."""
-    names_file, images = (
-        Path(root, "ImageSets/2017/train.txt"),
-        existing_folder(root, "JPEGImages/480p", "--davis_root"),
-    )
-    if not names_file.is_file():
-        raise InputError(
-            f"{names_file} is missing: DAVIS-2017's list of training videos was needed; check --davis_root"
-        )
-    names = names_file.read_text().split()
-    if not names:
-        raise InputError(f"{names_file} names no video: fetch DAVIS-2017's list of training videos again")
-    absent = [name for name in names if not Path(images, name).is_dir()]
-    if absent:
-        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        raise InputError(f"{names_file} names {absent[0]}{more}, which {images} lacks: unpack it or remove the line")
-    return [scan_video(Path(images, name)) for name in names]
-
-
-def scan_ytvos(root):
-    """Every folder of JPEGImages."""
-    images = existing_folder(root, "JPEGImages", "--ytvos_root")
-    videos = [scan_video(folder) for folder in sorted(images.iterdir()) if folder.is_dir()]
-    if not videos:
-        raise InputError(f"{images} holds no folder of frames: unpack YouTube-VOS there or change --ytvos_root")
-    return videos
-
-
-def existing_folder(root, subfolder, flag):
-    folder = Path(root, subfolder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: a dataset's root with {subfolder}/ in it was needed; check {flag}")
-    return folder
-
-
-def scan_video(folder):
-    return Video(folder.name, list_frames(folder))
-
-
-def list_frames(folder):
-    """A folder's images in the order of their names."""
-    return tuple(sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in FRAME_SUFFIXES))

@@ -1,7 +1,7 @@
 """Random weights in the published layout: tiny ones for the quickstart and the tests, or full-size ones for a GPU.
 
-python demo/make_weights.py --output_dir demo/weights
-python demo/make_weights.py --output_dir weights-random --size full --dtype float16
+python -m demo.make_weights --output_dir demo/weights
+python -m demo.make_weights --output_dir weights-random --size full --dtype float16
 """
 
 import argparse

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT, MARGIN = 900, 360, 60
 STEP = re.compile(r"step (\d+)/\d+  loss ([\d.]+)")
-PROBE = re.compile(r"probe loss ([\d.]+) at (?:step (\d+)|the start)")
+PROBE = re.compile(r"probe loss ([\d.]+) at step (\d+)")
 
 
 def read_log(path):
@@ -19,7 +19,7 @@ def read_log(path):
     lines = Path(path).read_text().splitlines()
     last = max((i for i, line in enumerate(lines) if line.startswith("=====")), default=0)
     steps = [(int(match[1]), float(match[2])) for match in map(STEP.search, lines[last:]) if match]
-    probes = [(int(match[2] or 0), float(match[1])) for match in map(PROBE.search, lines[last:]) if match]
+    probes = [(int(match[2]), float(match[1])) for match in map(PROBE.search, lines[last:]) if match]
     return steps, probes
 
 

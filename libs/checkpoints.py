@@ -29,7 +29,8 @@ class TrainerState:
     batches_done: int = 0  # of this epoch, in every process
     probe_start: float | None = None  # the probe loss before the first step
     configs: dict = field(default_factory=dict)  # {"unet_main": config, "brushnet": config}
-    frozen_from: dict = field(default_factory=dict)  # stage 2: {model: [folder, fingerprint]} of what is not in here
+    weights: dict = field(default_factory=dict)  # {model: [folder, fingerprint]} that the run started from
+    settings: dict = field(default_factory=dict)  # what the run's steps depend on
 
     def write(self, folder):
         Path(folder, STATE_FILE).write_text(json.dumps(asdict(self), indent=1))

@@ -134,8 +134,9 @@ def open_frozen(pretrained_stage1):
 
 def check_frozen(state, opened, pretrained_stage1):
     """The stage 1 weights must be those that the motion modules were trained on."""
-    for name, (folder, expected) in state.frozen_from.items():
-        if fingerprint(opened[name].files) != expected:
+    for name, weights in opened.items():
+        folder, expected = state.weights[name]
+        if fingerprint(weights.files) != expected:
             raise InputError(
                 f"{pretrained_stage1}/{name} is not what the checkpoint was trained on ({folder}): set "
                 "pretrained_stage1 to that folder, or restore its weights"

@@ -4,6 +4,8 @@ import os
 import sys
 from functools import wraps
 
+from accelerate.state import PartialState
+
 
 class InputError(ValueError):
     """A wrong input: one line that says what was found, what was needed, and which flag or file mends it."""
@@ -17,8 +19,13 @@ def one_line_errors(main):
         try:
             return main(*args, **kwargs)
         except InputError as error:
-            if int(os.environ.get("RANK", 0)) == 0:  # every process finds the same: one says so
-                print(f"error: {error}", file=sys.stderr, flush=True)
+            # A loader worker's error arrives with its traceback as text; its last line is the error.
+            line = str(error).strip().splitlines()[-1].removeprefix("libs.errors.InputError: ")
+            rank = int(os.environ.get("RANK", 0))
+            if rank == 0:
+                print(f"error: {line}", file=sys.stderr, flush=True)
+            elif PartialState._shared_state:  # before training every process finds the same: one says so
+                print(f"error in process {rank}: {line}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
 
     return wrapped

@@ -72,12 +72,16 @@ launch() {
   if [[ ${#images[@]} -gt 0 ]]; then
     options+=(--validation_image="$(join "${images[@]}")" --validation_mask="$(join "${masks[@]}")")
   else
-    note="validation is off: $DAVIS_ROOT has no ImageSets/2017/val.txt that names videos with Annotations/480p/;"
-    note+=" add them, or pass --validation_image and --validation_mask"
+    [[ " $* " == *" --validation_image"* ]] ||
+      note="validation is off: ${DAVIS_ROOT:-DAVIS_ROOT, which is empty,} has no ImageSets/2017/val.txt that names videos with Annotations/480p/;"
+    note=${note:+"$note add them, or pass --validation_image and --validation_mask"}
   fi
 
   local command=(accelerate launch "${engine[@]}" --mixed_precision="$precision" --quiet
     "train_DiffuEraser_stage$stage.py" "${options[@]}" "$@")
+  if [[ " $* " == *" --check_only "* ]]; then
+    exec "$PYTHON" -m accelerate.commands.accelerate_cli "${command[@]:1}"
+  fi
   local lines_before=0
   [[ -f "$LOG" ]] && lines_before=$(wc -l <"$LOG")
   {
@@ -87,11 +91,28 @@ launch() {
   } >>"$LOG"
   echo "stage $stage: training, log in $LOG (tail -f $LOG), checkpoints in $OUTPUT_DIR/${note:+; $note}"
 
+  # The shell takes the signals and passes the first on as USR1 to the trainer, which saves and ends; the launcher in
+  # between would end at once and leave it alone. A second signal ends everything.
+  trap '' INT TERM USR1
+  PYTHONUNBUFFERED=1 setsid "$PYTHON" -m accelerate.commands.accelerate_cli "${command[@]:1}" >>"$LOG" 2>&1 &
+  child=$!
+  trap 'stop_trainer USR1' INT TERM USR1
   local status=0
-  PYTHONUNBUFFERED=1 "$PYTHON" -m accelerate.commands.accelerate_cli "${command[@]:1}" >>"$LOG" 2>&1 || status=$?
+  interrupted=1
+  while [[ $interrupted = 1 ]]; do # a signal interrupts `wait`, whose status is then not the trainer's
+    interrupted=0
+    wait "$child" && status=0 || status=$?
+  done
   if [[ $status != 0 ]]; then
     echo "stage $stage failed with status $status; the end of $LOG:" >&2
     tail -n +$((lines_before + 1)) "$LOG" | tail -n 15 >&2
   fi
   exit $status
+}
+
+stop_trainer() {
+  interrupted=1
+  trap 'interrupted=1; kill -KILL -- "-$child" 2>/dev/null' INT TERM USR1
+  echo "stopping: the step is finished and saved (a second signal ends at once)"
+  kill -"$1" -- "-$child"
 }

@@ -4,7 +4,8 @@ import argparse
 import ast
 from pathlib import Path
 
-from dataset.finetune_dataset import PROMPT, list_frames
+from dataset.finetune_dataset import PROMPT
+from dataset.frames import list_frames
 from dataset.utils import FULL_SPAN
 from libs.errors import InputError
 
@@ -103,6 +104,14 @@ def build_parser(stage):
         metavar="P",
         help=f"share of clips trained with an empty prompt instead of '{PROMPT}'",
     )
+    add("--scan_data", action="store_true", help="read every frame before training; what is broken is left out")
+    add(
+        "--max_broken_share",
+        type=float,
+        default=0.05,
+        metavar="P",
+        help="stop when more than this share of the clips met came from broken videos",
+    )
     add("--dataloader_num_workers", type=int, default=4, metavar="N", help="processes that load clips; 0: none")
 
     group = parser.add_argument_group("run")
@@ -117,6 +126,8 @@ def build_parser(stage):
     add("--gradient_checkpointing", action="store_true", help="recompute layers in the backward pass: less memory")
     add("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products on Ampere and newer GPUs")
 
+    add("--check_only", action="store_true", help="check weights, data, disk and memory, print a table, and exit")
+
     group = parser.add_argument_group("checkpoints")
     add = group.add_argument
     add("--checkpointing_steps", type=int, default=2000, metavar="N", help="save every N optimizer steps")
@@ -127,6 +138,12 @@ def build_parser(stage):
         help='a checkpoint folder, or "latest": the newest in --output_dir, a fresh start if there is none',
     )
 
+    add(
+        "--resume_anyway",
+        action="store_true",
+        help="resume although settings or initial weights have changed that the checkpoint's meaning depends on",
+    )
+
     group = parser.add_argument_group("optimizer")
     add = group.add_argument
     add("--learning_rate", type=float, default=5e-6, metavar="LR", help="peak learning rate")
@@ -135,7 +152,7 @@ def build_parser(stage):
     add("--lr_warmup_steps", type=int, default=500, metavar="N", help="optimizer steps of warm-up, where there is one")
     add("--lr_num_cycles", type=int, default=1, metavar="N", help="restarts of cosine_with_restarts")
     add("--lr_power", type=float, default=1.0, help="power of polynomial")
-    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state, from bitsandbytes")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state, from bitsandbytes or torchao")
     add("--adam_beta1", type=float, default=0.9, help="decay of the mean of gradients")
     add("--adam_beta2", type=float, default=0.999, help="decay of the mean of squared gradients")
     add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
@@ -213,6 +230,8 @@ def parse_args(stage, argv=None):
     require(args.max_grad_norm > 0, f"--max_grad_norm={args.max_grad_norm}: a positive number was needed")
     share = args.proportion_empty_prompts
     require(0 <= share <= 1, f"--proportion_empty_prompts={share}: a share between 0 and 1 was needed")
+    share = args.max_broken_share
+    require(0 <= share <= 1, f"--max_broken_share={share}: a share between 0 and 1 was needed")
     check_validation(args)
     return args
 

@@ -1,59 +1,145 @@
-"""What is checked before any weights load."""
+"""What is checked before any weights load: in one line where something is wrong, or, with --check_only, as a table."""
 
 import importlib
 import importlib.util
 import os
+import shutil
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate.tracking import LoggerType, get_available_trackers
 
-from libs.checkpoints import TrainerState, find_latest
+from dataset.finetune_dataset import FinetuneDataset
+from dataset.frames import scan_frames
+from libs.checkpoints import TrainerState, find_latest, list_checkpoints
 from libs.conversion import refuse_source_weights
 from libs.errors import InputError
+from libs.frozen import FrozenModels
+from libs.options import pair_by_name
+
+ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
+TRAINED_BYTES = 16  # per trained parameter in memory: those and the gradient
+FROZEN_BYTES = 2
 
 
-def check_tracker(name):
+@dataclass
+class Preflight:
+    """Runs checks one after the other; each gives (result, what was found in words) or raises InputError."""
+
+    keep_going: bool  # collect failures as rows instead of raising the first
+    rows: list = field(default_factory=list)
+
+    def check(self, name, function, *args):
+        try:
+            result, found = function(*args)
+        except InputError as error:
+            if not self.keep_going:
+                raise
+            self.rows.append((name, "FAILED", str(error)))
+            return None
+        self.rows.append((name, "ok", found))
+        return result
+
+    @property
+    def failed(self):
+        return any(verdict == "FAILED" for _, verdict, _ in self.rows)
+
+    def table(self):
+        width = max(len(name) for name, _, _ in self.rows)
+        return "\n".join(f"{name:<{width}}  {verdict:<6}  {found}" for name, verdict, found in self.rows)
+
+
+@dataclass
+class Found:
+    """What the checks have opened for the run."""
+
+    frozen: FrozenModels
+    opened: dict  # {model: OpenedWeights or None}
+    dataset: FinetuneDataset
+    checkpoint: Path | None
+    skipped: list[str]  # a line for each newer checkpoint passed over
+
+
+def inspect(args, stage):
+    """Check everything: (Preflight, Found). Raises InputError for the first thing wrong, except with --check_only."""
+    preflight = Preflight(keep_going=args.check_only)
+    preflight.check("flags", check_flags, args)
+    frozen = preflight.check("frozen models", open_frozen_models, args)
+    opened = preflight.check("weights", open_models, args, stage)
+    if frozen and opened:
+        preflight.check("model family", check_fit, args, frozen, opened)
+    preflight.check("output folder", check_output_dir, args)
+    dataset = preflight.check("training data", open_dataset, args)
+    preflight.check("validation", check_validation_videos, args)
+    checkpoint, skipped = preflight.check("checkpoints", checkpoint_to_resume, args, stage) or (None, [])
+    if opened:
+        preflight.check("disk space", check_disk_space, args, stage, opened)
+        preflight.check("memory", check_memory, args, stage, opened)
+    return preflight, Found(frozen, opened, dataset, checkpoint, skipped)
+
+
+def check_flags(args):
+    """The tracker and the optimizer are installed, and the precision is one that the device has."""
     known = [tracker.value for tracker in LoggerType]
+    name = args.report_to
     if name not in (*known, "none"):
         raise InputError(f"--report_to={name}: one of {', '.join(known)}, none was needed")
-    available = [tracker.value for tracker in get_available_trackers()]
-    if name not in (*available, "all", "none"):
+    if name not in (*(tracker.value for tracker in get_available_trackers()), "all", "none"):
         raise InputError(f"--report_to={name}: its package is not installed; pip install {name}, or --report_to=none")
-
-
-def check_precision(args):
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp16" and not torch.cuda.is_available():
         raise InputError("mixed precision fp16 needs a GPU, and none was found: use --mixed_precision=no")
+    if args.use_8bit_adam:
+        eight_bit_adam()
+    return None, f"{args.nframes} frames of {args.resolution} px, mixed precision {precision}, tracker {name}"
+
+
+def eight_bit_adam():
+    """The AdamW with 8-bit state of whichever library is installed."""
+    for name in ("bitsandbytes.optim", "torchao.optim"):
+        if importlib.util.find_spec(name.split(".")[0]):
+            return importlib.import_module(name).AdamW8bit
+    raise InputError("--use_8bit_adam needs bitsandbytes or torchao: pip install bitsandbytes, or drop the flag")
+
+
+def open_frozen_models(args):
+    frozen = FrozenModels(args)
+    return frozen, f"{args.base_model_name_or_path}, {frozen.vae_folder}"
+
+
+def open_models(args, stage):
+    opened = stage.open_models(args)
+    sources = [f"{name} from {weights.folder}" if weights else f"{name} new" for name, weights in opened.items()]
+    return opened, ", ".join(sources)
 
 
 def check_fit(args, frozen, opened):
     """UNet, BrushNet, VAE and text encoder must be of one family, and clips short enough for the motion modules."""
-    unet = opened["unet_main"].config
+    unet = opened["unet_main"]
     for weights in filter(None, opened.values()):
         for key in ("block_out_channels", "cross_attention_dim"):
-            if key in weights.config and list_of(weights.config[key]) != list_of(unet[key]):
+            if key in weights.config and list_of(weights.config[key]) != list_of(unet.config[key]):
                 raise InputError(
-                    f"{weights.folder} has {key} {weights.config[key]}, {opened['unet_main'].folder} has {unet[key]}: "
-                    "weights of one model family were needed"
+                    f"{weights.folder} has {key} {weights.config[key]}, {unet.folder} has {unet.config[key]}: weights "
+                    "of one model family were needed"
                 )
         longest = weights.config.get("motion_max_seq_length")
         if longest and args.nframes > longest:
             raise InputError(
                 f"--nframes={args.nframes}: {weights.folder} takes {longest} frames at most; lower --nframes"
             )
-    if frozen.text_config["hidden_size"] != unet["cross_attention_dim"]:
-        raise InputError(
-            f"{frozen.text_encoder_folder} gives embeddings of {frozen.text_config['hidden_size']} values, "
-            f"{opened['unet_main'].folder} takes {unet['cross_attention_dim']}: models of one family were needed"
-        )
-    if frozen.vae_config["latent_channels"] != unet["in_channels"]:
-        raise InputError(
-            f"{frozen.vae_folder} makes latents of {frozen.vae_config['latent_channels']} channels, "
-            f"{opened['unet_main'].folder} takes {unet['in_channels']}: models of one family were needed"
-        )
+    for folder, gives, size, key in (
+        (frozen.text_encoder_folder, "embeddings", frozen.text_config["hidden_size"], "cross_attention_dim"),
+        (frozen.vae_folder, "latents", frozen.vae_config["latent_channels"], "in_channels"),
+    ):
+        if size != unet.config[key]:
+            raise InputError(
+                f"{folder} gives {gives} of {size} values, {unet.folder} takes {unet.config[key]}: models of one "
+                "family were needed"
+            )
+    return None, f"channels {list_of(unet.config['block_out_channels'])}"
 
 
 def list_of(value):
@@ -71,31 +157,100 @@ def check_output_dir(args):
             pass
     except OSError as error:
         raise InputError(f"--output_dir {folder} cannot be written to ({error.strerror}): choose another") from None
+    return None, str(folder)
+
+
+def open_dataset(args):
+    broken = {}
+    if args.scan_data:
+        broken = scan_frames(args, Path(args.output_dir, "scan.json"), processes=len(os.sched_getaffinity(0)))
+    dataset = FinetuneDataset(args, broken=broken)
+    videos = set(dataset.videos)
+    frames = sum(len(video.frames) for video in videos)
+    found = f"{len(videos)} videos, {frames} frames, {len(dataset)} clips an epoch"
+    for count, reason in (
+        (len(dataset.too_short), f"shorter than {args.nframes} frames"),
+        (len(dataset.held_out), "used for validation"),
+        (len(dataset.left_out), f"broken, such as {dataset.left_out[0]}" if dataset.left_out else ""),
+    ):
+        if count:
+            found += f"; {count} left out: {reason}"
+    return dataset, found
+
+
+def check_validation_videos(args):
+    """The lists were compared when the flags were parsed; what remains is to count."""
+    if not args.validation_steps or not args.validation_image:
+        return None, "off (--validation_image and --validation_mask turn it on)"
+    pairs = [len(pair_by_name(*pair)) for pair in zip(args.validation_image, args.validation_mask, strict=True)]
+    return None, f"{len(pairs)} videos of {', '.join(map(str, pairs))} frames with masks"
 
 
 def checkpoint_to_resume(args, stage):
-    """(folder or None, lines about newer ones passed over) that --resume_from_checkpoint asks for."""
-    wanted = args.resume_from_checkpoint
+    """((folder or None, lines about newer ones passed over), words) for --resume_from_checkpoint."""
+    wanted, present = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
     if not wanted:
-        return None, []
+        if present:
+            raise InputError(
+                f"--output_dir {args.output_dir} holds checkpoints of an earlier run, such as {present[-1][1].name}: "
+                "resume with --resume_from_checkpoint=latest, or choose another --output_dir"
+            )
+        return (None, []), "a fresh start"
     if wanted == "latest":
         folder, skipped = find_latest(args.output_dir)
+        if folder is None:
+            if skipped:
+                raise InputError(f"none of the checkpoints in {args.output_dir} is complete; {skipped[0]}")
+            return (None, []), "none yet: a fresh start"
     else:
         folder, skipped = Path(wanted), []
         if not folder.is_dir():
             folder = Path(args.output_dir, folder.name)
         if not folder.is_dir():
             raise InputError(f"--resume_from_checkpoint={wanted} is no folder: a checkpoint-<step> folder was needed")
-    if folder:
-        found = TrainerState.read(folder).stage
-        if found != stage.number:
-            raise InputError(f"{folder} is of stage {found}, this is stage {stage.number}: use another --output_dir")
-    return folder, skipped
+    state = TrainerState.read(folder)
+    if state.stage != stage.number:
+        raise InputError(f"{folder} is of stage {state.stage}, this is stage {stage.number}: use another --output_dir")
+    newer = [path for step, path in present if step > state.global_step]
+    if newer and wanted != "latest":
+        raise InputError(
+            f"{newer[-1]} is newer than {folder}: remove it, or continue {folder.name} in another --output_dir"
+        )
+    return (folder, skipped), f"resuming from {folder} at step {state.global_step}"
 
 
-def eight_bit_adam():
-    """The AdamW with 8-bit state of whichever library is installed."""
-    for name in ("bitsandbytes.optim", "torchao.optim"):
-        if importlib.util.find_spec(name.split(".")[0]):
-            return importlib.import_module(name).AdamW8bit
-    raise InputError("--use_8bit_adam needs bitsandbytes or torchao: pip install bitsandbytes, or drop the flag")
+def count_parameters(stage, opened):
+    """(trained, frozen) parameters of the models; a BrushNet that is not given is as large as the UNet."""
+    sizes = {name: (weights or opened["unet_main"]).parameters for name, weights in opened.items()}
+    trained = sum(size for name, size in sizes.items() if name in stage.trained)
+    return trained, sum(sizes.values()) - trained
+
+
+def check_disk_space(args, stage, opened):
+    """One checkpoint has to fit: it is written before an old one is deleted."""
+    needed = count_parameters(stage, opened)[0] * ADAM_BYTES
+    free = shutil.disk_usage(args.output_dir).free
+    if free < needed:
+        raise InputError(
+            f"a checkpoint takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {args.output_dir}: free some "
+            "space, or choose another --output_dir"
+        )
+    return None, f"{free / 1e9:.0f} GB free, a checkpoint takes {needed / 1e9:.1f} GB"
+
+
+def check_memory(args, stage, opened):
+    """Weights, gradients and optimizer state must fit the GPU; activations are an estimate from measured runs."""
+    trained, frozen = count_parameters(stage, opened)
+    adam = 6 if args.use_8bit_adam else 0  # bytes that 8-bit moments save per parameter
+    fixed = (trained * (TRAINED_BYTES - adam) + frozen * FROZEN_BYTES) / 2**30
+    frames = args.train_batch_size * args.nframes * (args.resolution / 512) ** 2
+    width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
+    activations = frames * width * stage.gib_per_frame[args.gradient_checkpointing]
+    if not torch.cuda.is_available():
+        return None, f"about {fixed + activations:.1f} GiB; no GPU was found"
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if fixed > total:
+        raise InputError(
+            f"weights, gradients and optimizer state take {fixed:.0f} GiB, the GPU has {total:.0f}: use --use_8bit_adam"
+        )
+    return None, f"about {fixed + activations:.0f} GiB, the GPU has {total:.0f}"

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import math
 import platform
 import resource
 import sys
 import time
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import accelerate
@@ -16,12 +18,10 @@ import transformers
 
 log = logging.getLogger("diffueraser")
 
-ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
-
 
 @contextmanager
 def log_on_main_process(accelerator):
-    """Plain lines on stdout, one process's only; a progress bar on a terminal does not break them."""
+    """Plain lines on stdout, one process's only."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
@@ -33,8 +33,8 @@ def log_on_main_process(accelerator):
         log.removeHandler(handler)
 
 
-def log_start(args, stage, accelerator, dataset, opened):
-    """Everything that tells one run from another, in the log and in <output_dir>/config.json."""
+def log_start(args, stage, accelerator, preflight, opened):
+    """Everything that tells one run from another, in the log and, run by run, in <output_dir>/config.json."""
     versions = {
         "python": platform.python_version(),
         **{library.__name__: library.__version__ for library in (torch, diffusers, accelerate, transformers)},
@@ -43,36 +43,29 @@ def log_start(args, stage, accelerator, dataset, opened):
     log.info("stage %d on %s, %d process(es), mixed precision %s, seed %d", stage.number, device,
              accelerator.num_processes, accelerator.mixed_precision, args.seed)  # fmt: skip
     log.info("versions: %s", ", ".join(f"{name} {version}" for name, version in versions.items()))
-    log.info(
-        "data: %d clips an epoch; of the training videos %d are left out as shorter than %d frames, %d as used for "
-        "validation", len(dataset), len(dataset.too_short), args.nframes, len(dataset.held_out),
-    )  # fmt: skip
-    if not args.validation_steps:
-        log.info("validation is off (--validation_steps=0)")
-    elif not args.validation_image:
-        log.info("no validation videos: --validation_image and --validation_mask give them")
+    for name, _, found in preflight.rows[1:]:
+        log.info("%s: %s", name, found)
     for name, weights in opened.items():
         if weights is None:
             log.info("%s: a copy of the UNet with a zero-initialised output", name)
         else:
             log.info("%s: %s from a %s in %s", name, weights.cls.__name__, weights.source_class, weights.folder)
     if accelerator.is_main_process:
-        settings = {"settings": vars(args), "versions": versions, "command": sys.argv}
-        Path(args.output_dir, "config.json").write_text(json.dumps(settings, indent=1))
+        path = Path(args.output_dir, "config.json")
+        runs = json.loads(path.read_text()) if path.is_file() else []
+        runs.append({"command": sys.argv, "settings": vars(args), "versions": versions})
+        path.write_text(json.dumps(runs, indent=1))
 
 
 def log_parameters(model, checkpoints_total_limit):
-    """Total, trained and frozen parameters of each model, and what a checkpoint of them takes."""
-    all_trained = 0
+    """Total, trained and frozen parameters of each model."""
     for name in ("unet_main", "brushnet"):
         parameters = list(getattr(model, name).parameters())
-        total = sum(parameter.numel() for parameter in parameters)
-        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        all_trained += trained
-        log.info("%s: %.1f M parameters, %.1f M trained, %.1f M frozen", name, total / 1e6, trained / 1e6,
-                 (total - trained) / 1e6)  # fmt: skip
+        total = sum(parameter.numel() for parameter in parameters) / 1e6
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad) / 1e6
+        log.info("%s: %.1f M parameters, %.1f M trained, %.1f M frozen", name, total, trained, total - trained)
     kept = "all are kept" if checkpoints_total_limit is None else f"the newest {checkpoints_total_limit} are kept"
-    log.info("a checkpoint takes about %.1f GB; %s", all_trained * ADAM_BYTES / 1e9, kept)
+    log.info("checkpoints: %s", kept)
 
 
 def flat_settings(args):
@@ -87,22 +80,35 @@ class Meter:
 
     def __init__(self, accelerator, max_train_steps):
         self.accelerator, self.max_train_steps = accelerator, max_train_steps
-        self.losses = []
+        self.losses, self.clips = [], []  # since the last line
+        self.earlier_bad = (0, None)  # the streak of bad losses that the last line ended with
         self.restart()
 
     def restart(self):
         """Start timing anew, so that a validation does not count as steps."""
         self.start, self.steps = time.perf_counter(), 0
 
-    def add(self, loss, grad_norm):
+    def add(self, loss, grad_norm, step, videos):
         self.losses.append(loss)
+        self.clips.append((step, videos))
         self.grad_norm = grad_norm
+
+    def bad_streak(self):
+        """(number of the latest losses in a row that are not finite, (step, videos) of the first of them)."""
+        values = torch.stack(self.losses).tolist() if self.losses else []
+        bad = len(list(takewhile(lambda value: not math.isfinite(value), reversed(values))))
+        if bad < len(values):
+            return bad, self.clips[-bad] if bad else None
+        earlier, first = self.earlier_bad
+        return earlier + bad, first or (self.clips[0] if bad else None)
 
     def report(self, step, lr):
         """Log a line for the steps since the last one."""
         loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
         grad_norm = float(self.grad_norm)
+        self.earlier_bad = self.bad_streak()
         self.losses.clear()
+        self.clips.clear()
         seconds = (time.perf_counter() - self.start) / max(1, self.steps)
         memory = peak_memory(self.accelerator.device)
         left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.max_train_steps - step) % 86400))

@@ -3,32 +3,35 @@
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
-from dataset.finetune_dataset import PROMPTS, EpochSampler, FinetuneDataset, TrainingClips
-from libs.checkpoints import TrainerState, register_hooks, save_checkpoint, saved_keys
+from dataset.finetune_dataset import PROMPTS, EpochSampler, TrainingClips
+from libs.checkpoints import TrainerState, find_latest, register_hooks, save_checkpoint, saved_keys
 from libs.conversion import convert, fingerprint
 from libs.diffusion import batch_loss
 from libs.errors import InputError
-from libs.frozen import FrozenModels
 from libs.options import parse_args
-from libs.preflight import (
-    check_fit,
-    check_output_dir,
-    check_precision,
-    check_tracker,
-    checkpoint_to_resume,
-    eight_bit_adam,
-)
+from libs.preflight import eight_bit_adam, inspect
 from libs.reporting import Meter, flat_settings, log, log_on_main_process, log_parameters, log_start
+from libs.stopping import StopRequest
 from libs.validation import inpaint, load_validation_video, write_gif
 
+# What a checkpoint's position in the data and its optimizer state depend on: changes are refused on resuming.
+DECISIVE_SETTINGS = ("nframes", "resolution", "seed", "train_batch_size", "gradient_accumulation_steps")
+# What may change on the way, and is logged then.
+HARMLESS_SETTINGS = ("learning_rate", "lr_scheduler", "max_train_steps", "mixed_precision", "proportion_empty_prompts",
+                     "max_grad_norm", "gradient_checkpointing")  # fmt: skip
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # how accelerate, torch and safetensors report a full disk
+MAX_BAD_LOSSES = 5  # in a row, before a run is stopped
+MIN_BROKEN = 5  # broken clips met, before their share means anything
 PROBE_EPOCH = 2**31  # an epoch that no run reaches: the probe's clips and masks are not trained on
 
 
@@ -40,6 +43,8 @@ class Stage:
     nframes: int
     inference_steps: int  # of the validation samples
     shared_noise: bool  # validation starts all frames from the same noise
+    trained: tuple[str, ...]  # the names in open_models whose weights are trained
+    gib_per_frame: tuple[float, float]  # activations of a 512x512 frame at full size, measured: kept, recomputed
 
     @staticmethod
     def add_model_flags(add):
@@ -53,28 +58,23 @@ class Stage:
     def load_models(opened, frozen_dtype):
         """The Inpainter in training mode, what is frozen in `frozen_dtype`."""
 
-    @staticmethod
-    def frozen_weights(opened):
-        """{unet_main, brushnet: OpenedWeights} of what a checkpoint leaves out."""
-        return {}
-
 
 def run(stage, argv=None):
     """Train one stage: what `accelerate launch train_DiffuEraser_stage<n>.py` does."""
-    args = parse_args(stage, argv)
-    check_tracker(args.report_to)
-    check_precision(args)
-    if args.use_8bit_adam:
-        eight_bit_adam()
+    stop = StopRequest()
+    try:
+        args = parse_args(stage, argv)
+        preflight, found = inspect(args, stage)
+        if args.check_only:
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(preflight.table(), flush=True)
+            raise SystemExit(int(preflight.failed))
+        train(args, stage, preflight, found, stop)
+    finally:
+        stop.restore()
 
-    # Everything that can be wrong is found before the first tensor is read.
-    frozen = FrozenModels(args)
-    opened = stage.open_models(args)
-    check_fit(args, frozen, opened)
-    dataset = FinetuneDataset(args)
-    check_output_dir(args)
-    checkpoint, skipped = checkpoint_to_resume(args, stage)
 
+def train(args, stage, preflight, found, stop):
     accelerator = Accelerator(
         # Several processes without a GPU (gloo): accelerate would let each of them train on its own.
         cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
@@ -86,14 +86,12 @@ def run(stage, argv=None):
         step_scheduler_with_optimizer=False,  # the loop steps it, once per optimizer step in every process
     )
     with log_on_main_process(accelerator):
-        log_start(args, stage, accelerator, dataset, opened)
-        for line in skipped:
+        log_start(args, stage, accelerator, preflight, found.opened)
+        for line in found.skipped:
             log.info("skipped: %s", line)
-        trainer = Trainer(args, stage, accelerator, dataset, frozen, opened)
-        if checkpoint:
-            trainer.resume(checkpoint)
-        elif args.resume_from_checkpoint:
-            log.info("no checkpoint in %s yet: a fresh start", args.output_dir)
+        trainer = Trainer(args, stage, accelerator, found, stop)
+        if found.checkpoint:
+            trainer.resume(found.checkpoint)
         trainer.train()
         accelerator.end_training()
 
@@ -101,8 +99,10 @@ def run(stage, argv=None):
 class Trainer:
     """Models, optimizer and data of one run, and its position."""
 
-    def __init__(self, args, stage, accelerator, dataset, frozen, opened):
+    def __init__(self, args, stage, accelerator, found, stop):
         self.args, self.stage, self.accelerator, self.device = args, stage, accelerator, accelerator.device
+        self.stop = stop
+        frozen, opened, dataset = found.frozen, found.opened, found.dataset
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -125,9 +125,15 @@ class Trainer:
         self.state = TrainerState(
             stage=stage.number,
             configs={name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")},
-            frozen_from={
-                name: [str(weights.folder), fingerprint(weights.files)]
-                for name, weights in stage.frozen_weights(opened).items()
+            weights={name: [str(w.folder), fingerprint(w.files)] for name, w in opened.items() if w},
+            settings={
+                "num_processes": accelerator.num_processes,
+                "clips": len(dataset),
+                **{
+                    name: getattr(args, name)
+                    for name in (*DECISIVE_SETTINGS, *HARMLESS_SETTINGS)
+                    if hasattr(args, name)
+                },
             },
         )
         register_hooks(accelerator, saved_keys(model))
@@ -137,6 +143,7 @@ class Trainer:
         if args.scale_lr:
             learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         optimizer = make_optimizer(args, parameters, learning_rate, self.device)
+        self.base_lrs = [learning_rate] * len(optimizer.param_groups)
         self.clips = TrainingClips(dataset)
         self.clip_order = EpochSampler(len(dataset), args.seed)
         self.dataloader = accelerator.prepare(self.make_dataloader())
@@ -160,6 +167,8 @@ class Trainer:
             args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
             self.max_train_steps,
         )
+        self.probed_at = None
+        self.clips_met, self.broken_met, self.broken_seen = 0, 0, set()
         if args.report_to != "none":
             accelerator.init_trackers(args.tracker_project_name, config=flat_settings(args))
 
@@ -176,31 +185,55 @@ class Trainer:
         )
 
     def resume(self, checkpoint):
-        saved = TrainerState.read(checkpoint)
-        for name, (folder, expected) in saved.frozen_from.items():
-            if self.state.frozen_from[name][1] != expected:
-                raise InputError(
-                    f"{checkpoint} was trained on other frozen weights ({folder}): start from those, or use another "
-                    "--output_dir"
-                )
+        """Go on where a checkpoint stands; refuses what would give its position or optimizer state another meaning."""
+        saved, now = TrainerState.read(checkpoint), self.state
+        decisive = [
+            f"weights of {name} from {saved.weights[name][0]}, now from {now.weights[name][0]}"
+            for name in saved.weights.keys() & now.weights.keys()
+            if saved.weights[name][1] != now.weights[name][1]
+        ]
+        for name, value in now.settings.items():
+            before = saved.settings.get(name)
+            if before == value:
+                continue
+            if name in HARMLESS_SETTINGS:
+                log.info("changed since the checkpoint: %s from %s to %s", name, before, value)
+            else:
+                decisive.append(f"{name} {before}, now {value}")
+        if decisive and not self.args.resume_anyway:
+            raise InputError(
+                f"{checkpoint} was written with {'; '.join(decisive)}: go back to that, choose another --output_dir, or "
+                "give --resume_anyway"
+            )
         self.accelerator.load_state(str(checkpoint))
-        self.state = saved
-        log.info("resumed from %s at step %d, epoch %d", checkpoint, self.state.global_step, self.state.epoch)
+        # The schedule's state brings the old learning rate back; the flag decides.
+        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["initial_lr"] = base_lr
+        schedule = self.lr_scheduler.scheduler
+        schedule.base_lrs = list(self.base_lrs)
+        for group, base_lr, factor in zip(self.optimizer.param_groups, self.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base_lr * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.state = replace(saved, weights=now.weights, settings=now.settings)
+        log.info("resumed from %s at step %d, epoch %d", checkpoint, saved.global_step, saved.epoch)
 
     def train(self):
+        """Step until the last step, or until a signal asks to stop."""
         args, state, accelerator = self.args, self.state, self.accelerator
         first_step = state.global_step + 1
         if args.probe_clips and state.probe_start is None:
             state.probe_start = self.measure_probe()
-            log.info("probe loss %.4f at the start, on %d fixed clips", state.probe_start, args.probe_clips)
-        meter = Meter(accelerator, self.max_train_steps)
+            at = (state.probe_start, state.global_step, args.probe_clips)
+            log.info("probe loss %.4f at step %d, on %d fixed clips", *at)
+        meter = self.meter = Meter(accelerator, self.max_train_steps)
         self.model.train()
         while state.global_step < self.max_train_steps:
             for batch in self.epoch_batches():
+                self.note_broken(batch)
                 with accelerator.accumulate(self.model):
                     loss = self.loss(batch)
                     grad_norm = optimize(accelerator, self.model, self.optimizer, loss, args.max_grad_norm)
-                meter.add(loss.detach(), grad_norm)
+                meter.add(loss.detach(), grad_norm, state.global_step + 1, batch["videos"])
                 state.batches_done += 1
                 if state.batches_done == len(self.dataloader):
                     state.epoch, state.batches_done = state.epoch + 1, 0
@@ -210,20 +243,62 @@ class Trainer:
                 if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips steps whose gradients overflow
                     self.lr_scheduler.step()
                 state.global_step += 1
-                step = state.global_step
                 meter.steps += 1
-                if step % args.logging_steps == 0 or step == first_step or step == self.max_train_steps:
+                step, last = state.global_step, state.global_step == self.max_train_steps
+                if step % args.logging_steps == 0 or step == first_step or last:
                     meter.report(step, self.lr_scheduler.get_last_lr()[0])
-                validating = args.validation_steps and (step % args.validation_steps == 0 or step == first_step)
-                if validating:
+                    self.stop_at_bad_losses()
+                if args.validation_steps and (step % args.validation_steps == 0 or step == first_step):
                     self.validate()
-                if step % args.checkpointing_steps == 0 or step == self.max_train_steps:
-                    self.save()
-                if validating or step % args.checkpointing_steps == 0:
-                    meter.restart()  # neither counts as time per step
-                if step == self.max_train_steps:
+                    meter.restart()  # it does not count as time per step
+                stopping = not last and self.must_stop()
+                if step % args.checkpointing_steps == 0 or last or stopping:
+                    self.save(must=last or stopping)
+                    meter.restart()
+                if stopping:
+                    log.info("stopped by %s at step %d; the same command with --resume_from_checkpoint=latest goes on",
+                             self.stop.signal, step)  # fmt: skip
+                    return
+                if last:
                     break
         self.finish()
+
+    def must_stop(self):
+        """Whether a signal asks to stop; several processes agree on it at the steps that are logged."""
+        if self.accelerator.num_processes == 1:
+            return self.stop.signal is not None
+        if self.state.global_step % self.args.logging_steps:
+            return False
+        asked = torch.tensor(float(self.stop.signal is not None), device=self.device)
+        if self.accelerator.reduce(asked, "sum").item() == 0:
+            return False
+        self.stop.signal = self.stop.signal or "a signal to another process"
+        return True
+
+    def note_broken(self, batch):
+        """Name every broken video once, and stop when there are too many."""
+        self.clips_met += len(batch["videos"])
+        self.broken_met += len(batch["broken"])
+        for line in batch["broken"]:
+            if line not in self.broken_seen:
+                self.broken_seen.add(line)
+                log.info("left out, another clip in its place: %s", line)
+        share = self.broken_met / (self.clips_met + self.broken_met)
+        if self.broken_met >= MIN_BROKEN and share > self.args.max_broken_share:
+            raise InputError(
+                f"{share:.0%} of the clips met came from broken videos ({len(self.broken_seen)} of them, named above): mend "
+                "them, leave them out with --scan_data, or raise --max_broken_share"
+            )
+
+    def stop_at_bad_losses(self):
+        bad, first = self.meter.earlier_bad
+        if bad >= MAX_BAD_LOSSES:
+            step, videos = first
+            checkpoint, _ = find_latest(self.args.output_dir)
+            raise InputError(
+                f"the loss is not finite since step {step} (clip of {', '.join(videos)}); the last good checkpoint is "
+                f"{checkpoint or 'none'}: lower --learning_rate, or use --mixed_precision=bf16"
+            )
 
     def epoch_batches(self):
         """The batches of the current epoch that are not done yet; those done are skipped without loading them."""
@@ -277,18 +352,32 @@ class Trainer:
 
     def report_probe(self):
         probe, start = self.measure_probe(), self.state.probe_start
+        self.probed_at = self.state.global_step
         log.info("probe loss %.4f at step %d, %.3f of its start", probe, self.state.global_step, probe / start)
         self.accelerator.log({"probe_loss": probe}, step=self.state.global_step)
 
-    def save(self):
-        start = time.perf_counter()
-        folder = save_checkpoint(self.accelerator, self.args.output_dir, self.state, self.args.checkpoints_total_limit)
-        log.info("saved %s in %.0f s", folder, time.perf_counter() - start)
+    def save(self, must):
+        """Save a checkpoint. One that fails leaves the earlier ones and the run alone, unless it `must` be saved."""
+        args, start = self.args, time.perf_counter()
+        bad, _ = self.meter.bad_streak()
+        if bad:
+            log.info("no checkpoint at step %d: the last %d losses are not finite", self.state.global_step, bad)
+            return
+        try:
+            folder = save_checkpoint(self.accelerator, args.output_dir, self.state, args.checkpoints_total_limit)
+        except WRITE_ERRORS as error:
+            # Other processes wait for this one: then only ending is left.
+            reason = f"checkpoint of step {self.state.global_step} could not be written ({first_line(error)})"
+            if must or self.accelerator.num_processes > 1:
+                raise InputError(f"{reason}: free some space and run the same command to resume") from None
+            log.info("%s: free some space; the next one is tried after %d steps", reason, args.checkpointing_steps)
+        else:
+            log.info("saved %s in %.0f s", folder, time.perf_counter() - start)
 
     def finish(self):
         """The last checkpoint, converted into the two folders that inference loads."""
         args, step = self.args, self.state.global_step
-        if args.probe_clips and not (args.validation_steps and step % args.validation_steps == 0):
+        if args.probe_clips and self.probed_at != step:
             self.report_probe()
         if self.accelerator.is_main_process:
             checkpoint = Path(args.output_dir, f"checkpoint-{step}")
@@ -304,6 +393,10 @@ def optimize(accelerator, model, optimizer, loss, max_grad_norm):
     optimizer.step()
     optimizer.zero_grad()
     return grad_norm
+
+
+def first_line(error):
+    return str(error).strip().splitlines()[0]
 
 
 def make_optimizer(args, parameters, learning_rate, device):

@@ -8,7 +8,8 @@ import imageio
 import numpy as np
 import torch
 
-from dataset.finetune_dataset import read_frame, to_tensors
+from dataset.finetune_dataset import to_tensors
+from dataset.frames import read_frame
 from libs.diffusion import conditioning_latents
 from libs.errors import InputError
 from libs.options import pair_by_name

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ class OpenedWeights:
         self.cls, self.folder, self.config, self.belongs = cls, folder, config, belongs
         self.files = weight_files(folder, variant)
         found = {key: shape for key, shape in read_shapes(self.files).items() if belongs(key)}
+        self.parameters = sum(math.prod(shape) for shape in found.values())
         compare_shapes(shapes_of(cls.on_meta(config)), found, folder)
 
     @property

@@ -88,7 +88,8 @@ CASES = {
         1, lambda c: (c.weights / "stable-diffusion-v1-5/tokenizer/vocab.json").unlink(), {},
         "tokenizer has no vocab.json"),
     "prediction_type": (
-        1, lambda c: edit_json(c.weights / SCHEDULER, prediction_type="sample"), {}, "prediction_type 'sample': epsilon or v_prediction"),
+        1, lambda c: edit_json(c.weights / SCHEDULER, prediction_type="sample"), {},
+        "prediction_type 'sample': epsilon or v_prediction"),
     "stage1_weights_missing": (
         1, None, {"pretrained_stage1_path": "/no/weights"}, "/no/weights/unet_main is not a folder"),
     "wrong_class": (
@@ -118,7 +119,7 @@ CASES = {
         "checkpoint-7 has no trainer_state.json"),
     "image_broken": (
         1, lambda c: [p.write_bytes(b"version https://git-lfs") for p in (c.videos / "DAVIS").rglob("*.jpg")],
-        {"ytvos_root": ""}, "is no readable image"),
+        {"ytvos_root": ""}, "20 broken videos in a row, the last of them .*Git LFS pointer"),
     "mask_of_another_size": (
         1, lambda c: Image.new("L", (8, 8)).save(c.videos / "DAVIS/Annotations/480p/buoy/00000.png"),
         lambda c: {"validation_image": [str(c.videos / "DAVIS/JPEGImages/480p/buoy")],

@@ -111,28 +111,34 @@ def test_validation_is_off_without_masks(environment, tmp_path, videos):
 
 def test_two_processes_train_as_one_with_twice_the_batch(environment, tmp_path):
     """Each sees its share of the data; losses and weights are those of one process with both clips."""
-    logs, settings = {}, {"MAX_TRAIN_STEPS": 3, "LEARNING_RATE": 1e-5, "OMP_NUM_THREADS": 1, "VALIDATION_STEPS": 2}
+    logs, settings = {}, {"MAX_TRAIN_STEPS": 3, "LEARNING_RATE": 1, "OMP_NUM_THREADS": 1, "VALIDATION_STEPS": 2}
     for processes, batch in ((1, 2), (2, 1)):
         changes = {"NUM_PROCESSES": processes, "TRAIN_BATCH_SIZE": batch, **settings}
         changes |= {"LOG": tmp_path / f"{processes}.log", "OUTPUT_DIR": tmp_path / str(processes)}
-        result = run(["bash", "finetune_stage1.sh", "--logging_steps=1", "--probe_clips=2"], environment, **changes)
+        # Adam with a huge epsilon is gradient descent: it does not blow rounding up to whole steps of its own.
+        result = run(
+            ["bash", "finetune_stage1.sh", "--logging_steps=1", "--probe_clips=2", "--adam_epsilon=1e3",
+             "--adam_weight_decay=0"],
+            environment,
+            **changes,
+        )  # fmt: skip
         assert result.returncode == 0, result.stderr
         logs[processes] = (tmp_path / f"{processes}.log").read_text()
         assert f"{processes} process(es)" in logs[processes]
         assert "22 steps per epoch" in logs[processes] and "global batch 2 clips" in logs[processes]
-        assert "arning" not in logs[processes]
+        assert "Warning" not in logs[processes]
     losses = {n: [float(loss) for loss in re.findall(r"/3  loss ([\d.]+)", log)] for n, log in logs.items()}
     assert len(losses[1]) == 3 and losses[1] == pytest.approx(losses[2], abs=2e-4)
     weights = [load_file(tmp_path / str(n) / "unet_main" / WEIGHTS) for n in (1, 2)]
     for key, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][key], rtol=0, atol=4e-5, msg=key)  # Adam: at most 3 x 1e-5 apart
+        torch.testing.assert_close(value, weights[1][key], rtol=0, atol=2e-6, msg=key)
 
     # Interrupted and resumed, bit for bit.
     whole = tmp_path / "2" / "unet_main" / WEIGHTS
     kept = whole.rename(tmp_path / "whole.safetensors")
     shutil.rmtree(tmp_path / "2" / "checkpoint-3")
     shutil.rmtree(tmp_path / "2" / "checkpoint-2")
-    again = run(["bash", "finetune_stage1.sh"], environment, **changes)
+    again = run(["bash", "finetune_stage1.sh", "--adam_epsilon=1e3", "--adam_weight_decay=0"], environment, **changes)
     assert again.returncode == 0, again.stderr
     assert "checkpoint-1 at step 1" in (tmp_path / "2.log").read_text()
     assert equal_files(kept, whole)

@@ -122,4 +122,4 @@ def test_resuming_stage_2_on_other_frozen_weights_is_refused(train, tmp_path, we
     with pytest.raises(SystemExit) as stop:
         train(2, pretrained_stage1=tmp_path / "stage1", max_train_steps=2, resume_from_checkpoint="latest")
     assert stop.value.code == 1
-    assert "was trained on other frozen weights" in capsys.readouterr().err
+    assert "was written with weights of" in capsys.readouterr().err

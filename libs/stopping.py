@@ -1,0 +1,29 @@
+"""Stopping on a signal: finish the step, save, say how to go on."""
+
+import os
+import signal
+import time
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: what SLURM sends before a job's time runs out
+SAME_REQUEST = 1.0  # seconds: launchers pass a signal on that the shell has sent to everyone already
+
+
+class StopRequest:
+    """Remembers the first signal; a second one stops at once, as if there were no handler."""
+
+    def __init__(self):
+        self.signal, self.time, self.pid = None, 0.0, os.getpid()
+        self.previous = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
+
+    def handle(self, number, frame):
+        if os.getpid() != self.pid:
+            return  # a loader worker: the trainer ends it
+        if self.signal is None:
+            self.signal, self.time = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self.time > SAME_REQUEST:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(self.pid, number)
+
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
