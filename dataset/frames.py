@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,8 +135,9 @@ def scan_frames(args, memory, processes):
     keys = {str(video.folder): listing_key(video) for video in videos}
     new = [video for video in videos if known.get(str(video.folder), [None])[0] != keys[str(video.folder)]]
     if new:
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            for video, reason in zip(new, pool.imap(find_broken, new, chunksize=4), strict=True):
+        # An executor, because Pool ends its workers by SIGTERM, which the trainer's processes take for a wish to save.
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+            for video, reason in zip(new, pool.map(find_broken, new, chunksize=4), strict=True):
                 known[str(video.folder)] = [keys[str(video.folder)], reason]
         Path(memory).write_text(json.dumps(known, indent=1))
     return {video.folder: known[str(video.folder)][1] for video in videos if known[str(video.folder)][1]}

@@ -20,13 +20,15 @@ from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 
 SIZES = {
     "tiny": {
-        "unet": {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 4, "cross_attention_dim": 32},
+        "unet": {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 4, "cross_attention_dim": 32,
+                 "norm_num_groups": 8},
         "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
         "vae": {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64},
         "sample_size": 8,
     },
     "full": {
-        "unet": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8, "cross_attention_dim": 768},
+        "unet": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8, "cross_attention_dim": 768,
+                 "norm_num_groups": 32},
         "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
         "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32,
                 "sample_size": 256},
@@ -61,7 +63,11 @@ def make_weights(output_dir, size="tiny", dtype=torch.float32, seed=0):
 
     unet = UNet2DConditionModel(sample_size=spec["sample_size"], **spec["unet"])
     heads = spec["unet"]["attention_head_dim"]
-    adapter = MotionAdapter(block_out_channels=spec["unet"]["block_out_channels"], motion_num_attention_heads=heads)
+    adapter = MotionAdapter(
+        block_out_channels=spec["unet"]["block_out_channels"],
+        motion_num_attention_heads=heads,
+        motion_norm_num_groups=spec["unet"]["norm_num_groups"],
+    )
     save(adapter, output_dir / "animatediff-motion-adapter-v1-5-2", dtype)
     save(unet, base / "unet", dtype)
     with torch.no_grad():  # DiffuEraser's weights are not the base model's

@@ -168,7 +168,7 @@ def original_parts(stage, checkpoint, config_folders):
         raise InputError(f"{checkpoint} is a stage {found} checkpoint: use save_checkpoint_stage{found}.py")
 
     sizes = infer_sizes(checkpoint, state_dicts["unet_main"])
-    heads, motion_heads = find_heads(sizes, config_folders)
+    sizes["norm_num_groups"], heads, motion_heads = find_untold(sizes, config_folders)
     if stage == 2:
         position_table = next(t for key, t in state_dicts["unet_main"].items() if key.endswith("pos_embed.pe"))
         unet_config = {
@@ -197,8 +197,9 @@ def infer_sizes(checkpoint, state_dict):
     return {"block_out_channels": channels, "cross_attention_dim": state_dict[cross_attention].shape[1]}
 
 
-def find_heads(sizes, config_folders):
-    """(spatial, motion) attention heads, from a config of the same sizes, or SD1.5's and AnimateDiff's 8."""
+def find_untold(sizes, config_folders):
+    """(norm groups, spatial heads, motion heads), which leave no trace in shapes: from a config of the same sizes, or
+    SD1.5's and AnimateDiff's."""
     for folder in filter(None, config_folders):
         path = Path(folder, "unet_main", "config.json")
         if path.is_file():
@@ -207,9 +208,9 @@ def find_heads(sizes, config_folders):
                 heads = config.get("num_attention_heads") or config["attention_head_dim"]
                 motion_heads = config.get("motion_num_attention_heads", heads)
                 print(f"attention heads: {heads}, in motion modules {motion_heads} (from {path})")
-                return heads, motion_heads
+                return config["norm_num_groups"], heads, motion_heads
     print("attention heads: 8, as in SD1.5 (no config of the checkpoint's sizes was found; see model_config)")
-    return 8, 8
+    return 32, 8, 8
 
 
 def write_model(folder, cls, config, tensors, marker):

@@ -91,8 +91,8 @@ launch() {
   } >>"$LOG"
   echo "stage $stage: training, log in $LOG (tail -f $LOG), checkpoints in $OUTPUT_DIR/${note:+; $note}"
 
-  # The shell takes the signals and passes the first on as USR1 to the trainer, which saves and ends; the launcher in
-  # between would end at once and leave it alone. A second signal ends everything.
+  # The shell takes the signals and passes the first on, as USR1, to the trainers, which save and end. The launchers in
+  # between inherit that they are ignored: they would end at once and leave the trainers alone. A second signal ends all.
   trap '' INT TERM USR1
   PYTHONUNBUFFERED=1 setsid "$PYTHON" -m accelerate.commands.accelerate_cli "${command[@]:1}" >>"$LOG" 2>&1 &
   child=$!
@@ -112,7 +112,16 @@ launch() {
 
 stop_trainer() {
   interrupted=1
-  trap 'interrupted=1; kill -KILL -- "-$child" 2>/dev/null' INT TERM USR1
+  trap 'interrupted=1; signal_all KILL' INT TERM USR1
   echo "stopping: the step is finished and saved (a second signal ends at once)"
-  kill -"$1" -- "-$child"
+  signal_all "$1"
+}
+
+# Every process below the launcher: with several GPUs the trainers are in sessions of their own.
+signal_all() {
+  local pids=("$child") i
+  for ((i = 0; i < ${#pids[@]}; i++)); do
+    pids+=($(cat /proc/"${pids[i]}"/task/*/children 2>/dev/null))
+  done
+  kill -"$1" "${pids[@]}" 2>/dev/null || true
 }

@@ -202,8 +202,8 @@ class Trainer:
                 decisive.append(f"{name} {before}, now {value}")
         if decisive and not self.args.resume_anyway:
             raise InputError(
-                f"{checkpoint} was written with {'; '.join(decisive)}: go back to that, choose another --output_dir, or "
-                "give --resume_anyway"
+                f"{checkpoint} was written with {'; '.join(decisive)}: go back to that, choose another --output_dir, "
+                "or give --resume_anyway"
             )
         self.accelerator.load_state(str(checkpoint))
         # The schedule's state brings the old learning rate back; the flag decides.
@@ -286,8 +286,8 @@ class Trainer:
         share = self.broken_met / (self.clips_met + self.broken_met)
         if self.broken_met >= MIN_BROKEN and share > self.args.max_broken_share:
             raise InputError(
-                f"{share:.0%} of the clips met came from broken videos ({len(self.broken_seen)} of them, named above): mend "
-                "them, leave them out with --scan_data, or raise --max_broken_share"
+                f"{share:.0%} of the clips met came from broken videos ({len(self.broken_seen)} named above): mend or "
+                "remove them, leave them out with --scan_data, or raise --max_broken_share"
             )
 
     def stop_at_bad_losses(self):

@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
 # All tests, on a machine that has nothing but Python 3.11: arguments go to pytest, as in `bash tests/run.sh -k masks`.
+# --long kills the trainer a hundred times instead of five (about 15 minutes more).
 set -euo pipefail
+if [[ "${1:-}" == --long ]]; then
+  export KILLS=100
+  shift
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash demo/venv.sh tests/requirements.txt
 # Two processes with one thread each: the models are so small that threads would only wait for each other.

@@ -1,0 +1,234 @@
+"""What goes wrong in long runs: signals, broken files, losses that are no numbers, full disks, changed settings."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, equal_files
+from PIL import Image
+
+import libs.training
+from dataset.finetune_dataset import FinetuneDataset, TrainingClips
+from libs.errors import InputError
+
+
+def steps_of(output):
+    return [int(step) for step in re.findall(r"step (\d+)/\d+  loss", output)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_and_saves(train, tmp_path, capsys, monkeypatch, number):
+    """The trainer ends with a checkpoint and without an error; resuming ends where an undisturbed run does."""
+    train(1, output_dir=tmp_path / "whole", max_train_steps=4)
+    capsys.readouterr()
+    loss = libs.training.batch_loss
+
+    def interrupted(*args):
+        os.kill(os.getpid(), number)
+        return loss(*args)
+
+    monkeypatch.setattr(libs.training, "batch_loss", interrupted)
+    train(1, max_train_steps=4, resume_from_checkpoint="latest")
+    output = capsys.readouterr().out
+    assert steps_of(output) == [1] and f"stopped by {number.name} at step 1" in output
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    monkeypatch.setattr(libs.training, "batch_loss", loss)
+    train(1, max_train_steps=4, resume_from_checkpoint="latest")
+    final = "unet_main/diffusion_pytorch_model.safetensors"
+    assert equal_files(tmp_path / "whole" / final, tmp_path / "run" / final)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_shell_script_passes_a_signal_on(weights, videos, tmp_path, processes):
+    """Ctrl-C or SLURM's signal at the shell script: exit status 0, a checkpoint, a line that says how to go on."""
+    log = tmp_path / "run.log"
+    environment = {
+        **os.environ, "PYTHON": sys.executable, "WEIGHTS": str(weights), "DAVIS_ROOT": str(videos / "DAVIS"),
+        "YTVOS_ROOT": str(videos / "YTBV"), "OUTPUT_DIR": str(tmp_path / "run"), "LOG": str(log), "RESOLUTION": "32",
+        "NFRAMES": "2", "MAX_TRAIN_STEPS": "5000", "VALIDATION_STEPS": "0", "DATALOADER_NUM_WORKERS": "1",
+        "NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    script = subprocess.Popen(
+        ["bash", "finetune_stage1.sh", "--logging_steps=1", "--report_to=none"],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    follow = subprocess.Popen(
+        ["tail", "-n", "+1", "-F", str(log)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        for line in follow.stdout:
+            if "step 2/5000" in line:
+                break
+        script.send_signal(signal.SIGTERM)
+        output, _ = script.communicate(timeout=60)
+    finally:
+        script.send_signal(signal.SIGTERM)  # the second one ends everything
+        follow.kill()
+        follow.communicate()
+    assert script.returncode == 0, output + log.read_text()
+    assert "stopped by SIGUSR1" in log.read_text() and "Traceback" not in log.read_text()
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+
+
+def write_frames(folder, count=6, size=(80, 64)):
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.effect_noise(size, 90).convert("RGB").save(folder / f"{i:05d}.jpg")
+    return sorted(folder.iterdir())
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-700])
+
+
+DAMAGES = {
+    "truncated": (cut, "is cut short"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "lfs_pointer": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "is a Git LFS pointer",
+    ),
+    "no_image": (lambda path: path.write_bytes(b"GIF89a nonsense"), "is no readable image"),
+    "another_size": (lambda path: Image.new("RGB", (40, 32)).save(path), "is 40x32, 0000.* is 80x64"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_broken_frames_are_named_and_replaced(tmp_path, name):
+    """A clip of a broken video is replaced by one that follows from (seed, epoch, index) alone."""
+    from types import SimpleNamespace
+
+    damage, message = DAMAGES[name]
+    root = tmp_path / "YTBV" / "JPEGImages"
+    for video in ("a", "b", "c"):
+        write_frames(root / video)
+    damage(root / "b" / "00003.jpg")
+    args = SimpleNamespace(davis_root="", ytvos_root=tmp_path / "YTBV", nframes=6, resolution=32)
+    dataset = FinetuneDataset(args)
+    clips = TrainingClips(dataset)
+    clip = clips[4, 1]
+    assert clip.video in ("a", "c")
+    assert len(clip.broken) >= 1 and re.search(f"b: .*00003.jpg {message}", clip.broken[0])
+    assert clips[4, 1].noise_seed == TrainingClips(FinetuneDataset(args))[4, 1].noise_seed
+    with pytest.raises(InputError, match=message):
+        dataset.clip(1, 4)
+
+
+def test_training_goes_on_without_a_broken_video(train, videos, tmp_path, capsys):
+    ytvos = tmp_path / "YTBV"
+    for video in range(8):
+        write_frames(ytvos / "JPEGImages" / str(video))
+    cut(ytvos / "JPEGImages/3/00002.jpg")
+    settings = {"davis_root": "", "ytvos_root": ytvos, "nframes": 6, "max_train_steps": 8, "train_batch_size": 1}
+    train(1, **settings, dataloader_num_workers=1)
+    output = capsys.readouterr().out
+    assert steps_of(output) == list(range(1, 9))
+    assert output.count("left out, another clip in its place: 3: ") == 1
+
+    train(1, **settings, output_dir=tmp_path / "scanned", scan_data=True)
+    output = capsys.readouterr().out
+    assert "7 clips an epoch; 1 left out: broken, such as" in output and "another clip" not in output
+    remembered = json.loads((tmp_path / "scanned/scan.json").read_text())
+    assert len(remembered) == 8 and sum(reason is not None for _, reason in remembered.values()) == 1
+
+    for video in range(3):
+        cut(ytvos / f"JPEGImages/{video}/00000.jpg")
+    with pytest.raises(SystemExit):
+        train(1, **{**settings, "max_train_steps": 40}, output_dir=tmp_path / "many")
+    assert "of the clips met came from broken videos" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission(tmp_path):
+    from types import SimpleNamespace
+
+    for video in ("a", "b"):
+        write_frames(tmp_path / "JPEGImages" / video)
+    (tmp_path / "JPEGImages/b").chmod(0)
+    dataset = FinetuneDataset(SimpleNamespace(davis_root="", ytvos_root=tmp_path, nframes=6, resolution=32))
+    assert len(dataset) == 1 and "cannot be listed" in dataset.left_out[0]
+
+
+def test_losses_that_are_no_numbers_stop_the_run(train, tmp_path, capsys, monkeypatch):
+    train(1, max_train_steps=2, checkpointing_steps=1)
+    loss, calls = libs.training.batch_loss, []
+
+    def bad(*args):
+        calls.append(args)
+        return loss(*args) * (float("nan") if len(calls) > 1 else 1)
+
+    monkeypatch.setattr(libs.training, "batch_loss", bad)
+    with pytest.raises(SystemExit) as stop:
+        train(1, max_train_steps=40, checkpointing_steps=1, resume_from_checkpoint="latest", logging_steps=3)
+    captured = capsys.readouterr()
+    assert stop.value.code == 1
+    assert re.search(r"error: the loss is not finite since step 4 \(clip of \w+\); .*checkpoint-3", captured.err)
+    assert "no checkpoint at step 5: the last 2 losses are not finite" in captured.out
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_a_full_disk(train, tmp_path, capsys, monkeypatch):
+    """A checkpoint that cannot be written is said and tried again; at the end it is an error; earlier ones stay."""
+    train(1, max_train_steps=1)
+    before = (tmp_path / "run/checkpoint-1/model.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        train(1, max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest")
+    captured = capsys.readouterr()
+    assert stop.value.code == 1
+    assert "checkpoint of step 2 could not be written ([Errno 28] No space left on device)" in captured.out
+    assert "error: checkpoint of step 3 could not be written" in captured.err and steps_of(captured.out)[-1] == 3
+    assert (tmp_path / "run/checkpoint-1/model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    train(1, max_train_steps=3, resume_from_checkpoint="latest")
+    assert (tmp_path / "run/checkpoint-3/trainer_state.json").is_file()
+
+
+def test_changed_settings_on_resuming(train, tmp_path, capsys, weights):
+    train(1, max_train_steps=1)
+    for change, message in (
+        ({"nframes": 4}, "nframes 3, now 4"),
+        ({"seed": 7}, "seed 42, now 7"),
+        ({"train_batch_size": 2}, "train_batch_size 1, now 2"),
+        ({"davis_root": ""}, "clips 44, now 4"),
+        ({"pretrained_stage1_path": None}, "weights of unet_main from"),
+    ):
+        with pytest.raises(SystemExit):
+            train(1, max_train_steps=2, resume_from_checkpoint="latest", **change)
+        error = capsys.readouterr().err
+        assert message in error and "--resume_anyway" in error and error.count("\n") == 1
+    train(1, max_train_steps=2, resume_from_checkpoint="latest", learning_rate=3e-5)
+    output = capsys.readouterr().out
+    assert "changed since the checkpoint: learning_rate from 0.001 to 3e-05" in output and "lr 3e-05" in output
+    train(1, max_train_steps=3, resume_from_checkpoint="latest", learning_rate=3e-5, seed=7, resume_anyway=True)
+    assert steps_of(capsys.readouterr().out) == [3]
+    assert len(json.loads((tmp_path / "run/config.json").read_text())) == 3 + 5
+
+
+def test_check_only(train, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(1, check_only=True, scan_data=True)
+    table = capsys.readouterr().out
+    assert stop.value.code == 0 and table.count("  ok  ") == len(table.splitlines()) == 10
+    assert "8 videos, 208 frames, 44 clips an epoch" in table
+    with pytest.raises(SystemExit) as stop:
+        train(2, check_only=True, davis_root="/no/DAVIS", pretrained_stage1="/no/weights")
+    table = capsys.readouterr().out
+    assert stop.value.code == 1 and table.count("FAILED") == 2
+    assert not list(Path(tmp_path, "run").glob("checkpoint-*"))
