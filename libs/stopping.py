@@ -16,8 +16,12 @@ class StopRequest:
         self.previous = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
 
     def handle(self, number, frame):
-        if os.getpid() != self.pid:
-            return  # a loader worker: the trainer ends it
+        if (
+            os.getpid() != self.pid
+        ):  # a loader worker: a job's SIGTERM goes to all processes, the trainer's own comes next
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+            return
         if self.signal is None:
             self.signal, self.time = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self.time > SAME_REQUEST:

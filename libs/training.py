@@ -173,14 +173,13 @@ class Trainer:
             accelerator.init_trackers(args.tracker_project_name, config=flat_settings(args))
 
     def make_dataloader(self):
-        workers = self.args.dataloader_num_workers
+        # No persistent workers: they live until the interpreter ends, which then waits 5 s for each of them.
         return DataLoader(
             self.clips,
             batch_size=self.args.train_batch_size,
             sampler=self.clip_order,
             collate_fn=TrainingClips.collate,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            num_workers=self.args.dataloader_num_workers,
             pin_memory=self.device.type == "cuda",
         )
 
