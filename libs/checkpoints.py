@@ -16,7 +16,7 @@ from libs.weights import compare_shapes, open_weights, read_shapes, read_tensors
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
-PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".old"
 
 
 @dataclass
@@ -116,17 +116,32 @@ def save_checkpoint(accelerator, run_dir, state, total_limit=None):
     folder = Path(run_dir, f"checkpoint-{state.global_step}")
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        clean_up(run_dir)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        state.write(partial)
-        replace_folder(partial, folder)
-        prune(run_dir, total_limit)
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            state.write(partial)
+            replace_folder(partial, folder)
+            prune(run_dir, state.global_step, total_limit)
+    except Exception:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
+        raise
     accelerator.wait_for_everyone()
     return folder
+
+
+def clean_up(run_dir):
+    """Remove what killed runs have left half-written; what one was about to replace gets its name back."""
+    for path in Path(run_dir).glob("checkpoint-*"):
+        if path.name.endswith(PARTIAL_SUFFIX):
+            shutil.rmtree(path)
+        elif path.name.endswith(OLD_SUFFIX):
+            final = path.with_name(path.name.removesuffix(OLD_SUFFIX))
+            shutil.rmtree(path) if final.exists() else path.rename(final)
 
 
 def replace_folder(partial, folder):
@@ -138,7 +153,7 @@ def replace_folder(partial, folder):
             path.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
         flush(path)
     flush(partial)
-    old = folder.with_name(folder.name + ".old")
+    old = folder.with_name(folder.name + OLD_SUFFIX)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
@@ -155,8 +170,12 @@ def flush(path):
         os.close(descriptor)
 
 
-def prune(run_dir, total_limit):
-    """Delete all but the newest `total_limit` checkpoints (None: keep all)."""
+def prune(run_dir, step, total_limit):
+    """Delete all but the newest `total_limit` checkpoints up to `step` (None: keep all).
+
+    One above `step` is of no use: the run would have resumed from it, were it complete.
+    """
     if total_limit is not None:
-        for _, folder in list_checkpoints(run_dir)[:-total_limit]:
+        earlier = [folder for number, folder in list_checkpoints(run_dir) if number <= step]
+        for folder in earlier[:-total_limit]:
             shutil.rmtree(folder)

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from libs.brushnet_CA import BrushNetModel
@@ -66,15 +67,25 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
         parts = own_parts(state, checkpoint, pretrained_stage1)
 
     print(f"converting {checkpoint} (stage {stage}, step {step})", flush=True)
-    partial = output_dir.with_name(output_dir.name + PARTIAL_SUFFIX)
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, (cls, config, tensors) in parts.items():
-        summary = write_model(partial / name, cls, config, tensors, {"stage": stage, "step": step})
-        print(f"{output_dir / name}: {summary}", flush=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name in parts:
-        replace_folder(partial / name, output_dir / name)
-    partial.rmdir()
+    created = not output_dir.exists()
+    partial = output_dir / f"conversion{PARTIAL_SUFFIX}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        for name, (cls, config, tensors) in parts.items():
+            summary = write_model(partial / name, cls, config, tensors, {"stage": stage, "step": step})
+            print(f"{output_dir / name}: {summary}", flush=True)
+        for name in parts:
+            replace_folder(partial / name, output_dir / name)
+        partial.rmdir()
+    except (InputError, OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if created and output_dir.exists():
+            output_dir.rmdir()
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"output_dir {output_dir} could not be written ({error}): free some space, or change it"
+        ) from None
 
 
 def find_checkpoint(input_dir):

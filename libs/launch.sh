@@ -93,10 +93,10 @@ launch() {
 
   # The shell takes the signals and passes the first on, as USR1, to the trainers, which save and end. The launchers in
   # between inherit that they are ignored: they would end at once and leave the trainers alone. A second signal ends all.
-  trap '' INT TERM USR1
+  trap '' INT TERM HUP USR1
   PYTHONUNBUFFERED=1 setsid "$PYTHON" -m accelerate.commands.accelerate_cli "${command[@]:1}" >>"$LOG" 2>&1 &
   child=$!
-  trap 'stop_trainer USR1' INT TERM USR1
+  trap stop_trainer INT TERM HUP USR1
   local status=0
   interrupted=1
   while [[ $interrupted = 1 ]]; do # a signal interrupts `wait`, whose status is then not the trainer's
@@ -105,23 +105,29 @@ launch() {
   done
   if [[ $status != 0 ]]; then
     echo "stage $stage failed with status $status; the end of $LOG:" >&2
-    tail -n +$((lines_before + 1)) "$LOG" | tail -n 15 >&2
+    # Errors last: with several processes the launcher's own report follows them in the log.
+    tail -n +$((lines_before + 1)) "$LOG" | grep -v '^error' | tail -n 15 >&2 || true
+    tail -n +$((lines_before + 1)) "$LOG" | grep '^error' >&2 || true
   fi
   exit $status
 }
 
 stop_trainer() {
   interrupted=1
-  trap 'interrupted=1; signal_all KILL' INT TERM USR1
-  echo "stopping: the step is finished and saved (a second signal ends at once)"
-  signal_all "$1"
+  trap 'interrupted=1; signal_all KILL' INT TERM HUP USR1
+  if tail -n +$((lines_before + 1)) "$LOG" | grep -q " stage $stage on "; then
+    echo "stopping: the step is finished and saved (a second signal ends at once)"
+    signal_all USR1
+  else # still starting: nothing to save
+    signal_all KILL
+  fi
 }
 
 # Every process below the launcher: with several GPUs the trainers are in sessions of their own.
 signal_all() {
   local pids=("$child") i
   for ((i = 0; i < ${#pids[@]}; i++)); do
-    pids+=($(cat /proc/"${pids[i]}"/task/*/children 2>/dev/null))
+    pids+=($(cat /proc/"${pids[i]}"/task/*/children 2>/dev/null || pgrep -P "${pids[i]}" || true))
   done
   kill -"$1" "${pids[@]}" 2>/dev/null || true
 }

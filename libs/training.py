@@ -167,7 +167,7 @@ class Trainer:
             args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
             self.max_train_steps,
         )
-        self.probed_at = None
+        self.probed_at = self.last_checkpoint = None
         self.clips_met, self.broken_met, self.broken_seen = 0, 0, set()
         if args.report_to != "none":
             accelerator.init_trackers(args.tracker_project_name, config=flat_settings(args))
@@ -213,6 +213,7 @@ class Trainer:
         for group, base_lr, factor in zip(self.optimizer.param_groups, self.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = base_lr * factor(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.last_checkpoint = checkpoint
         self.state = replace(saved, weights=now.weights, settings=now.settings)
         log.info("resumed from %s at step %d, epoch %d", checkpoint, saved.global_step, saved.epoch)
 
@@ -232,7 +233,10 @@ class Trainer:
                 with accelerator.accumulate(self.model):
                     loss = self.loss(batch)
                     grad_norm = optimize(accelerator, self.model, self.optimizer, loss, args.max_grad_norm)
-                meter.add(loss.detach(), grad_norm, state.global_step + 1, batch["videos"])
+                loss = loss.detach()
+                if grad_norm is not None and accelerator.scaler is None:  # nothing skips a step with bad gradients
+                    loss = torch.where(torch.isfinite(grad_norm), loss, torch.nan)
+                meter.add(loss, grad_norm, state.global_step + 1, batch["videos"])
                 state.batches_done += 1
                 if state.batches_done == len(self.dataloader):
                     state.epoch, state.batches_done = state.epoch + 1, 0
@@ -268,11 +272,14 @@ class Trainer:
             return self.stop.signal is not None
         if self.state.global_step % self.args.logging_steps:
             return False
-        asked = torch.tensor(float(self.stop.signal is not None), device=self.device)
-        if self.accelerator.reduce(asked, "sum").item() == 0:
+        if not self.sum_over_processes(self.stop.signal is not None):
             return False
         self.stop.signal = self.stop.signal or "a signal to another process"
         return True
+
+    def sum_over_processes(self, value):
+        """What all processes decide by, together: one that went its own way would leave the others waiting."""
+        return self.accelerator.reduce(torch.tensor(float(value), device=self.device), "sum").item()
 
     def note_broken(self, batch):
         """Name every broken video once, and stop when there are too many."""
@@ -291,8 +298,8 @@ class Trainer:
 
     def stop_at_bad_losses(self):
         bad, first = self.meter.earlier_bad
-        if bad >= MAX_BAD_LOSSES:
-            step, videos = first
+        if self.sum_over_processes(bad >= MAX_BAD_LOSSES):
+            step, videos = first or (self.state.global_step, ["another process"])
             checkpoint, _ = find_latest(self.args.output_dir)
             raise InputError(
                 f"the loss is not finite since step {step} (clip of {', '.join(videos)}); the last good checkpoint is "
@@ -359,11 +366,18 @@ class Trainer:
         """Save a checkpoint. One that fails leaves the earlier ones and the run alone, unless it `must` be saved."""
         args, start = self.args, time.perf_counter()
         bad, _ = self.meter.bad_streak()
-        if bad:
-            log.info("no checkpoint at step %d: the last %d losses are not finite", self.state.global_step, bad)
+        if self.sum_over_processes(bad):
+            reason = f"no checkpoint at step {self.state.global_step}: the last {bad} losses are not finite"
+            if must:
+                raise InputError(
+                    f"{reason}; the last good one is {self.last_checkpoint}: resume with a lower --learning_rate"
+                )
+            log.info(reason)
             return
         try:
-            folder = save_checkpoint(self.accelerator, args.output_dir, self.state, args.checkpoints_total_limit)
+            self.last_checkpoint = save_checkpoint(
+                self.accelerator, args.output_dir, self.state, args.checkpoints_total_limit
+            )
         except WRITE_ERRORS as error:
             # Other processes wait for this one: then only ending is left.
             reason = f"checkpoint of step {self.state.global_step} could not be written ({first_line(error)})"
@@ -371,7 +385,7 @@ class Trainer:
                 raise InputError(f"{reason}: free some space and run the same command to resume") from None
             log.info("%s: free some space; the next one is tried after %d steps", reason, args.checkpointing_steps)
         else:
-            log.info("saved %s in %.0f s", folder, time.perf_counter() - start)
+            log.info("saved %s in %.0f s", self.last_checkpoint, time.perf_counter() - start)
 
     def finish(self):
         """The last checkpoint, converted into the two folders that inference loads."""
@@ -379,8 +393,7 @@ class Trainer:
         if args.probe_clips and self.probed_at != step:
             self.report_probe()
         if self.accelerator.is_main_process:
-            checkpoint = Path(args.output_dir, f"checkpoint-{step}")
-            convert(self.stage.number, checkpoint, args.output_dir, getattr(args, "pretrained_stage1", None))
+            convert(self.stage.number, self.last_checkpoint, args.output_dir, getattr(args, "pretrained_stage1", None))
         self.accelerator.wait_for_everyone()
         log.info("done at step %d: %s/unet_main and %s/brushnet", step, args.output_dir, args.output_dir)
 
