@@ -1,12 +1,14 @@
 """Seconds, memory and parts of a full-size training step: random weights, the trainer's own step functions.
 
-    python -m benchmarks.train_step --stage 1
-    python -m benchmarks.train_step --stage 2 --gradient_checkpointing
+    python -m benchmarks.train_step                                # every variant of both stages
+    python -m benchmarks.train_step --stages 2 --variants cached
 
-Prints one JSON line. The batch is on the GPU already; `benchmarks/data_loading.py` measures the loader.
+Prints one JSON line per stage and variant. The batch is on the GPU already; `benchmarks/data_loading.py` measures the
+loader, a run of the shell scripts both together.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -15,9 +17,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler
 
+from dataset.finetune_dataset import to_tensors
 from demo.make_weights import SCHEDULER, SIZES
 from libs.brushnet_CA import BrushNetModel
-from libs.diffusion import Codec, batch_loss
+from libs.diffusion import Codec, batch_loss, frames_at_once
 from libs.training import make_optimizer, optimize
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
@@ -64,28 +67,26 @@ def make_model(stage, frozen_dtype):
         return freeze(ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), frozen_dtype)
 
 
-def measure(options):
-    torch.manual_seed(0)
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[options.mixed_precision]
-    nframes = options.nframes or {1: 10, 2: 22}[options.stage]
-    blocks = len(SIZES["full"]["vae"]["block_out_channels"])
+VARIANTS = {  # flags of the trainer
+    "plain": {},
+    "checkpointed": {"gradient_checkpointing": True},
+    "compiled": {"compile": True},
+    "cached": {"compile": True, "latent_cache": True},  # every frame's moments are held already
+    "low_memory": {"compile": True, "gradient_checkpointing": True, "use_8bit_adam": True},
+}
+
+
+def make_codec(dtype, nframes):
+    spec = SIZES["full"]["vae"]
+    blocks = len(spec["block_out_channels"])
     with torch.device("cuda"):
         vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            **SIZES["full"]["vae"],
+            down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks, **spec
         )
-    codec = Codec(torch.nn.Module.to(vae, dtype))
-    model = make_model(options.stage, dtype)
-    if options.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(options, parameters, options.learning_rate, accelerator.device)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    noise_scheduler = DDPMScheduler.from_config(SCHEDULER)
+    return Codec(torch.nn.Module.to(vae, dtype), frames_at_once(nframes))
 
-    size = options.resolution
+
+def make_batch(nframes, size):
     batch = {
         "frames": torch.randint(0, 256, (1, nframes, size, size, 3), dtype=torch.uint8, device="cuda"),
         "holes": torch.zeros((1, nframes, size, size), dtype=torch.uint8, device="cuda"),
@@ -93,19 +94,41 @@ def measure(options):
         "noise_seeds": [0],
     }
     batch["holes"][:, :, size // 4 : size // 2, size // 4 : size // 2] = 255
+    return batch
+
+
+def measure(options, stage, variant):
+    torch.manual_seed(0)
+    flags = argparse.Namespace(**{**vars(options), **VARIANTS[variant]})
+    accelerator = Accelerator(mixed_precision=flags.mixed_precision)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[flags.mixed_precision]
+    nframes, size = {1: 10, 2: 22}[stage], flags.resolution
+    codec, model, batch = make_codec(dtype, nframes), make_model(stage, dtype), make_batch(nframes, size)
+    if flags.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if flags.compile:
+        model.compile_layers()
+        codec.compile_encoder()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(flags, parameters, flags.learning_rate, accelerator.device)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    noise_scheduler = DDPMScheduler.from_config(SCHEDULER)
     prompt_embeds = torch.randn(2, 77, 768, device="cuda")
+    if flags.latent_cache:
+        pixel_values, _, _ = to_tensors(batch["frames"], batch["holes"])
+        batch["moments"] = codec.moments(pixel_values.flatten(0, 1)).unflatten(0, (1, nframes))
+        batch["missing"], codec.cache = [None] * nframes, True
 
     parts = Parts()
-    codec.encode = parts.wrap("vae", codec.encode)
-    model.brushnet.forward = parts.wrap("brushnet", model.brushnet.forward)
-    model.unet_main.forward = parts.wrap("unet", model.unet_main.forward)
+    codec.moments = parts.wrap("vae", codec.moments)
+    model.forward = parts.wrap("forward", model.forward)
     accelerator.backward = parts.wrap("backward", accelerator.backward)
     accelerator.clip_grad_norm_ = parts.wrap("clip", accelerator.clip_grad_norm_)
     optimizer.step = parts.wrap("optimizer", optimizer.step)
 
     seconds, all_parts = [], []
-    for step in range(options.warmup + options.steps):
-        if step == options.warmup:
+    for step in range(flags.warmup + flags.steps):
+        if step == flags.warmup:
             torch.cuda.reset_peak_memory_stats()
         batch["noise_seeds"] = [step]
         torch.cuda.synchronize()
@@ -115,19 +138,19 @@ def measure(options):
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         all_parts.append(parts.read())
-    seconds, all_parts = seconds[options.warmup :], all_parts[options.warmup :]
+    first, seconds, all_parts = seconds[0], seconds[flags.warmup :], all_parts[flags.warmup :]
     return {
-        "stage": options.stage,
+        "stage": stage,
+        "variant": variant,
         "nframes": nframes,
         "resolution": size,
-        "precision": options.mixed_precision,
-        "gradient_checkpointing": options.gradient_checkpointing,
-        "use_8bit_adam": options.use_8bit_adam,
+        "precision": flags.mixed_precision,
         "median_s": round(statistics.median(seconds), 3),
         "min_s": round(min(seconds), 3),
+        "first_step_s": round(first, 1),
         "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1),
-        "parts_ms": {name: round(statistics.median(p[name] for p in all_parts)) for name in all_parts[0]},
+        "parts_ms": {name: round(statistics.median(p[name] for p in all_parts)) for name in all_parts[-1]},
         "loss_finite": bool(torch.isfinite(loss)),
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name(),
@@ -136,14 +159,20 @@ def measure(options):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
-    parser.add_argument("--nframes", type=int)
+    parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2), default=(1, 2))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=tuple(VARIANTS))
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="fp16")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--use_8bit_adam", action="store_true")
     parser.add_argument("--learning_rate", type=float, default=5e-6)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.set_defaults(adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8)
-    print(json.dumps(measure(parser.parse_args())), flush=True)
+    parser.set_defaults(
+        adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8,
+        gradient_checkpointing=False, compile=False, use_8bit_adam=False, latent_cache=False,
+    )  # fmt: skip
+    options = parser.parse_args()
+    for stage in options.stages:
+        for variant in options.variants:
+            print(json.dumps(measure(options, stage, variant)), flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()

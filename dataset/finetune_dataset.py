@@ -33,6 +33,7 @@ class Clip:
     prompt: int  # index into PROMPTS
     noise_seed: int  # everything random that the training step does to this clip follows from it
     video: str
+    paths: tuple[Path, ...]  # of the frames, in the clip's order
     broken: tuple[str, ...] = ()  # what was wrong with the videos in whose place this one stands
 
 
@@ -116,14 +117,19 @@ class FinetuneDataset(Dataset):
         paths = video.frames[start : start + self.nframes]
         if rng.random() < 0.5:
             paths = paths[::-1]
-        frames = read_frames(paths)
-        crop = Crop.of(*frames[0].shape[:2], self.resolution)
+        source = read_frames(paths)
+        crop = Crop.of(*source[0].shape[:2], self.resolution)
+        # Written in place: fresh memory for every frame, and its page faults, would cost as much as the resizing.
+        frames = np.empty((self.nframes, self.resolution, self.resolution, 3), np.uint8)
+        for image, frame in zip(source, frames, strict=True):
+            crop.resize(image, out=frame)
         return Clip(
-            frames=np.stack([crop.resize(frame) for frame in frames]),
+            frames=frames,
             holes=self.draw_holes(rng, crop),
             prompt=int(rng.random() < self.proportion_empty_prompts),
             noise_seed=int(rng.integers(2**63)),
             video=video.name,
+            paths=tuple(paths),
         )
 
     def draw_holes(self, rng, crop):
@@ -159,13 +165,13 @@ class Crop:
         """(x, y) of the square's top-left corner, in source pixels."""
         return (self.width - self.side) // 2, (self.height - self.side) // 2
 
-    def resize(self, frame):
-        """(height, width, 3) to (resolution, resolution, 3)."""
+    def resize(self, frame, out):
+        """(height, width, 3) into `out`, (resolution, resolution, 3)."""
         x, y = self.corner
         square = frame[y : y + self.side, x : x + self.side]
         # Bilinear. When shrinking, cv2's bilinear would skip source pixels; areas are averaged then, as PIL does.
         method = cv2.INTER_LINEAR if self.resolution >= self.side else cv2.INTER_AREA
-        return cv2.resize(square, (self.resolution, self.resolution), interpolation=method)
+        cv2.resize(square, (self.resolution, self.resolution), dst=out, interpolation=method)
 
     def map_points(self, points):
         """Source pixel coordinates to the crop's; a pixel's centre is at its integer coordinates."""
@@ -176,10 +182,11 @@ class TrainingClips(Dataset):
     """What the trainer's loader reads: clips in bytes by (epoch, index), so that the epoch reaches every worker.
 
     A clip whose video turns out to be broken is replaced by another one that follows from (seed, epoch, index) too.
+    With a LatentCache, what it holds of a clip's frames comes along.
     """
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    def __init__(self, dataset, cache=None):
+        self.dataset, self.cache = dataset, cache
 
     def __len__(self):
         return len(self.dataset)
@@ -197,10 +204,13 @@ class TrainingClips(Dataset):
             f"{MAX_REPLACEMENTS} broken videos in a row, the last of them {broken[-1]}: check with --scan_data"
         )
 
-    @staticmethod
-    def collate(clips):
-        """A batch: frames (b, f, h, w, 3) and holes (b, f, h, w) in bytes, lists of the rest."""
-        return {
+    def collate(self, clips):
+        """A batch: frames (b, f, h, w, 3) and holes (b, f, h, w) in bytes, lists of the rest.
+
+        With a cache also `moments` (b, f, 2c, h/8, w/8) and, for each of the b * f frames, its key in `missing` where
+        the moments are not held.
+        """
+        batch = {
             "frames": torch.from_numpy(np.stack([clip.frames for clip in clips])),
             "holes": torch.from_numpy(np.stack([clip.holes for clip in clips])),
             "prompts": [clip.prompt for clip in clips],
@@ -208,6 +218,11 @@ class TrainingClips(Dataset):
             "videos": [clip.video for clip in clips],
             "broken": [line for clip in clips for line in clip.broken],
         }
+        if self.cache:
+            held = [self.cache.read(clip.paths) for clip in clips]
+            batch["moments"] = torch.stack([moments for moments, _ in held])
+            batch["missing"] = [key for _, missing in held for key in missing]
+        return batch
 
 
 class EpochSampler(Sampler):

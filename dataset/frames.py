@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,9 @@ def scan_davis(root):
 def scan_ytvos(root):
     """Every folder of JPEGImages."""
     images = existing_folder(root, "JPEGImages", "--ytvos_root")
-    videos = [scan_video(folder) for folder in sorted(images.iterdir()) if folder.is_dir()]
+    with os.scandir(images) as entries:
+        folders = sorted(entry.path for entry in entries if entry.is_dir())
+    videos = [scan_video(Path(folder)) for folder in folders]
     if not videos:
         raise InputError(f"{images} holds no folder of frames: unpack YouTube-VOS there or change --ytvos_root")
     return videos
@@ -107,7 +110,8 @@ def scan_video(folder):
 
 def list_frames(folder):
     """A folder's images in the order of their names."""
-    return tuple(sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in FRAME_SUFFIXES))
+    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(FRAME_SUFFIXES))
+    return tuple(Path(folder, name) for name in names)
 
 
 def list_videos(args):

@@ -4,13 +4,17 @@ Shapes: b clips of f frames; N = b * f; pixels (N, 3, 8h, 8w) in [-1, 1], latent
 1 = keep, 0 = hole; timesteps (b,), one per clip; text embeddings (b, n, d).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from dataset.finetune_dataset import to_tensors
+
+MAX_FRAMES_AT_ONCE = 11  # through the VAE's encoder, where 11 frames of 512x512 take 4 GiB
 
 
 class Inpainter(nn.Module):
@@ -29,25 +33,75 @@ class Inpainter(nn.Module):
         self.unet_main.enable_gradient_checkpointing()
         self.brushnet.enable_gradient_checkpointing()
 
+    def compile_layers(self):
+        """See LayerWalk; in cuDNN's own memory format, or every convolution would turn its input and output round."""
+        self.to(memory_format=torch.channels_last)
+        self.unet_main.compile_layers()
+        self.brushnet.compile_layers()
+
 
 class Codec:
-    """The frozen VAE: pixels in [-1, 1] to latents of about unit variance, and back. No gradients."""
+    """The frozen VAE: pixels in [-1, 1] to latents of about unit variance, and back. No gradients.
 
-    def __init__(self, vae):
-        self.vae = vae.requires_grad_(False)
+    Args:
+        frames_at_once: encoded together; more are split into slices of that size.
+        cache: LatentCache for whole frames, or None.
+    """
+
+    def __init__(self, vae, frames_at_once=MAX_FRAMES_AT_ONCE, cache=None):
+        self.vae, self.frames_at_once, self.cache = vae.requires_grad_(False), frames_at_once, cache
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent
 
+    def compile_encoder(self):
+        self.vae.encoder.to(memory_format=torch.channels_last)
+        self.vae.encoder.compile(dynamic=False)
+
     @torch.no_grad()
+    def moments(self, pixel_values):
+        """(N, 3, 8h, 8w) to the posterior's c means and c log-variances (N, 2c, h, w), in the VAE's type.
+
+        Every slice has the same size, the last one is filled up: one shape to compile, and a frame's result does not
+        depend on how many others come along.
+        """
+        slices = []
+        for pixels in pixel_values.to(self.vae.dtype).split(self.frames_at_once):
+            lacking = self.frames_at_once - len(pixels)
+            if lacking:
+                pixels = torch.cat([pixels, pixels[-1:].expand(lacking, -1, -1, -1)])
+            slices.append(self.vae.encode(pixels).latent_dist.parameters)
+        return torch.cat(slices)[: len(pixel_values)]
+
+    def sample(self, moments, noise):
+        """A posterior sample, mean + std * noise, times the scaling factor: (N, c, h, w), fp32."""
+        posterior = DiagonalGaussianDistribution(moments.float())
+        return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+
     def encode(self, pixel_values, noise):
-        """A posterior sample, mean + std * noise, times the scaling factor: (N, 3, 8h, 8w) to (N, 4, h, w), fp32."""
-        posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
-        return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
+        """(N, 3, 8h, 8w) to latents (N, c, h, w), fp32."""
+        return self.sample(self.moments(pixel_values), noise)
+
+    def encode_frames(self, pixel_values, noise, batch):
+        """Like `encode`, for whole frames: those whose moments the loader has found in the cache are not encoded."""
+        if self.cache is None:
+            return self.encode(pixel_values, noise)
+        moments = batch["moments"].to(pixel_values.device, non_blocking=True).flatten(0, 1)
+        missing = [i for i, key in enumerate(batch["missing"]) if key]
+        if missing:
+            encoded = self.moments(pixel_values[missing])
+            moments[missing] = encoded
+            self.cache.add([batch["missing"][i] for i in missing], encoded)
+        return self.sample(moments, noise)
 
     @torch.no_grad()
     def decode(self, latents):
-        """(N, 4, h, w) to pixels (N, 3, 8h, 8w) in [-1, 1], frame by frame: decoding takes the most memory of all."""
+        """(N, c, h, w) to pixels (N, 3, 8h, 8w) in [-1, 1], frame by frame: decoding takes the most memory of all."""
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         return torch.cat([self.vae.decode(latent).sample.float().clamp(-1, 1) for latent in latents.split(1)])
+
+
+def frames_at_once(nframes):
+    """How many of a clip's frames are encoded together: slices of equal size, as few as MAX_FRAMES_AT_ONCE allows."""
+    return math.ceil(nframes / math.ceil(nframes / MAX_FRAMES_AT_ONCE))
 
 
 @dataclass
@@ -109,7 +163,7 @@ def batch_loss(model, codec, noise_scheduler, prompt_embeds, batch, device, time
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     draws = Draws.from_seeds(batch["noise_seeds"], shape, num_train_timesteps, device)
 
-    latents = codec.encode(pixel_values, draws.latents)
+    latents = codec.encode_frames(pixel_values, draws.latents, batch)
     conditioning = conditioning_latents(codec, conditioning_pixel_values, masks, draws.conditioning)
     timesteps = draws.timesteps if timesteps is None else timesteps
     encoder_hidden_states = torch.stack([prompt_embeds[prompt] for prompt in batch["prompts"]])

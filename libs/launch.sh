@@ -34,8 +34,8 @@ find_validation_videos() {
 join() { local IFS=,; echo "[$*]"; }
 
 launch() {
-  local has_gpu=0
-  "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' && has_gpu=1
+  local has_gpu can_compile
+  read -r has_gpu can_compile < <("$PYTHON" -m libs.machine)
   local precision=${MIXED_PRECISION:-$([[ $has_gpu = 1 ]] && echo fp16 || echo no)}
 
   local processes=${NUM_PROCESSES:-1}
@@ -62,7 +62,10 @@ launch() {
     --resume_from_checkpoint="${RESUME_FROM_CHECKPOINT-latest}"
     --logging_dir="logs-finetune-stage$stage"
     --output_dir="$OUTPUT_DIR"
+    --latent_cache="${LATENT_CACHE-latent-cache}"
   )
+  [[ "${COMPILE:-$can_compile}" = 1 ]] && options+=(--compile)
+  [[ "${LOW_MEMORY:-0}" = 1 ]] && options+=(--gradient_checkpointing --use_8bit_adam)
   [[ -n "${MAX_TRAIN_STEPS:-}" ]] && options+=(--max_train_steps="$MAX_TRAIN_STEPS")
   [[ -n "${CHECKPOINTS_TOTAL_LIMIT:-}" ]] && options+=(--checkpoints_total_limit="$CHECKPOINTS_TOTAL_LIMIT")
   [[ -n "${SEED:-}" ]] && options+=(--seed="$SEED")

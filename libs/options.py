@@ -112,6 +112,12 @@ def build_parser(stage):
         metavar="P",
         help="stop when more than this share of the clips met came from broken videos",
     )
+    add(
+        "--latent_cache",
+        metavar="DIR",
+        help="keep what the VAE makes of whole frames in this folder, for later epochs, runs and the other stage",
+    )
+    add("--latent_cache_gb", type=float, default=16.0, metavar="GB", help="size above which nothing is added to it")
     add("--dataloader_num_workers", type=int, default=4, metavar="N", help="processes that load clips; 0: none")
 
     group = parser.add_argument_group("run")
@@ -124,6 +130,7 @@ def build_parser(stage):
     add("--max_train_steps", type=int, metavar="N", help="optimizer steps in all, the same number in every process")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="overrides accelerate's own setting")
     add("--gradient_checkpointing", action="store_true", help="recompute layers in the backward pass: less memory")
+    add("--compile", action="store_true", help="compile the layers in the first step: faster steps, less memory")
     add("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products on Ampere and newer GPUs")
 
     add("--check_only", action="store_true", help="check weights, data, disk and memory, print a table, and exit")
@@ -227,6 +234,7 @@ def parse_args(stage, argv=None):
     nearest = max(8, round(args.resolution / 8) * 8)
     require(args.resolution % 8 == 0, f"--resolution={args.resolution}: a multiple of 8 was needed; use {nearest}")
     require(args.learning_rate > 0, f"--learning_rate={args.learning_rate}: a positive number was needed")
+    require(args.latent_cache_gb > 0, f"--latent_cache_gb={args.latent_cache_gb}: a positive number was needed")
     require(args.max_grad_norm > 0, f"--max_grad_norm={args.max_grad_norm}: a positive number was needed")
     share = args.proportion_empty_prompts
     require(0 <= share <= 1, f"--proportion_empty_prompts={share}: a share between 0 and 1 was needed")

@@ -17,6 +17,7 @@ from libs.checkpoints import TrainerState, find_latest, list_checkpoints
 from libs.conversion import refuse_source_weights
 from libs.errors import InputError
 from libs.frozen import FrozenModels
+from libs.machine import compiling_lacks
 from libs.options import pair_by_name
 
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
@@ -93,6 +94,8 @@ def check_flags(args):
         raise InputError("mixed precision fp16 needs a GPU, and none was found: use --mixed_precision=no")
     if args.use_8bit_adam:
         eight_bit_adam()
+    if args.compile and (lacking := compiling_lacks()):
+        raise InputError(f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)")
     return None, f"{args.nframes} frames of {args.resolution} px, mixed precision {precision}, tracker {name}"
 
 
@@ -149,15 +152,21 @@ def list_of(value):
 def check_output_dir(args):
     """It can be written to, and holds no weights that the end of the run would overwrite."""
     folder = Path(args.output_dir)
+    if args.latent_cache:
+        check_writable(Path(args.latent_cache), "--latent_cache")
     pretrained_stage1 = getattr(args, "pretrained_stage1", None)
     refuse_source_weights(folder, [pretrained_stage1] if pretrained_stage1 else [], flag="--output_dir")
+    check_writable(folder, "--output_dir")
+    return None, str(folder)
+
+
+def check_writable(folder, flag):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be written to ({error.strerror}): choose another") from None
-    return None, str(folder)
+        raise InputError(f"{flag} {folder} cannot be written to ({error.strerror}): choose another") from None
 
 
 def open_dataset(args):

@@ -18,11 +18,13 @@ from libs.checkpoints import TrainerState, find_latest, register_hooks, save_che
 from libs.conversion import convert, fingerprint
 from libs.diffusion import batch_loss
 from libs.errors import InputError
+from libs.latent_cache import LatentCache
 from libs.options import parse_args
 from libs.preflight import eight_bit_adam, inspect
 from libs.reporting import Meter, flat_settings, log, log_on_main_process, log_parameters, log_start
 from libs.stopping import StopRequest
 from libs.validation import inpaint, load_validation_video, write_gif
+from libs.weights import weight_files
 
 # What a checkpoint's position in the data and its optimizer state depend on: changes are refused on resuming.
 DECISIVE_SETTINGS = ("nframes", "resolution", "seed", "train_batch_size", "gradient_accumulation_steps")
@@ -93,6 +95,8 @@ def train(args, stage, preflight, found, stop):
         if found.checkpoint:
             trainer.resume(found.checkpoint)
         trainer.train()
+        if trainer.codec.cache:
+            trainer.codec.cache.close()
         accelerator.end_training()
 
 
@@ -111,7 +115,8 @@ class Trainer:
         prompts = [*PROMPTS, *args.validation_prompt]
         embeds = frozen.encode_prompts(prompts, self.device)
         self.prompt_embeds, validation_embeds = embeds[: len(PROMPTS)], embeds[len(PROMPTS) :]
-        self.codec = frozen.load_codec(self.device, half)
+        cache = self.open_latent_cache(frozen, half) if args.latent_cache else None
+        self.codec = frozen.load_codec(self.device, half, args.nframes, cache)
         self.noise_scheduler, self.sampler = frozen.noise_scheduler, frozen.load_sampler()
         self.validation_videos = [
             load_validation_video(images, masks, validation_embeds[i : i + 1], args.nframes, args.resolution)
@@ -121,6 +126,10 @@ class Trainer:
         model = stage.load_models(opened, frozen_dtype=half)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if args.compile:
+            model.compile_layers()
+            self.codec.compile_encoder()
+            log.info("compiling layers in the first step: about two minutes, less when torch's own cache has them")
         log_parameters(model, args.checkpoints_total_limit)
         self.state = TrainerState(
             stage=stage.number,
@@ -144,7 +153,7 @@ class Trainer:
             learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         optimizer = make_optimizer(args, parameters, learning_rate, self.device)
         self.base_lrs = [learning_rate] * len(optimizer.param_groups)
-        self.clips = TrainingClips(dataset)
+        self.clips = TrainingClips(dataset, cache)
         self.clip_order = EpochSampler(len(dataset), args.seed)
         self.dataloader = accelerator.prepare(self.make_dataloader())
 
@@ -172,13 +181,25 @@ class Trainer:
         if args.report_to != "none":
             accelerator.init_trackers(args.tracker_project_name, config=flat_settings(args))
 
+    def open_latent_cache(self, frozen, dtype):
+        args, config = self.args, frozen.vae_config
+        side = args.resolution // 2 ** (len(config["block_out_channels"]) - 1)
+        return LatentCache(
+            args.latent_cache,
+            vae=fingerprint(weight_files(frozen.vae_folder, frozen.variant)),
+            shape=(2 * config["latent_channels"], side, side),
+            dtype=dtype,
+            limit_gb=args.latent_cache_gb,
+            num_processes=self.accelerator.num_processes,
+        )
+
     def make_dataloader(self):
         # No persistent workers: they live until the interpreter ends, which then waits 5 s for each of them.
         return DataLoader(
             self.clips,
             batch_size=self.args.train_batch_size,
             sampler=self.clip_order,
-            collate_fn=TrainingClips.collate,
+            collate_fn=self.clips.collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -318,17 +339,19 @@ class Trainer:
             self.model, self.codec, self.noise_scheduler, self.prompt_embeds, batch, self.device, timesteps
         )
 
+    @torch.compiler.set_stance("force_eager")  # used too rarely to compile another variant of every layer
     @torch.no_grad()
     def measure_probe(self):
         """Mean loss on fixed clips, masks and noises, at timesteps spread evenly: comparable from step to step."""
         n, total = self.args.probe_clips, self.noise_scheduler.config.num_train_timesteps
         losses = []
         for i in range(n):
-            batch = TrainingClips.collate([self.clips[PROBE_EPOCH, i * len(self.clips) // n]])
+            batch = self.clips.collate([self.clips[PROBE_EPOCH, i * len(self.clips) // n]])
             timesteps = torch.tensor([(2 * i + 1) * total // (2 * n)], device=self.device)
             losses.append(self.loss(batch, timesteps))
         return torch.stack(losses).mean().item()
 
+    @torch.compiler.set_stance("force_eager")
     def validate(self):
         """Write the validation GIFs and measure the probe loss; every process has its share of the videos."""
         args, accelerator, step = self.args, self.accelerator, self.state.global_step

@@ -47,7 +47,7 @@ def test_the_epoch_reaches_persistent_workers(videos, workers):
     dataset = FinetuneDataset(settings(videos))
     sampler = EpochSampler(len(dataset), seed=42)
     loader = DataLoader(
-        TrainingClips(dataset), 1, sampler=sampler, collate_fn=TrainingClips.collate, num_workers=workers,
+        TrainingClips(dataset), 1, sampler=sampler, collate_fn=TrainingClips(dataset).collate, num_workers=workers,
         persistent_workers=workers > 0,
     )  # fmt: skip
     for epoch in range(2):
@@ -117,7 +117,7 @@ def test_validation_videos_and_short_ones_are_left_out(videos):
 def test_bytes_become_the_same_tensors_anywhere(videos):
     dataset = FinetuneDataset(settings(videos))
     clip = dataset.clip(1, 0)
-    batch = TrainingClips.collate([clip])
+    batch = TrainingClips(dataset).collate([clip])
     pixel_values, conditioning_pixel_values, masks = to_tensors(batch["frames"], batch["holes"])
     assert pixel_values.shape == (1, 5, 3, 64, 64) and masks.shape == (1, 5, 1, 64, 64)
     assert pixel_values[0, 0, 0, 0, 0] == pytest.approx(clip.frames[0, 0, 0, 0] / 127.5 - 1)

@@ -1,0 +1,109 @@
+"""A disk cache of what the frozen VAE makes of whole frames.
+
+A frame's crop is the same in every epoch, so it need not be encoded again; masked frames differ each time and are never
+kept. Loader workers read the cache, the trainer adds what was missing.
+"""
+
+import hashlib
+import os
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from libs.reporting import log
+
+MAX_WAITING = 64  # batches whose frames wait for a slow disk; further ones are not kept
+CHECKSUM_BYTES = 4
+
+
+class LatentCache:
+    """The posterior's moments, (2c, h, w) per frame: c means, then c log-variances.
+
+    One file per frame, whole or not there, for any number of processes at a time. Its name follows from the frame's
+    path, size and time, the resolution of the crop, the VAE and its precision: what has changed is encoded anew.
+    """
+
+    def __init__(self, folder, vae, shape, dtype, limit_gb=16.0, num_processes=1):
+        """
+        Args:
+            vae: fingerprint of the VAE's weights.
+            shape: (2c, h, w) of the moments.
+            dtype: their type, the VAE's own.
+            limit_gb: size above which nothing is added; every one of `num_processes` adds its share at most.
+        """
+        self.folder, self.shape, self.dtype = Path(folder), tuple(shape), dtype
+        self.meaning = f"{vae} {self.shape} {dtype}"  # the shape tells the resolution of the square crop
+        self.bytes_per_frame = torch.Size(shape).numel() * dtype.itemsize
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held = sum(1 for _ in self.folder.glob("*/*"))
+        self.room = max(0, int(limit_gb * 1e9 / self.bytes_per_frame) - held) // num_processes
+        self.writer = None
+        self.places = threading.BoundedSemaphore(MAX_WAITING)
+
+    def key(self, path):
+        stat = os.stat(path)
+        identity = f"{self.meaning} {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}"
+        return hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+    def file(self, key):
+        return self.folder / key[:2] / key
+
+    def read(self, paths):
+        """(moments (f, 2c, h, w), [None or, where a frame is not held, its key])."""
+        moments, missing = torch.zeros((len(paths), *self.shape), dtype=self.dtype), []
+        for i, path in enumerate(paths):
+            key = self.key(path)
+            content = self.load(self.file(key))
+            if content is not None:
+                moments[i] = torch.frombuffer(content, dtype=self.dtype).view(self.shape)
+            missing.append(key if content is None else None)
+        return moments, missing
+
+    def load(self, file):
+        """A file's moments as bytes; None where it is missing, or not what was written (the machine crashed)."""
+        try:
+            content = bytearray(file.read_bytes())
+        except FileNotFoundError:
+            return None
+        checksum = content[self.bytes_per_frame :]
+        del content[self.bytes_per_frame :]
+        return content if checksum == zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big") else None
+
+    def add(self, keys, moments):
+        """Keep `moments` (n, 2c, h, w) under n keys, in the background: neither GPU nor disk are waited for."""
+        if self.room < len(keys) or not self.places.acquire(blocking=False):
+            return
+        self.room -= len(keys)
+        on_gpu = moments.is_cuda
+        host = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=on_gpu).copy_(moments, non_blocking=on_gpu)
+        copied = torch.cuda.Event() if on_gpu else None
+        if on_gpu:
+            copied.record()
+        self.writer = self.writer or ThreadPoolExecutor(1)
+        self.writer.submit(self.write, keys, host, copied)
+
+    def write(self, keys, moments, copied):
+        if copied:
+            copied.synchronize()
+        try:
+            for key, content in zip(keys, moments, strict=True):
+                content = content.contiguous().view(torch.uint8).numpy().tobytes()
+                file = self.file(key)
+                file.parent.mkdir(exist_ok=True)
+                partial = file.with_name(f"{key}.{os.getpid()}")
+                partial.write_bytes(content + zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big"))
+                partial.replace(file)
+        except OSError as error:
+            self.room = 0
+            log.info("latent cache: %s cannot be written (%s), nothing more is added", self.folder, error.strerror)
+        finally:
+            self.places.release()
+
+    def close(self):
+        """Wait for what is being written."""
+        if self.writer:
+            self.writer.shutdown()
+            self.writer = None
