@@ -1,9 +1,9 @@
 """Seconds, memory and parts of a full-size training step: random weights, the trainer's own step functions.
 
     python -m benchmarks.train_step                                # every variant of both stages
-    python -m benchmarks.train_step --stages 2 --variants cached
+    python -m benchmarks.train_step --stages 2 --variants compiled
 
-Prints one JSON line per stage and variant. The batch is on the GPU already; `benchmarks/data_loading.py` measures the
+Prints one JSON line per stage, variant and state of the latent cache: empty, or holding every frame. The batch is on the GPU already; `benchmarks/data_loading.py` measures the
 loader, a run of the shell scripts both together.
 """
 
@@ -71,8 +71,7 @@ VARIANTS = {  # flags of the trainer
     "plain": {},
     "checkpointed": {"gradient_checkpointing": True},
     "compiled": {"compile": True},
-    "cached": {"compile": True, "latent_cache": True},  # every frame's moments are held already
-    "low_memory": {"compile": True, "gradient_checkpointing": True, "use_8bit_adam": True},
+    "low_memory": {"gradient_checkpointing": True, "use_8bit_adam": True},
 }
 
 
@@ -107,17 +106,13 @@ def measure(options, stage, variant):
     if flags.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if flags.compile:
-        model.compile_layers()
+        model.compile_models()
         codec.compile_encoder()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(flags, parameters, flags.learning_rate, accelerator.device)
     model, optimizer = accelerator.prepare(model, optimizer)
     noise_scheduler = DDPMScheduler.from_config(SCHEDULER)
     prompt_embeds = torch.randn(2, 77, 768, device="cuda")
-    if flags.latent_cache:
-        pixel_values, _, _ = to_tensors(batch["frames"], batch["holes"])
-        batch["moments"] = codec.moments(pixel_values.flatten(0, 1)).unflatten(0, (1, nframes))
-        batch["missing"], codec.cache = [None] * nframes, True
 
     parts = Parts()
     codec.moments = parts.wrap("vae", codec.moments)
@@ -126,35 +121,45 @@ def measure(options, stage, variant):
     accelerator.clip_grad_norm_ = parts.wrap("clip", accelerator.clip_grad_norm_)
     optimizer.step = parts.wrap("optimizer", optimizer.step)
 
-    seconds, all_parts = [], []
-    for step in range(flags.warmup + flags.steps):
-        if step == flags.warmup:
-            torch.cuda.reset_peak_memory_stats()
-        batch["noise_seeds"] = [step]
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        loss = batch_loss(model, codec, noise_scheduler, prompt_embeds, batch, accelerator.device)
-        optimize(accelerator, model, optimizer, loss, 1.0)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        all_parts.append(parts.read())
-    first, seconds, all_parts = seconds[0], seconds[flags.warmup :], all_parts[flags.warmup :]
-    return {
-        "stage": stage,
-        "variant": variant,
-        "nframes": nframes,
-        "resolution": size,
-        "precision": flags.mixed_precision,
-        "median_s": round(statistics.median(seconds), 3),
-        "min_s": round(min(seconds), 3),
-        "first_step_s": round(first, 1),
-        "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1),
-        "parts_ms": {name: round(statistics.median(p[name] for p in all_parts)) for name in all_parts[-1]},
-        "loss_finite": bool(torch.isfinite(loss)),
-        "torch": torch.__version__,
-        "gpu": torch.cuda.get_device_name(),
-    }
+    def run(steps):
+        """Seconds and parts of each step, and the last loss."""
+        seconds, all_parts = [], []
+        for step in range(steps):
+            batch["noise_seeds"] = [step]
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            loss = batch_loss(model, codec, noise_scheduler, prompt_embeds, batch, accelerator.device)
+            optimize(accelerator, model, optimizer, loss, 1.0)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            all_parts.append(parts.read())
+        return seconds, all_parts, loss
+
+    for cached in (False, True):
+        if cached:
+            pixel_values, _, _ = to_tensors(batch["frames"], batch["holes"])
+            batch["moments"] = codec.moments(pixel_values.flatten(0, 1)).unflatten(0, (1, nframes))
+            batch["missing"], codec.cache = [None] * nframes, True
+        warm_up, _, _ = run(flags.warmup)
+        torch.cuda.reset_peak_memory_stats()
+        seconds, all_parts, loss = run(flags.steps)
+        yield {
+            "stage": stage,
+            "variant": variant,
+            "frames_cached": cached,
+            "nframes": nframes,
+            "resolution": size,
+            "precision": flags.mixed_precision,
+            "median_s": round(statistics.median(seconds), 3),
+            "min_s": round(min(seconds), 3),
+            "first_step_s": round(warm_up[0], 1),
+            "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+            "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1),
+            "parts_ms": {name: round(statistics.median(p[name] for p in all_parts)) for name in all_parts[-1]},
+            "loss_finite": bool(torch.isfinite(loss)),
+            "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name(),
+        }
 
 
 if __name__ == "__main__":
@@ -168,11 +173,12 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=int, default=3)
     parser.set_defaults(
         adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8,
-        gradient_checkpointing=False, compile=False, use_8bit_adam=False, latent_cache=False,
+        gradient_checkpointing=False, compile=False, use_8bit_adam=False,
     )  # fmt: skip
     options = parser.parse_args()
     for stage in options.stages:
         for variant in options.variants:
-            print(json.dumps(measure(options, stage, variant)), flush=True)
+            for result in measure(options, stage, variant):
+                print(json.dumps(result), flush=True)
             gc.collect()
             torch.cuda.empty_cache()

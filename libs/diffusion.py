@@ -33,11 +33,12 @@ class Inpainter(nn.Module):
         self.unet_main.enable_gradient_checkpointing()
         self.brushnet.enable_gradient_checkpointing()
 
-    def compile_layers(self):
-        """See LayerWalk; in cuDNN's own memory format, or every convolution would turn its input and output round."""
+    def compile_models(self):
+        """torch.compile, each model as one graph; in cuDNN's own memory format, or convolutions would turn their inputs
+        and outputs round."""
         self.to(memory_format=torch.channels_last)
-        self.unet_main.compile_layers()
-        self.brushnet.compile_layers()
+        for model in (self.unet_main, self.brushnet):
+            model.compile(fullgraph=True, dynamic=False)
 
 
 class Codec:

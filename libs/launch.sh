@@ -64,8 +64,11 @@ launch() {
     --output_dir="$OUTPUT_DIR"
     --latent_cache="${LATENT_CACHE-latent-cache}"
   )
+  if [[ "${LOW_MEMORY:-0}" = 1 ]]; then
+    options+=(--gradient_checkpointing --use_8bit_adam)
+    can_compile=0
+  fi
   [[ "${COMPILE:-$can_compile}" = 1 ]] && options+=(--compile)
-  [[ "${LOW_MEMORY:-0}" = 1 ]] && options+=(--gradient_checkpointing --use_8bit_adam)
   [[ -n "${MAX_TRAIN_STEPS:-}" ]] && options+=(--max_train_steps="$MAX_TRAIN_STEPS")
   [[ -n "${CHECKPOINTS_TOTAL_LIMIT:-}" ]] && options+=(--checkpoints_total_limit="$CHECKPOINTS_TOTAL_LIMIT")
   [[ -n "${SEED:-}" ]] && options+=(--seed="$SEED")

@@ -127,9 +127,9 @@ class Trainer:
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if args.compile:
-            model.compile_layers()
+            model.compile_models()
             self.codec.compile_encoder()
-            log.info("compiling layers in the first step: about two minutes, less when torch's own cache has them")
+            log.info("compiling in the first step: some minutes, less where torch finds it in its cache")
         log_parameters(model, args.checkpoints_total_limit)
         self.state = TrainerState(
             stage=stage.number,

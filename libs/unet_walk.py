@@ -127,18 +127,6 @@ class LayerWalk:
     def disable_gradient_checkpointing(self):
         self.gradient_checkpointing = False
 
-    def compile_layers(self):
-        """torch.compile for every resnet, attention and motion module, on its own.
-
-        Layers of the same shapes share their code, in both models: whole models compile into no faster code, in four
-        minutes instead of one and a half.
-        """
-        torch._dynamo.config.recompile_limit = 64  # shapes per class; SD1.5's resnets have 14, frozen or not
-        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            for layers in ("resnets", "attentions", "motion_modules"):
-                for layer in getattr(block, layers, None) or ():
-                    layer.compile(dynamic=False)
-
     def reject_unsupported(self, arguments):
         """Pipelines pass many optional arguments as None or False; anything else would be silently without effect."""
         given = [name for name, value in arguments.items() if value is not None and value is not False]
