@@ -8,10 +8,13 @@ A site is a point where a feature is added or collected, in this order: conv_in'
 then its downsampler; the mid block; each layer of an up block, then its upsampler.
 """
 
+import math
 from itertools import repeat
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+MAX_RECOMPUTED = 2**23  # values of a layer's input, across frames: 6 frames of 320 channels at 512x512's latents
 
 
 def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None, num_frames=None):
@@ -31,8 +34,19 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
     features = repeat(None) if features is None else iter(features)
     recompute = unet.gradient_checkpointing and torch.is_grad_enabled()
 
-    def run(layer, *args):
-        return checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+    def run(layer, modules, sample, *args):
+        if not recompute:
+            return layer(*modules, sample, *args)
+        # Frames that do not see each other are recomputed a few at a time where they are large: what a layer keeps for
+        # its backward pass is most of the memory that recomputation leaves.
+        pieces = math.ceil(sample.numel() / MAX_RECOMPUTED) if num_frames is None else 1
+        pieces = min(pieces, sample.shape[0])
+        if pieces == 1:
+            return checkpoint(layer, *modules, sample, *args, use_reentrant=False)
+        split = [arg.tensor_split(pieces) if torch.is_tensor(arg) else [arg] * pieces for arg in (sample, *args)]
+        return torch.cat(
+            [checkpoint(layer, *modules, *piece, use_reentrant=False) for piece in zip(*split, strict=True)]
+        )
 
     def at_site(sample, feature=None):
         sample = sample if feature is None else sample + feature
@@ -48,7 +62,7 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
         for resnet, attention, motion_module in zip(block.resnets, attentions, motion_modules, strict=False):
             skip = skips.pop() if skips else None
             modules = (resnet, attention, motion_module)
-            sample = run(_layer, *modules, sample, skip, temb, encoder_hidden_states, next(features), num_frames)
+            sample = run(_layer, modules, sample, skip, temb, encoder_hidden_states, next(features), num_frames)
             samples.append(at_site(sample))
         return samples
 
@@ -61,7 +75,7 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
             sample = at_site(downsampler(sample), next(features))
             skips.append(sample)
 
-    sample = run(_mid, unet.mid_block, sample, temb, encoder_hidden_states, next(features), num_frames)
+    sample = run(_mid, [unet.mid_block], sample, temb, encoder_hidden_states, next(features), num_frames)
     sample = at_site(sample)
 
     for block in unet.up_blocks:
