@@ -70,7 +70,8 @@ class Codec:
             if lacking:
                 pixels = torch.cat([pixels, pixels[-1:].expand(lacking, -1, -1, -1)])
             slices.append(self.vae.encode(pixels).latent_dist.parameters)
-        return torch.cat(slices)[: len(pixel_values)]
+        # In the order that moments read from the cache have: another one is another kernel, or a compilation, later on.
+        return torch.cat(slices)[: len(pixel_values)].contiguous()
 
     def sample(self, moments, noise):
         """A posterior sample, mean + std * noise, times the scaling factor: (N, c, h, w), fp32."""

@@ -113,6 +113,11 @@ CASES = {
     "tracker_not_installed": (1, None, {"report_to": "wandb"}, "--report_to=wandb: its package is not installed"),
     "fp16_without_gpu": (1, None, {"mixed_precision": "fp16"}, "fp16 needs a GPU"),
     "eight_bit_adam": (1, None, {"use_8bit_adam": True}, "needs bitsandbytes or torchao"),
+    "compile_without_gpu": (1, None, {"compile": True}, "--compile needs a GPU, which was not found"),
+    "latent_cache_is_a_file": (
+        1, lambda c: (c.folder / "cache").write_text(""), lambda c: {"latent_cache": c.folder / "cache"},
+        "--latent_cache .*cache cannot be written to"),
+    "latent_cache_size": (1, None, {"latent_cache_gb": 0}, "--latent_cache_gb=0.0: a positive number"),
     "checkpoint_missing": (1, None, {"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7 is no folder"),
     "checkpoint_empty": (
         1, lambda c: (c.run / "checkpoint-7").mkdir(parents=True), {"resume_from_checkpoint": "checkpoint-7"},

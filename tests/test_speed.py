@@ -1,0 +1,152 @@
+"""What makes steps fast and small changes nothing in what they compute."""
+
+import os
+
+import pytest
+import torch
+from conftest import equal_files, fill_by_formula, parity_case
+from diffusers import AutoencoderKL
+
+import libs.unet_walk
+from libs.brushnet_CA import BrushNetModel
+from libs.diffusion import Codec, frames_at_once
+from libs.latent_cache import LatentCache
+from libs.unet_2d_condition import UNet2DConditionModel
+from libs.unet_motion_model import MotionAdapter, UNetMotionModel
+from train_DiffuEraser_stage1 import FrameInpainter
+from train_DiffuEraser_stage2 import ClipInpainter, freeze
+
+SMALL = {
+    "block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": 16,
+    "norm_num_groups": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}  # fmt: skip
+
+
+def small_model(stage):
+    unet = UNet2DConditionModel(sample_size=8, **SMALL)
+    brushnet = BrushNetModel.from_unet(unet)
+    fill_by_formula(unet, 1)
+    fill_by_formula(brushnet, 2)
+    if stage == 1:
+        return FrameInpainter(unet, brushnet)
+    adapter = MotionAdapter(
+        block_out_channels=(8, 16), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=4
+    )
+    fill_by_formula(adapter, 3)
+    return freeze(ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), torch.float32)
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    model(*inputs).square().mean().backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+
+def test_the_latent_cache_changes_nothing(train, tmp_path):
+    """Without, with an empty and with a full cache, two clips at a time: the same weights, bit for bit."""
+    settings = {"latent_cache": tmp_path / "cache", "train_batch_size": 2, "validation_steps": 1, "probe_clips": 2}
+    train(1, output_dir=tmp_path / "none", train_batch_size=2, max_train_steps=3)
+    train(1, output_dir=tmp_path / "empty", max_train_steps=3, **settings)
+    held = {path: path.read_bytes() for path in (tmp_path / "cache").glob("*/*")}
+    assert 18 <= len(held) <= 24 and len({len(content) for content in held.values()}) == 1  # 2 probe clips, 6 trained
+    train(1, output_dir=tmp_path / "full", max_train_steps=3, **settings)
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").glob("*/*")} == held
+    final = "unet_main/diffusion_pytorch_model.safetensors"
+    assert equal_files(tmp_path / "none" / final, tmp_path / "empty" / final)
+    assert equal_files(tmp_path / "none" / final, tmp_path / "full" / final)
+
+
+@pytest.fixture
+def frames(tmp_path):
+    paths = [tmp_path / f"{i}.jpg" for i in range(3)]
+    for path in paths:
+        path.write_text(path.name)
+    return paths
+
+
+def test_a_frame_is_held_until_it_changes(tmp_path, frames):
+    cache = LatentCache(tmp_path / "cache", "vae", (8, 2, 2), torch.float16)
+    moments, missing = cache.read(frames)
+    assert moments.shape == (3, 8, 2, 2) and all(missing) and len(set(missing)) == 3
+    values = torch.randn(2, 8, 2, 2).half()
+    cache.add(missing[:2], values)
+    cache.close()
+    moments, missing = cache.read(frames)
+    assert torch.equal(moments[:2], values) and missing[:2] == [None, None] and missing[2]
+    os.utime(frames[0], (1, 1))
+    assert cache.read(frames)[1][0]
+    for other in ({"vae": "another"}, {"shape": (8, 4, 4)}, {"dtype": torch.bfloat16}):
+        settings = {"vae": "vae", "shape": (8, 2, 2), "dtype": torch.float16, **other}
+        assert all(LatentCache(tmp_path / "cache", **settings).read(frames)[1])
+
+
+def test_a_damaged_file_is_not_held(tmp_path, frames):
+    cache = LatentCache(tmp_path / "cache", "vae", (8, 2, 2), torch.float32)
+    cache.add(cache.read(frames)[1], torch.randn(3, 8, 2, 2))
+    cache.close()
+    files = [cache.file(cache.key(path)) for path in frames]
+    files[0].write_bytes(files[0].read_bytes()[:-5])
+    files[1].write_bytes(bytes(files[1].stat().st_size))
+    assert [key is None for key in cache.read(frames)[1]] == [False, False, True]
+
+
+def test_the_cache_is_bounded(tmp_path, frames):
+    room_for_four = 4.5 * 8 * 2 * 2 * 4 / 1e9
+    cache = LatentCache(tmp_path / "cache", "vae", (8, 2, 2), torch.float32, room_for_four, num_processes=2)
+    keys = cache.read(frames)[1]
+    cache.add(keys, torch.randn(3, 8, 2, 2))  # more than one process's share
+    cache.add(keys[:2], torch.randn(2, 8, 2, 2))
+    cache.add(keys[2:], torch.randn(1, 8, 2, 2))
+    cache.close()
+    assert [key is None for key in cache.read(frames)[1]] == [True, True, False]
+
+
+def test_frames_are_encoded_in_slices_of_one_size():
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    pixels, sizes = torch.randn(7, 3, 16, 16), []
+    vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    moments = Codec(vae, frames_at_once=3).moments(pixels)
+    assert moments.shape == (7, 8, 8, 8) and sizes == [3, 3, 3]
+    torch.testing.assert_close(moments, vae.encode(pixels).latent_dist.parameters)
+    assert [frames_at_once(n) for n in (1, 10, 11, 12, 22, 24)] == [1, 10, 11, 6, 11, 8]
+
+
+def test_large_layers_are_recomputed_piece_by_piece(monkeypatch):
+    case, _ = parity_case("odd_size")
+    unet, brushnet = UNet2DConditionModel(**case["configs"]["unet"]), BrushNetModel(**case["configs"]["brushnet"])
+    fill_by_formula(unet, 1)
+    fill_by_formula(brushnet, 2)
+    model = FrameInpainter(unet, brushnet).double()
+    inputs = torch.randn(6, 4, 9, 8), torch.randn(6, 5, 9, 8), torch.tensor([20, 900]), torch.randn(2, 7, 16)
+    inputs = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
+    expected = gradients(model, inputs)
+    model.enable_gradient_checkpointing()
+    sizes = []
+    unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    monkeypatch.setattr(libs.unet_walk, "MAX_RECOMPUTED", 6 * 32 * 9 * 8 // 4)
+    found = gradients(model, inputs)
+    assert sizes == [2, 2, 1, 1, 1, 1, 2, 2]  # forward, then backward
+    for gradient, value in zip(expected, found, strict=True):
+        torch.testing.assert_close(value, gradient, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("default")  # torch's tracing warns in passing
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "gradient_checkpointing"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_each_model_is_traced_as_one_graph(stage, recompute):
+    """What `compile_models` asks for; without generating code, which would take minutes."""
+    model = small_model(stage)
+    inputs = torch.randn(4, 4, 8, 8), torch.randn(4, 5, 8, 8), torch.tensor([20, 900]), torch.randn(2, 7, 16)
+    expected = gradients(model, inputs)
+    if recompute:
+        model.enable_gradient_checkpointing()
+    for part in (model.unet_main, model.brushnet):
+        part.compile(fullgraph=True, dynamic=False, backend="eager")
+    for gradient, value in zip(expected, gradients(model, inputs), strict=True):
+        torch.testing.assert_close(value, gradient, rtol=1e-4, atol=1e-5)
+    assert all("_orig_mod" not in key for key in model.state_dict())  # checkpoints keep their keys
+    torch._dynamo.reset()
