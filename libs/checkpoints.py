@@ -25,8 +25,7 @@ class TrainerState:
 
     stage: int
     global_step: int = 0  # optimizer steps done
-    epoch: int = 0
-    batches_done: int = 0  # of this epoch, in every process
+    clips_done: int = 0  # by all processes together, since the first epoch's start
     probe_start: float | None = None  # the probe loss before the first step
     configs: dict = field(default_factory=dict)  # {"unet_main": config, "brushnet": config}
     weights: dict = field(default_factory=dict)  # {model: [folder, fingerprint]} that the run started from

@@ -15,7 +15,9 @@ WEIGHTS=${WEIGHTS:-weights}
 DAVIS_ROOT=${DAVIS_ROOT-dataset/DAVIS}
 YTVOS_ROOT=${YTVOS_ROOT-dataset/YTBV}
 OUTPUT_DIR=${OUTPUT_DIR:-finetune-stage$stage}
-LOG=${LOG:-finetune-stage$stage.log}
+MACHINE_RANK=${MACHINE_RANK:-${SLURM_NODEID:-0}}
+[[ "$MACHINE_RANK" = 0 ]] && machine= || machine=-machine$MACHINE_RANK # the first machine's log is the run's
+LOG=${LOG:-finetune-stage$stage$machine.log}
 
 # The first two held-out DAVIS videos that have masks, as Python lists.
 find_validation_videos() {
@@ -33,19 +35,47 @@ find_validation_videos() {
 
 join() { local IFS=,; echo "[$*]"; }
 
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+# Sets `engine` and `processes`: accelerate's configuration, and how many processes it starts where.
+choose_engine() {
+  local per_machine=${NUM_PROCESSES:-1} machines=${NUM_MACHINES:-1} config=${ACCELERATE_CONFIG:-}
+  processes=$((per_machine * machines))
+  if [[ -z "$config" ]]; then
+    config=one_gpu
+    [[ "$processes" -gt 1 ]] && config=multi_gpu
+    [[ "$machines" -gt 1 ]] && config=multi_node
+    config=configs/accelerate/$config.yaml
+  fi
+  [[ -f "$config" ]] || fail "$config is no file: ACCELERATE_CONFIG must be one of $(echo configs/accelerate/*.yaml)"
+  if grep -q '^distributed_type: DEEPSPEED' "$config" &&
+    ! "$PYTHON" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("deepspeed") is None)'; then
+    fail "$config needs DeepSpeed, which is not installed: pip install deepspeed, or use configs/accelerate/fsdp.yaml"
+  fi
+  engine=(--config_file="$config" --num_processes="$processes" --num_machines="$machines" --dynamo_backend=no)
+  if [[ "$machines" -gt 1 ]]; then
+    [[ -n "${MAIN_ADDRESS:-}" ]] || fail "NUM_MACHINES=$machines needs MAIN_ADDRESS, the first machine's name or address"
+    [[ "$MACHINE_RANK" -lt "$machines" ]] ||
+      fail "MACHINE_RANK=$MACHINE_RANK: a number from 0 to $((machines - 1)) was needed, another on every machine"
+    engine+=(--machine_rank="$MACHINE_RANK" --main_process_ip="$MAIN_ADDRESS")
+  fi
+  [[ -n "${MAIN_PORT:-}" ]] && engine+=(--main_process_port="$MAIN_PORT")
+  if [[ $has_gpu = 0 ]]; then
+    [[ "$processes" = 1 && "$config" = configs/accelerate/one_gpu.yaml ]] && engine+=(--cpu)
+    engine+=(--num_cpu_threads_per_process="${OMP_NUM_THREADS:-$((($(nproc) + per_machine - 1) / per_machine))}")
+  fi
+}
+
 launch() {
   local has_gpu=0
   "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' && has_gpu=1
   local precision=${MIXED_PRECISION:-$([[ $has_gpu = 1 ]] && echo fp16 || echo no)}
 
-  local processes=${NUM_PROCESSES:-1}
-  local engine=(--num_processes="$processes" --num_machines=1 --dynamo_backend=no)
-  if [[ "$processes" -gt 1 ]]; then
-    engine+=(--multi_gpu) # accelerate's name for several processes, with or without GPUs
-  elif [[ $has_gpu = 0 ]]; then
-    engine+=(--cpu)
-  fi
-  [[ $has_gpu = 0 ]] && engine+=(--num_cpu_threads_per_process="${OMP_NUM_THREADS:-$((($(nproc) + processes - 1) / processes))}")
+  local engine processes
+  choose_engine
 
   local options=(
     --base_model_name_or_path="$WEIGHTS/stable-diffusion-v1-5"

@@ -25,7 +25,9 @@ from libs.stopping import StopRequest
 from libs.validation import inpaint, load_validation_video, write_gif
 
 # What a checkpoint's position in the data and its optimizer state depend on: changes are refused on resuming.
-DECISIVE_SETTINGS = ("nframes", "resolution", "seed", "train_batch_size", "gradient_accumulation_steps")
+DECISIVE_SETTINGS = ("nframes", "resolution", "seed")
+# What may change as long as their product, the global batch, stays: a step then is the mean over the same clips.
+BATCH_SETTINGS = ("num_processes", "train_batch_size", "gradient_accumulation_steps")
 # What may change on the way, and is logged then.
 HARMLESS_SETTINGS = ("learning_rate", "lr_scheduler", "max_train_steps", "mixed_precision", "proportion_empty_prompts",
                      "max_grad_norm", "gradient_checkpointing")  # fmt: skip
@@ -131,7 +133,7 @@ class Trainer:
                 "clips": len(dataset),
                 **{
                     name: getattr(args, name)
-                    for name in (*DECISIVE_SETTINGS, *HARMLESS_SETTINGS)
+                    for name in (*DECISIVE_SETTINGS, *BATCH_SETTINGS, *HARMLESS_SETTINGS)
                     if hasattr(args, name)
                 },
             },
@@ -139,18 +141,17 @@ class Trainer:
         register_hooks(accelerator, saved_keys(model))
 
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        learning_rate = args.learning_rate
-        if args.scale_lr:
-            learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        self.global_batch = global_batch(self.state.settings)
+        learning_rate = args.learning_rate * (self.global_batch if args.scale_lr else 1)
         optimizer = make_optimizer(args, parameters, learning_rate, self.device)
         self.base_lrs = [learning_rate] * len(optimizer.param_groups)
         self.clips = TrainingClips(dataset)
         self.clip_order = EpochSampler(len(dataset), args.seed)
         self.dataloader = accelerator.prepare(self.make_dataloader())
 
-        # Steps are counted after prepare: every process sees its share of the data only.
-        self.steps_per_epoch = math.ceil(len(self.dataloader) / args.gradient_accumulation_steps)
-        self.max_train_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
+        # Steps of all processes together: each of them sees its share of a global batch.
+        epochs_of_steps = math.ceil(args.num_train_epochs * len(dataset) / self.global_batch)
+        self.max_train_steps = args.max_train_steps or epochs_of_steps
         lr_scheduler = get_scheduler(
             args.lr_scheduler,
             optimizer,
@@ -161,12 +162,11 @@ class Trainer:
         )
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
         log.info(
-            "%d steps per epoch of %d batches in every process; global batch %d clips; the last step is %d",
-            self.steps_per_epoch,
-            len(self.dataloader),
-            args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-            self.max_train_steps,
-        )
+            "global batch %d clips: %d process(es), each %d clip(s) %d time(s) a step; %.6g steps per epoch; the last "
+            "step is %d",
+            self.global_batch, *(self.state.settings[name] for name in BATCH_SETTINGS),
+            len(dataset) / self.global_batch, self.max_train_steps,
+        )  # fmt: skip
         self.probed_at = self.last_checkpoint = None
         self.clips_met, self.broken_met, self.broken_seen = 0, 0, set()
         if args.report_to != "none":
@@ -191,11 +191,14 @@ class Trainer:
             for name in saved.weights.keys() & now.weights.keys()
             if saved.weights[name][1] != now.weights[name][1]
         ]
+        harmless = HARMLESS_SETTINGS
+        if global_batch(saved.settings) == global_batch(now.settings):
+            harmless += BATCH_SETTINGS
         for name, value in now.settings.items():
             before = saved.settings.get(name)
             if before == value:
                 continue
-            if name in HARMLESS_SETTINGS:
+            if name in harmless:
                 log.info("changed since the checkpoint: %s from %s to %s", name, before, value)
             else:
                 decisive.append(f"{name} {before}, now {value}")
@@ -205,6 +208,7 @@ class Trainer:
                 "or give --resume_anyway"
             )
         self.accelerator.load_state(str(checkpoint))
+        self.accelerator.step = 0  # of accumulation: checkpoints are written between optimizer steps
         # The schedule's state brings the old learning rate back; the flag decides.
         for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["initial_lr"] = base_lr
@@ -215,7 +219,8 @@ class Trainer:
         schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.last_checkpoint = checkpoint
         self.state = replace(saved, weights=now.weights, settings=now.settings)
-        log.info("resumed from %s at step %d, epoch %d", checkpoint, saved.global_step, saved.epoch)
+        log.info("resumed from %s at step %d, epoch %d", checkpoint, saved.global_step,
+                 saved.clips_done // len(self.clips))  # fmt: skip
 
     def train(self):
         """Step until the last step, or until a signal asks to stop."""
@@ -226,44 +231,43 @@ class Trainer:
             at = (state.probe_start, state.global_step, args.probe_clips)
             log.info("probe loss %.4f at step %d, on %d fixed clips", *at)
         meter = self.meter = Meter(accelerator, self.max_train_steps)
+        steps_left = max(0, self.max_train_steps - state.global_step)
+        self.clip_order.start = state.clips_done
+        self.clip_order.stop = state.clips_done + steps_left * self.global_batch
+        log.info("%d steps are left", steps_left)
         self.model.train()
-        while state.global_step < self.max_train_steps:
-            for batch in self.epoch_batches():
-                self.note_broken(batch)
-                with accelerator.accumulate(self.model):
-                    loss = self.loss(batch)
-                    grad_norm = optimize(accelerator, self.model, self.optimizer, loss, args.max_grad_norm)
-                loss = loss.detach()
-                if grad_norm is not None and accelerator.scaler is None:  # nothing skips a step with bad gradients
-                    loss = torch.where(torch.isfinite(grad_norm), loss, torch.nan)
-                meter.add(loss, grad_norm, state.global_step + 1, batch["videos"])
-                state.batches_done += 1
-                if state.batches_done == len(self.dataloader):
-                    state.epoch, state.batches_done = state.epoch + 1, 0
-                if not accelerator.sync_gradients:
-                    continue
+        for batch in self.dataloader:
+            self.note_broken(batch)
+            with accelerator.accumulate(self.model):
+                loss = self.loss(batch)
+                grad_norm = optimize(accelerator, self.model, self.optimizer, loss, args.max_grad_norm)
+            loss = loss.detach()
+            if grad_norm is not None and accelerator.scaler is None:  # nothing skips a step with bad gradients
+                loss = torch.where(torch.isfinite(grad_norm), loss, torch.nan)
+            meter.add(loss, grad_norm, state.global_step + 1, batch["videos"])
+            if not accelerator.sync_gradients:
+                continue
 
-                if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips steps whose gradients overflow
-                    self.lr_scheduler.step()
-                state.global_step += 1
-                meter.steps += 1
-                step, last = state.global_step, state.global_step == self.max_train_steps
-                if step % args.logging_steps == 0 or step == first_step or last:
-                    meter.report(step, self.lr_scheduler.get_last_lr()[0])
-                    self.stop_at_bad_losses()
-                if args.validation_steps and (step % args.validation_steps == 0 or step == first_step):
-                    self.validate()
-                    meter.restart()  # it does not count as time per step
-                stopping = not last and self.must_stop()
-                if step % args.checkpointing_steps == 0 or last or stopping:
-                    self.save(must=last or stopping)
-                    meter.restart()
-                if stopping:
-                    log.info("stopped by %s at step %d; the same command with --resume_from_checkpoint=latest goes on",
-                             self.stop.signal, step)  # fmt: skip
-                    return
-                if last:
-                    break
+            if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips steps whose gradients overflow
+                self.lr_scheduler.step()
+            state.global_step += 1
+            state.clips_done += self.global_batch
+            meter.steps += 1
+            step, last = state.global_step, state.global_step == self.max_train_steps
+            if step % args.logging_steps == 0 or step == first_step or last:
+                meter.report(step, self.lr_scheduler.get_last_lr()[0])
+                self.stop_at_bad_losses()
+            if args.validation_steps and (step % args.validation_steps == 0 or step == first_step):
+                self.validate()
+                meter.restart()  # it does not count as time per step
+            stopping = not last and self.must_stop()
+            if step % args.checkpointing_steps == 0 or last or stopping:
+                self.save(must=last or stopping)
+                meter.restart()
+            if stopping:
+                log.info("stopped by %s at step %d; the same command with --resume_from_checkpoint=latest goes on",
+                         self.stop.signal, step)  # fmt: skip
+                return
         self.finish()
 
     def must_stop(self):
@@ -305,13 +309,6 @@ class Trainer:
                 f"the loss is not finite since step {step} (clip of {', '.join(videos)}); the last good checkpoint is "
                 f"{checkpoint or 'none'}: lower --learning_rate, or use --mixed_precision=bf16"
             )
-
-    def epoch_batches(self):
-        """The batches of the current epoch that are not done yet; those done are skipped without loading them."""
-        self.clip_order.current_epoch = self.state.epoch
-        if self.state.batches_done == 0:
-            return self.dataloader
-        return self.accelerator.skip_first_batches(self.dataloader, self.state.batches_done)
 
     def loss(self, batch, timesteps=None):
         return batch_loss(
@@ -405,6 +402,11 @@ def optimize(accelerator, model, optimizer, loss, max_grad_norm):
     optimizer.step()
     optimizer.zero_grad()
     return grad_norm
+
+
+def global_batch(settings):
+    """Clips in a step of all processes together."""
+    return math.prod(settings[name] for name in BATCH_SETTINGS)
 
 
 def first_line(error):
