@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, found, pruned, and resumed from.
 
 checkpoint-<step>/ holds what `accelerator.save_state` writes for the one module that is trained (model.safetensors with
-keys unet_main.* and brushnet.*, only what is not frozen), and trainer_state.json, which is written last.
+keys unet_main.* and brushnet.*, only what is not frozen; FSDP and DeepSpeed add their shards), and trainer_state.json,
+which is written last.
 """
 
 import json
@@ -11,6 +12,9 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from safetensors.torch import save_file
+
+from libs.engine import whole_state_dict
 from libs.errors import InputError
 from libs.weights import compare_shapes, open_weights, read_shapes, read_tensors
 
@@ -91,14 +95,23 @@ def saved_keys(model):
 
 
 def register_hooks(accelerator, keys):
-    """Let save_state write, and load_state read, just `keys` of the one prepared module, without DDP's prefix."""
+    """Let save_state write, and load_state read, just `keys` of the one prepared module, without DDP's prefix.
+
+    FSDP and DeepSpeed write and read their own shards; the whole weights are written beside them, for the converters.
+    """
 
     def save_hook(models, weights, output_dir):
-        if weights:  # FSDP and DeepSpeed write their own files and leave it empty
+        if weights:
             state_dict = accelerator.unwrap_model(models[0]).state_dict()
             weights[0] = {key: state_dict[key] for key in keys}
+            return
+        state_dict = whole_state_dict(accelerator, models[0], keys)
+        if accelerator.is_main_process:
+            save_file(state_dict, Path(output_dir, MODEL_FILE), metadata={"format": "pt"})
 
     def load_hook(models, input_dir):
+        if not models:
+            return
         model = accelerator.unwrap_model(models.pop())
         files = [Path(input_dir, MODEL_FILE)]
         state_dict = model.state_dict()

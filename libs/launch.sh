@@ -110,7 +110,7 @@ launch() {
   local command=(accelerate launch "${engine[@]}" --mixed_precision="$precision" --quiet
     "train_DiffuEraser_stage$stage.py" "${options[@]}" "$@")
   if [[ " $* " == *" --check_only "* ]]; then
-    exec "$PYTHON" -m accelerate.commands.accelerate_cli "${command[@]:1}"
+    exec "$PYTHON" -m libs.launcher "${command[@]:2}"
   fi
   local lines_before=0
   [[ -f "$LOG" ]] && lines_before=$(wc -l <"$LOG")
@@ -124,7 +124,8 @@ launch() {
   # The shell takes the signals and passes the first on, as USR1, to the trainers, which save and end. The launchers in
   # between inherit that they are ignored: they would end at once and leave the trainers alone. A second signal ends all.
   trap '' INT TERM HUP USR1
-  PYTHONUNBUFFERED=1 setsid "$PYTHON" -m accelerate.commands.accelerate_cli "${command[@]:1}" >>"$LOG" 2>&1 &
+  export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # torch warns of hosts without a reverse name, for one
+  PYTHONUNBUFFERED=1 setsid "$PYTHON" -m libs.launcher "${command[@]:2}" >>"$LOG" 2>&1 &
   child=$!
   trap stop_trainer INT TERM HUP USR1
   local status=0
@@ -135,7 +136,6 @@ launch() {
   done
   if [[ $status != 0 ]]; then
     echo "stage $stage failed with status $status; the end of $LOG:" >&2
-    # Errors last: with several processes the launcher's own report follows them in the log.
     tail -n +$((lines_before + 1)) "$LOG" | grep -v '^error' | tail -n 15 >&2 || true
     tail -n +$((lines_before + 1)) "$LOG" | grep '^error' >&2 || true
   fi

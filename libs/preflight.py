@@ -15,6 +15,7 @@ from dataset.finetune_dataset import FinetuneDataset
 from dataset.frames import scan_frames
 from libs.checkpoints import TrainerState, find_latest, list_checkpoints
 from libs.conversion import refuse_source_weights
+from libs.engine import check_engine
 from libs.errors import InputError
 from libs.frozen import FrozenModels
 from libs.options import pair_by_name
@@ -66,6 +67,7 @@ def inspect(args, stage):
     """Check everything: (Preflight, Found). Raises InputError for the first thing wrong, except with --check_only."""
     preflight = Preflight(keep_going=args.check_only)
     preflight.check("flags", check_flags, args)
+    preflight.check("engine", check_engine, args)
     frozen = preflight.check("frozen models", open_frozen_models, args)
     opened = preflight.check("weights", open_models, args, stage)
     if frozen and opened:

@@ -35,6 +35,8 @@ def log_on_main_process(accelerator):
 
 def log_start(args, stage, accelerator, preflight, opened):
     """Everything that tells one run from another, in the log and, run by run, in <output_dir>/config.json."""
+    if accelerator.is_local_main_process and not accelerator.is_main_process:
+        print(f"  stage {stage.number} on this machine too: the first machine's log is the run's", flush=True)
     versions = {
         "python": platform.python_version(),
         **{library.__name__: library.__version__ for library in (torch, diffusers, accelerate, transformers)},

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
@@ -17,6 +16,15 @@ from dataset.finetune_dataset import PROMPTS, EpochSampler, TrainingClips
 from libs.checkpoints import TrainerState, find_latest, register_hooks, save_checkpoint, saved_keys
 from libs.conversion import convert, fingerprint
 from libs.diffusion import batch_loss
+from libs.engine import (
+    DTYPES,
+    engine_name,
+    is_lost_process,
+    lost_processes_named,
+    make_accelerator,
+    require_agreement,
+    whole,
+)
 from libs.errors import InputError
 from libs.options import parse_args
 from libs.preflight import eight_bit_adam, inspect
@@ -77,20 +85,20 @@ def run(stage, argv=None):
 
 
 def train(args, stage, preflight, found, stop):
-    accelerator = Accelerator(
-        # Several processes without a GPU (gloo): accelerate would let each of them train on its own.
-        cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        step_scheduler_with_optimizer=False,  # the loop steps it, once per optimizer step in every process
-    )
-    with log_on_main_process(accelerator):
+    accelerator = make_accelerator(args)
+    with log_on_main_process(accelerator), lost_processes_named(args.output_dir):
         log_start(args, stage, accelerator, preflight, found.opened)
         for line in found.skipped:
             log.info("skipped: %s", line)
+        numbers = {f"--{name}": value for name, value in vars(args).items() if not isinstance(value, str)}
+        checkpoint = found.checkpoint and found.checkpoint.name
+        files = {
+            f"{name}'s fingerprint": fingerprint(weights.files) for name, weights in found.opened.items() if weights
+        }
+        require_agreement(
+            accelerator,
+            {**numbers, **files, "the checkpoint to resume from": checkpoint, "clips an epoch": len(found.dataset)},
+        )
         trainer = Trainer(args, stage, accelerator, found, stop)
         if found.checkpoint:
             trainer.resume(found.checkpoint)
@@ -107,7 +115,7 @@ class Trainer:
         frozen, opened, dataset = found.frozen, found.opened, found.dataset
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        half = DTYPES[accelerator.mixed_precision]
 
         # One embedding per prompt for the whole run; the text encoder is gone before the large models come.
         prompts = [*PROMPTS, *args.validation_prompt]
@@ -129,6 +137,7 @@ class Trainer:
             configs={name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")},
             weights={name: [str(w.folder), fingerprint(w.files)] for name, w in opened.items() if w},
             settings={
+                "engine": engine_name(),
                 "num_processes": accelerator.num_processes,
                 "clips": len(dataset),
                 **{
@@ -186,6 +195,7 @@ class Trainer:
     def resume(self, checkpoint):
         """Go on where a checkpoint stands; refuses what would give its position or optimizer state another meaning."""
         saved, now = TrainerState.read(checkpoint), self.state
+        refuse_other_engine(saved.settings, now.settings, checkpoint)
         decisive = [
             f"weights of {name} from {saved.weights[name][0]}, now from {now.weights[name][0]}"
             for name in saved.weights.keys() & now.weights.keys()
@@ -330,21 +340,25 @@ class Trainer:
         """Write the validation GIFs and measure the probe loss; every process has its share of the videos."""
         args, accelerator, step = self.args, self.accelerator, self.state.global_step
         start = time.perf_counter()
-        # Unwrapped: processes sample different numbers of videos, and DDP's forward would wait for the others.
+        # Unwrapped: DDP's forward would compare buffers between the processes, which sample different videos.
         model = accelerator.unwrap_model(self.model).eval()
         folder = Path(args.output_dir, args.logging_dir, "samples", f"sample-{step}")
-        for i in range(accelerator.process_index, len(self.validation_videos), accelerator.num_processes):
+        count = len(self.validation_videos)
+        for first in range(0, count, accelerator.num_processes):
+            i = first + accelerator.process_index
+            # A process without a video of its own repeats one: FSDP's processes gather the weights together.
             frames = inpaint(
                 model,
                 self.codec,
                 self.sampler,
-                self.validation_videos[i],
+                self.validation_videos[i % count],
                 self.stage.inference_steps,
                 self.stage.shared_noise,
                 args.seed,
                 self.device,
             )
-            write_gif(folder / f"{i + 1}.gif", frames)
+            if i < count:
+                write_gif(folder / f"{i + 1}.gif", frames)
         if args.probe_clips:
             self.report_probe()
         self.model.train()
@@ -376,6 +390,8 @@ class Trainer:
                 self.accelerator, args.output_dir, self.state, args.checkpoints_total_limit
             )
         except WRITE_ERRORS as error:
+            if is_lost_process(error):
+                raise
             # Other processes wait for this one: then only ending is left.
             reason = f"checkpoint of step {self.state.global_step} could not be written ({first_line(error)})"
             if must or self.accelerator.num_processes > 1:
@@ -401,7 +417,22 @@ def optimize(accelerator, model, optimizer, loss, max_grad_norm):
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm) if accelerator.sync_gradients else None
     optimizer.step()
     optimizer.zero_grad()
-    return grad_norm
+    return whole(grad_norm)
+
+
+def refuse_other_engine(saved, now, checkpoint):
+    """Every engine has its own form of optimizer state; DeepSpeed's also depends on the number of processes."""
+    before, engine = saved["engine"], now["engine"]
+    if before != engine:
+        raise InputError(
+            f"{checkpoint} holds optimizer state of {before}, this run's engine is {engine}: choose the same "
+            "ACCELERATE_CONFIG, or convert the checkpoint and start another run from the converted folder"
+        )
+    if engine == "deepspeed" and saved["num_processes"] != now["num_processes"]:
+        raise InputError(
+            f"{checkpoint} was written by {saved['num_processes']} processes, now there are {now['num_processes']}: "
+            "DeepSpeed needs the same number; FSDP would take any"
+        )
 
 
 def global_batch(settings):
