@@ -2,14 +2,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# An environment that is active, else the one that quickstart.sh makes.
-if [[ -z "${PYTHON:-}" ]]; then
-  if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x .venv/bin/python ]]; then
-    PYTHON=.venv/bin/python
-  else
-    PYTHON=python
-  fi
-fi
+source libs/find_python.sh
 
 WEIGHTS=${WEIGHTS:-weights}
 DAVIS_ROOT=${DAVIS_ROOT-dataset/DAVIS}
