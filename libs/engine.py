@@ -84,9 +84,9 @@ def make_accelerator(args):
     return accelerator
 
 
-def whole(tensor):
-    """A tensor that FSDP2 may have spread over the processes, as a plain one in each of them."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(value):
+    """A tensor that FSDP2 may have spread over the processes, or a number of DeepSpeed's, as a plain tensor."""
+    return value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
 
 
 def whole_state_dict(accelerator, model, keys):

@@ -55,7 +55,9 @@ choose_engine() {
       fail "MACHINE_RANK=$MACHINE_RANK: a number from 0 to $((machines - 1)) was needed, another on every machine"
     engine+=(--machine_rank="$MACHINE_RANK" --main_process_ip="$MAIN_ADDRESS")
   fi
-  [[ -n "${MAIN_PORT:-}" ]] && engine+=(--main_process_port="$MAIN_PORT")
+  if [[ "$processes" -gt 1 ]]; then # port 0: any that is free, so that two runs may share a machine
+    engine+=(--main_process_port="${MAIN_PORT:-$([[ "$machines" = 1 ]] && echo 0 || echo 29500)}")
+  fi
   if [[ $has_gpu = 0 ]]; then
     [[ "$processes" = 1 && "$config" = configs/accelerate/one_gpu.yaml ]] && engine+=(--cpu)
     engine+=(--num_cpu_threads_per_process="${OMP_NUM_THREADS:-$((($(nproc) + per_machine - 1) / per_machine))}")

@@ -15,6 +15,7 @@ import accelerate
 import diffusers
 import torch
 import transformers
+from accelerate.utils import DistributedType
 
 log = logging.getLogger("diffueraser")
 
@@ -42,8 +43,9 @@ def log_start(args, stage, accelerator, preflight, opened):
         **{library.__name__: library.__version__ for library in (torch, diffusers, accelerate, transformers)},
     }
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    log.info("stage %d on %s, %d process(es), mixed precision %s, seed %d", stage.number, device,
-             accelerator.num_processes, accelerator.mixed_precision, args.seed)  # fmt: skip
+    engine = "" if accelerator.distributed_type == DistributedType.NO else f" ({accelerator.distributed_type.value})"
+    log.info("stage %d on %s, %d process(es)%s, mixed precision %s, seed %d", stage.number, device,
+             accelerator.num_processes, engine, accelerator.mixed_precision, args.seed)  # fmt: skip
     log.info("versions: %s", ", ".join(f"{name} {version}" for name, version in versions.items()))
     for name, _, found in preflight.rows[1:]:
         log.info("%s: %s", name, found)

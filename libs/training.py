@@ -414,10 +414,12 @@ class Trainer:
 def optimize(accelerator, model, optimizer, loss, max_grad_norm):
     """Backward, clip, and the optimizer's step where gradients are complete; returns their norm before clipping."""
     accelerator.backward(loss)
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm) if accelerator.sync_gradients else None
+    grad_norm = None
+    if accelerator.sync_gradients:
+        grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
     optimizer.step()
     optimizer.zero_grad()
-    return whole(grad_norm)
+    return grad_norm
 
 
 def refuse_other_engine(saved, now, checkpoint):
