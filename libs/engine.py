@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -70,7 +71,10 @@ def make_accelerator(args):
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         step_scheduler_with_optimizer=False,  # the loop steps it, once per optimizer step in every process
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.distributed_timeout))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.distributed_timeout)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
+        ],
     )
     if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
         # Layers compute in half precision and gradients are averaged in fp32, as with DDP and autocast.
@@ -82,6 +86,15 @@ def make_accelerator(args):
             train_micro_batch_size_per_gpu=args.train_batch_size, gradient_clipping=args.max_grad_norm
         )
     return accelerator
+
+
+def fit_to_engine(accelerator, model):
+    """DeepSpeed turns the model's weights into half precision, without autocast: give it inputs of that type."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        dtype = DTYPES[accelerator.mixed_precision]
+        model.register_forward_pre_hook(
+            lambda module, args: tuple(arg.to(dtype) if arg.is_floating_point() else arg for arg in args)
+        )
 
 
 def whole(value):

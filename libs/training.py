@@ -19,6 +19,7 @@ from libs.diffusion import batch_loss
 from libs.engine import (
     DTYPES,
     engine_name,
+    fit_to_engine,
     is_lost_process,
     lost_processes_named,
     make_accelerator,
@@ -131,6 +132,7 @@ class Trainer:
         model = stage.load_models(opened, frozen_dtype=half)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        fit_to_engine(accelerator, model)
         log_parameters(model, args.checkpoints_total_limit)
         self.state = TrainerState(
             stage=stage.number,
@@ -252,7 +254,7 @@ class Trainer:
                 loss = self.loss(batch)
                 grad_norm = optimize(accelerator, self.model, self.optimizer, loss, args.max_grad_norm)
             loss = loss.detach()
-            if grad_norm is not None and accelerator.scaler is None:  # nothing skips a step with bad gradients
+            if grad_norm is not None and not accelerator.optimizer_step_was_skipped:  # bad gradients were used
                 loss = torch.where(torch.isfinite(grad_norm), loss, torch.nan)
             meter.add(loss, grad_norm, state.global_step + 1, batch["videos"])
             if not accelerator.sync_gradients:
