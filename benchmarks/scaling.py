@@ -8,6 +8,8 @@ put the output into docs/scaling.md.
 
 from dataclasses import dataclass
 
+from libs.engine import state_bytes
+
 # stage, gradient checkpointing: seconds per step and peak GiB on one H200, fp16, batch 1, 512 px; see RESULTS.md
 MEASURED = {
     (1, False): (0.40, 47.3),
@@ -28,23 +30,22 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Engine:
-    """Bytes per trained parameter: those every card has, those the cards share, and those sent (before (n - 1) / n)."""
+    """Bytes that a card sends per trained and per frozen parameter and step, before (n - 1) / n."""
 
+    key: str  # in libs.engine.STATE_BYTES
     name: str
-    whole: float
-    sharded: float
     sent: float
     sent_frozen: float = 0
 
 
 ENGINES = (
-    # fp32 weights, gradients and two moments; gradients are summed and spread again in fp32.
-    Engine("DDP", whole=16, sharded=0, sent=8),
-    # The same, sharded; weights are gathered in half precision for the forward and again for the backward pass,
-    # gradients summed in fp32. Of the frozen weights BrushNet's half is gathered once, UNet2D's twice.
-    Engine("FSDP2", whole=0, sharded=16, sent=8, sent_frozen=3),
-    # Half-precision weights everywhere; fp32 weights, moments and gradients are sharded; both ways in half precision.
-    Engine("ZeRO-2", whole=2, sharded=16, sent=4),
+    # Gradients are summed and spread again in fp32.
+    Engine("ddp", "DDP", sent=8),
+    # Weights are gathered in half precision for the forward and again for the backward pass, gradients summed in fp32.
+    # Of the frozen weights BrushNet's half is gathered once, UNet2D's twice.
+    Engine("fsdp", "FSDP2", sent=8, sent_frozen=3),
+    # Both ways in half precision.
+    Engine("deepspeed", "ZeRO-2", sent=4),
 )
 
 
@@ -52,9 +53,8 @@ def memory(stage, checkpointing, engine, gpus):
     """GiB per card, at most: activations may have had their peak while there were no gradients, so all but weights and
     moments (12 bytes) counts as activations."""
     measured = MEASURED[stage, checkpointing][1]
-    frozen = FROZEN[stage] * 2 * (1 - 1 / gpus) if engine.sent_frozen else 0
-    state = engine.whole + engine.sharded / gpus
-    return min(measured, measured + (TRAINED[stage] * (state - 12) - frozen) / GIB)
+    activations = measured - (TRAINED[stage] * 12 + FROZEN[stage] * 2) / GIB
+    return min(measured, activations + state_bytes(TRAINED[stage], FROZEN[stage], engine.key, gpus) / GIB)
 
 
 def sent_bytes(stage, engine, gpus):

@@ -26,6 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from libs.errors import InputError
 
+# Bytes of weights, gradients and two Adam moments per trained parameter: on every card, and shared by the cards.
+STATE_BYTES = {"ddp": (16, 0), "fsdp": (0, 16), "deepspeed": (2, 16)}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
@@ -59,6 +61,12 @@ def check_engine(args):
 
 def count_machines():
     return math.ceil(int(os.environ.get("WORLD_SIZE", 1)) / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def state_bytes(trained, frozen, engine, processes):
+    """Bytes per card of a model with so many trained parameters, and frozen ones in half precision."""
+    whole, shared = STATE_BYTES[engine]
+    return trained * (whole + shared / processes) + frozen * 2 / (processes if engine == "fsdp" else 1)
 
 
 def make_accelerator(args):
