@@ -257,7 +257,7 @@ def check_memory(args, stage, opened):
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     if fixed > total:
         raise InputError(
-            f"weights, gradients and optimizer state take {fixed:.0f} GiB, the GPU has {total:.0f}: use --use_8bit_adam, "
-            "or several GPUs with ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"
+            f"weights, gradients and optimizer state take {fixed:.0f} GiB, the GPU has {total:.0f}: use "
+            "--use_8bit_adam, or several GPUs with ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"
         )
     return None, f"about {fixed + activations:.0f} GiB, the GPU has {total:.0f}"

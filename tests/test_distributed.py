@@ -1,5 +1,6 @@
 """Several processes and machines train as one: the same clips, losses and weights, and a clear end when one is lost."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -131,6 +132,41 @@ def test_fsdp_of_frozen_and_recomputed_layers(train, flags, videos, tmp_path, ca
     assert losses(log) == pytest.approx(expected, abs=2e-4)
     gifs = [path.relative_to(tmp_path / "fsdp") for path in tmp_path.glob("fsdp/logs*/samples/*/*.gif")]
     assert [str(gif) for gif in gifs] == ["logs-finetune-stage2/samples/sample-1/1.gif"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"ACCELERATE_CONFIG": "fsdp.yaml"},
+            "fsdp.yaml is no file: ACCELERATE_CONFIG must be one of configs/accelerate/",
+        ),
+        ({"ACCELERATE_CONFIG": "configs/accelerate/deepspeed_zero2.yaml"}, "needs DeepSpeed, which is not installed"),
+        ({"NUM_MACHINES": "2"}, "NUM_MACHINES=2 needs MAIN_ADDRESS"),
+        ({"NUM_MACHINES": "2", "MAIN_ADDRESS": "a", "MACHINE_RANK": "2"}, "MACHINE_RANK=2: a number from 0 to 1"),
+    ],
+)
+def test_wrong_variables_are_one_line(variables, message):
+    if "DeepSpeed" in message and importlib.util.find_spec("deepspeed"):
+        pytest.skip("DeepSpeed is installed")
+    environment = {**os.environ, "PYTHON": sys.executable, **variables}
+    command = ["bash", "finetune_stage1.sh"]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and not result.stdout
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [("FSDP", "accelerate shards on GPUs only"), ("DEEPSPEED", "asks for DeepSpeed, which is not installed")],
+)
+def test_engines_that_cannot_run_here(train, monkeypatch, capsys, engine, message):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        train(1)
+    assert message in capsys.readouterr().err
 
 
 HOSTS = ("diffueraser0", "diffueraser1")
