@@ -47,13 +47,23 @@ class TrainerState:
                 "convert it, then start from the converted folder without --resume_from_checkpoint"
             )
         try:
-            state = cls(**json.loads(Path(folder, STATE_FILE).read_text()))
+            state = cls(**in_clips(json.loads(Path(folder, STATE_FILE).read_text())))
         except FileNotFoundError:
             raise InputError(f"{folder} has no {STATE_FILE}: it is no complete checkpoint; choose another") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{folder}/{STATE_FILE} is not readable ({error}): choose another checkpoint") from None
         with open_weights(Path(folder, MODEL_FILE)):  # opening compares the header with the file's size
             return state
+
+
+def in_clips(state):
+    """The entries of a trainer_state.json; early ones counted an epoch's batches in every process, and knew no engine."""
+    if "batches_done" in state:
+        settings = state["settings"]
+        clips_per_batch = settings["num_processes"] * settings["train_batch_size"]
+        state["clips_done"] = state.pop("epoch") * settings["clips"] + state.pop("batches_done") * clips_per_batch
+        settings["engine"] = "ddp"
+    return state
 
 
 def is_original_form(folder):

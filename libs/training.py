@@ -91,20 +91,20 @@ def train(args, stage, preflight, found, stop):
         log_start(args, stage, accelerator, preflight, found.opened)
         for line in found.skipped:
             log.info("skipped: %s", line)
-        numbers = {f"--{name}": value for name, value in vars(args).items() if not isinstance(value, str)}
-        checkpoint = found.checkpoint and found.checkpoint.name
-        files = {
-            f"{name}'s fingerprint": fingerprint(weights.files) for name, weights in found.opened.items() if weights
-        }
-        require_agreement(
-            accelerator,
-            {**numbers, **files, "the checkpoint to resume from": checkpoint, "clips an epoch": len(found.dataset)},
-        )
+        require_agreement(accelerator, what_must_agree(args, found))
         trainer = Trainer(args, stage, accelerator, found, stop)
         if found.checkpoint:
             trainer.resume(found.checkpoint)
         trainer.train()
         accelerator.end_training()
+
+
+def what_must_agree(args, found):
+    """{name: value} that all processes need in common; where files lie may differ from machine to machine."""
+    numbers = {f"--{name}": value for name, value in vars(args).items() if not isinstance(value, (str, list))}
+    files = {f"{name}'s fingerprint": fingerprint(weights.files) for name, weights in found.opened.items() if weights}
+    checkpoint = found.checkpoint.name if found.checkpoint else "none"
+    return {**numbers, **files, "clips an epoch": len(found.dataset), "the checkpoint to resume from": checkpoint}
 
 
 class Trainer:
