@@ -57,7 +57,7 @@ class TrainerState:
 
 
 def in_clips(state):
-    """The entries of a trainer_state.json; early ones counted an epoch's batches in every process, and knew no engine."""
+    """The entries of a trainer_state.json; early ones count batches per epoch and process, and no engine."""
     if "batches_done" in state:
         settings = state["settings"]
         clips_per_batch = settings["num_processes"] * settings["train_batch_size"]
