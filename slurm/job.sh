@@ -12,7 +12,8 @@ export MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node get 
 source libs/find_python.sh
 
 # USR1 comes some minutes before the time limit: the run saves, and the job goes back into the queue. TERM comes from
-# scancel and from preemption, after which SLURM itself requeues: the run saves, and the job ends.
+# preemption and from scancel: the run saves, and the job waits for SLURM to requeue or to cancel it. Were it to end by
+# itself within the grace time, it would count as completed.
 signal='' trainers=''
 take_signal() {
   signal=$1 interrupted=1
@@ -41,5 +42,6 @@ run() {
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
   fi
-  [[ -z "$signal" && $status = 0 ]] || exit "$status"
+  [[ "$signal" != TERM ]] || exec sleep infinity
+  [[ $status = 0 ]] || exit "$status"
 }
