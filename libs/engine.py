@@ -32,7 +32,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
 def engine_name():
-    """ "fsdp", "deepspeed" or "ddp" (one process included), as `accelerate launch` passes it on."""
+    """One of "fsdp", "deepspeed" and "ddp" (one process included), as `accelerate launch` passes it on."""
     for name in ("fsdp", "deepspeed"):
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
             return name
@@ -116,7 +116,7 @@ def whole_state_dict(accelerator, model, keys):
     All processes take part, tensor by tensor: no GPU ever holds more than one of them.
     """
     model = accelerator.unwrap_model(model)
-    state_dict = {**model.state_dict(), **dict(model.named_parameters())}  # parameters, not their values: see below
+    state_dict = {**model.state_dict(), **dict(model.named_parameters())}  # DeepSpeed finds its masters by parameter
     result = {}
     for key in keys:
         tensor = whole(state_dict[key].detach())

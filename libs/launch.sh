@@ -33,10 +33,10 @@ fail() {
   exit 1
 }
 
-# Sets `engine` and `processes`: accelerate's configuration, and how many processes it starts where.
+# Sets `engine`: the arguments that tell accelerate its configuration, and how many processes it starts where.
 choose_engine() {
   local per_machine=${NUM_PROCESSES:-1} machines=${NUM_MACHINES:-1} config=${ACCELERATE_CONFIG:-}
-  processes=$((per_machine * machines))
+  local processes=$((per_machine * machines)) alone=configs/accelerate/one_gpu.yaml
   if [[ -z "$config" ]]; then
     config=one_gpu
     [[ "$processes" -gt 1 ]] && config=multi_gpu
@@ -55,11 +55,11 @@ choose_engine() {
       fail "MACHINE_RANK=$MACHINE_RANK: a number from 0 to $((machines - 1)) was needed, another on every machine"
     engine+=(--machine_rank="$MACHINE_RANK" --main_process_ip="$MAIN_ADDRESS")
   fi
-  if [[ "$processes" -gt 1 ]]; then # port 0: any that is free, so that two runs may share a machine
+  if [[ "$config" != "$alone" ]]; then # port 0: any that is free, so that two runs may share a machine
     engine+=(--main_process_port="${MAIN_PORT:-$([[ "$machines" = 1 ]] && echo 0 || echo 29500)}")
   fi
   if [[ $has_gpu = 0 ]]; then
-    [[ "$processes" = 1 && "$config" = configs/accelerate/one_gpu.yaml ]] && engine+=(--cpu)
+    [[ "$config" = "$alone" ]] && engine+=(--cpu)
     engine+=(--num_cpu_threads_per_process="${OMP_NUM_THREADS:-$((($(nproc) + per_machine - 1) / per_machine))}")
   fi
 }
@@ -69,7 +69,7 @@ launch() {
   "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' && has_gpu=1
   local precision=${MIXED_PRECISION:-$([[ $has_gpu = 1 ]] && echo fp16 || echo no)}
 
-  local engine processes
+  local engine
   choose_engine
 
   local options=(
