@@ -97,8 +97,10 @@ def make_accelerator(args):
 
 
 def fit_to_engine(accelerator, model):
-    """DeepSpeed turns the model's weights into half precision, without autocast: give it inputs of that type."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    """Let a model whose engine has half-precision weights compute under autocast, as accelerate does with DDP."""
+    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
+        model.forward = accelerator.autocast()(model.forward)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # no autocast: all buffers are in half precision too
         dtype = DTYPES[accelerator.mixed_precision]
         model.register_forward_pre_hook(
             lambda module, args: tuple(arg.to(dtype) if arg.is_floating_point() else arg for arg in args)
