@@ -97,14 +97,11 @@ def make_accelerator(args):
 
 
 def fit_to_engine(accelerator, model):
-    """Let a model whose engine has half-precision weights compute under autocast, as accelerate does with DDP."""
-    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
-        model.forward = accelerator.autocast()(model.forward)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # no autocast: all buffers are in half precision too
-        dtype = DTYPES[accelerator.mixed_precision]
-        model.register_forward_pre_hook(
-            lambda module, args: tuple(arg.to(dtype) if arg.is_floating_point() else arg for arg in args)
-        )
+    """FSDP2 and DeepSpeed give layers half-precision weights without autocast: what is in fp32, as position tables are,
+    would not fit them."""
+    dtype = DTYPES[accelerator.mixed_precision]
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) and dtype != torch.float32:
+        model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
 
 
 def whole(value):

@@ -120,16 +120,16 @@ def test_fsdp_trains_as_one_process_with_the_whole_batch(train, flags, tmp_path,
 
 
 def test_fsdp_of_frozen_and_recomputed_layers(train, flags, videos, tmp_path, capsys):
-    """Stage 2: frozen layers, gradient checkpointing, one validation video for two processes."""
+    """Stage 2 in half precision: frozen layers, gradient checkpointing, one validation video for two processes."""
     images, masks = (str(videos / "DAVIS" / kind / "480p/buoy") for kind in ("JPEGImages", "Annotations"))
     settings = {
-        "nframes": 2, "max_train_steps": 1, "validation_steps": 1, "gradient_checkpointing": True,
-        "validation_image": [images], "validation_mask": [masks],
+        "mixed_precision": "bf16", "gradient_checkpointing": True, "nframes": 2, "max_train_steps": 1,
+        "validation_steps": 1, "validation_image": [images], "validation_mask": [masks],
     }  # fmt: skip
     train(2, output_dir=tmp_path / "plain", train_batch_size=2, **settings)
     expected = losses(capsys.readouterr().out)
     log = run_fsdp(2, 2, flags(2, output_dir=tmp_path / "fsdp", train_batch_size=1, **settings))
-    assert losses(log) == pytest.approx(expected, abs=2e-4)
+    assert losses(log) == pytest.approx(expected, abs=2e-3)  # rounded weights of norms
     gifs = [path.relative_to(tmp_path / "fsdp") for path in tmp_path.glob("fsdp/logs*/samples/*/*.gif")]
     assert [str(gif) for gif in gifs] == ["logs-finetune-stage2/samples/sample-1/1.gif"]
 
