@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from conftest import REPOSITORY, equal_files, wait_for_line
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+import benchmarks.scaling
 from dataset.finetune_dataset import EpochSampler
 from libs.conversion import convert
 from libs.engine import require_agreement
@@ -239,3 +241,8 @@ def test_two_machines_of_which_one_is_cut_off(hosts, weights, videos, tmp_path):
     )
     assert one.returncode == 0, one.stderr
     assert equal_files(tmp_path / "run" / FINAL, tmp_path / "one" / FINAL)
+
+
+def test_the_tables_in_the_docs_are_the_script_s(capsys):
+    benchmarks.scaling.main()
+    assert capsys.readouterr().out.strip() in Path(REPOSITORY, "docs/scaling.md").read_text()
