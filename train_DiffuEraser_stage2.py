@@ -18,6 +18,8 @@ from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 class ClipInpainter(Inpainter):
     """UNetMotion over whole clips; BrushNet, frozen, on every frame on its own."""
 
+    _no_split_modules = (*Inpainter._no_split_modules, "AnimateDiffTransformer3D")
+
     def forward(self, noisy_latents, conditioning, timesteps, encoder_hidden_states):
         num_frames = noisy_latents.shape[0] // timesteps.shape[0]
         with torch.no_grad():

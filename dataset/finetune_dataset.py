@@ -226,18 +226,26 @@ class TrainingClips(Dataset):
 
 
 class EpochSampler(Sampler):
-    """(epoch, index) keys of every clip once, in an order that follows from (seed, epoch) alone."""
+    """(epoch, index) keys: every clip once per epoch, in an order that follows from (seed, epoch) alone.
 
-    def __init__(self, length, seed):
-        self.length, self.seed, self.current_epoch = length, seed, 0
+    Epochs follow each other without a gap, so that one batch may hold the end of an epoch and the start of the next:
+    every batch is full and no clip is repeated or left out, whatever the numbers of clips, processes and batches are.
+    `start` and `stop` are positions in this stream; they may be set until the iteration begins.
+    """
+
+    def __init__(self, length, seed, start=0, stop=0):
+        self.length, self.seed, self.start, self.stop = length, seed, start, stop
 
     def __len__(self):
-        return self.length
+        return self.stop - self.start
 
     def __iter__(self):
-        epoch = self.current_epoch
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-        return iter([(epoch, int(index)) for index in order])
+        order = None
+        for position in range(self.start, self.stop):
+            epoch, place = divmod(position, self.length)
+            if order is None or place == 0:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            yield epoch, int(order[place])
 
 
 def to_tensors(frames, holes):

@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, found, pruned, and resumed from.
 
 checkpoint-<step>/ holds what `accelerator.save_state` writes for the one module that is trained (model.safetensors with
-keys unet_main.* and brushnet.*, only what is not frozen), and trainer_state.json, which is written last.
+keys unet_main.* and brushnet.*, only what is not frozen; FSDP and DeepSpeed add their shards), and trainer_state.json,
+which is written last.
 """
 
 import json
@@ -11,6 +12,9 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from safetensors.torch import save_file
+
+from libs.engine import whole_state_dict
 from libs.errors import InputError
 from libs.weights import compare_shapes, open_weights, read_shapes, read_tensors
 
@@ -25,8 +29,7 @@ class TrainerState:
 
     stage: int
     global_step: int = 0  # optimizer steps done
-    epoch: int = 0
-    batches_done: int = 0  # of this epoch, in every process
+    clips_done: int = 0  # by all processes together, since the first epoch's start
     probe_start: float | None = None  # the probe loss before the first step
     configs: dict = field(default_factory=dict)  # {"unet_main": config, "brushnet": config}
     weights: dict = field(default_factory=dict)  # {model: [folder, fingerprint]} that the run started from
@@ -44,13 +47,23 @@ class TrainerState:
                 "convert it, then start from the converted folder without --resume_from_checkpoint"
             )
         try:
-            state = cls(**json.loads(Path(folder, STATE_FILE).read_text()))
+            state = cls(**in_clips(json.loads(Path(folder, STATE_FILE).read_text())))
         except FileNotFoundError:
             raise InputError(f"{folder} has no {STATE_FILE}: it is no complete checkpoint; choose another") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{folder}/{STATE_FILE} is not readable ({error}): choose another checkpoint") from None
         with open_weights(Path(folder, MODEL_FILE)):  # opening compares the header with the file's size
             return state
+
+
+def in_clips(state):
+    """The entries of a trainer_state.json; early ones count batches per epoch and process, and no engine."""
+    if "batches_done" in state:
+        settings = state["settings"]
+        clips_per_batch = settings["num_processes"] * settings["train_batch_size"]
+        state["clips_done"] = state.pop("epoch") * settings["clips"] + state.pop("batches_done") * clips_per_batch
+        settings["engine"] = "ddp"
+    return state
 
 
 def is_original_form(folder):
@@ -92,14 +105,23 @@ def saved_keys(model):
 
 
 def register_hooks(accelerator, keys):
-    """Let save_state write, and load_state read, just `keys` of the one prepared module, without DDP's prefix."""
+    """Let save_state write, and load_state read, just `keys` of the one prepared module, without DDP's prefix.
+
+    FSDP and DeepSpeed write and read their own shards; the whole weights are written beside them, for the converters.
+    """
 
     def save_hook(models, weights, output_dir):
-        if weights:  # FSDP and DeepSpeed write their own files and leave it empty
+        if weights:
             state_dict = accelerator.unwrap_model(models[0]).state_dict()
             weights[0] = {key: state_dict[key] for key in keys}
+            return
+        state_dict = whole_state_dict(accelerator, models[0], keys)
+        if accelerator.is_main_process:
+            save_file(state_dict, Path(output_dir, MODEL_FILE), metadata={"format": "pt"})
 
     def load_hook(models, input_dir):
+        if not models:
+            return
         model = accelerator.unwrap_model(models.pop())
         files = [Path(input_dir, MODEL_FILE)]
         state_dict = model.state_dict()

@@ -24,6 +24,9 @@ class Inpainter(nn.Module):
     (b, n, d), and returns the prediction (N, 4, h, w).
     """
 
+    # What FSDP gathers and frees as one: the layers that the walk calls. Blocks are never called themselves.
+    _no_split_modules = ("ResnetBlock2D", "Transformer2DModel")
+
     def __init__(self, unet_main, brushnet):
         super().__init__()
         self.unet_main = unet_main

@@ -2,20 +2,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# An environment that is active, else the one that quickstart.sh makes.
-if [[ -z "${PYTHON:-}" ]]; then
-  if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x .venv/bin/python ]]; then
-    PYTHON=.venv/bin/python
-  else
-    PYTHON=python
-  fi
-fi
+source libs/find_python.sh
 
 WEIGHTS=${WEIGHTS:-weights}
 DAVIS_ROOT=${DAVIS_ROOT-dataset/DAVIS}
 YTVOS_ROOT=${YTVOS_ROOT-dataset/YTBV}
 OUTPUT_DIR=${OUTPUT_DIR:-finetune-stage$stage}
-LOG=${LOG:-finetune-stage$stage.log}
+MACHINE_RANK=${MACHINE_RANK:-${SLURM_NODEID:-0}}
+[[ "$MACHINE_RANK" = 0 ]] && machine= || machine=-machine$MACHINE_RANK # the first machine's log is the run's
+LOG=${LOG:-finetune-stage$stage$machine.log}
 
 # The first two held-out DAVIS videos that have masks, as Python lists.
 find_validation_videos() {
@@ -33,19 +28,50 @@ find_validation_videos() {
 
 join() { local IFS=,; echo "[$*]"; }
 
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+# Sets `engine`: the arguments that tell accelerate its configuration, and how many processes it starts where.
+choose_engine() {
+  local per_machine=${NUM_PROCESSES:-1} machines=${NUM_MACHINES:-1} config=${ACCELERATE_CONFIG:-}
+  local processes=$((per_machine * machines)) alone=configs/accelerate/one_gpu.yaml
+  if [[ -z "$config" ]]; then
+    config=one_gpu
+    [[ "$processes" -gt 1 ]] && config=multi_gpu
+    [[ "$machines" -gt 1 ]] && config=multi_node
+    config=configs/accelerate/$config.yaml
+  fi
+  [[ -f "$config" ]] || fail "$config is no file: ACCELERATE_CONFIG must be one of $(echo configs/accelerate/*.yaml)"
+  if grep -q '^distributed_type: DEEPSPEED' "$config" &&
+    ! "$PYTHON" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("deepspeed") is None)'; then
+    fail "$config needs DeepSpeed, which is not installed: pip install deepspeed, or use configs/accelerate/fsdp.yaml"
+  fi
+  grep -q '^distributed_type: \(FSDP\|DEEPSPEED\)' "$config" && can_compile=0 # their layers gather weights as they go
+  engine=(--config_file="$config" --num_processes="$processes" --num_machines="$machines" --dynamo_backend=no)
+  if [[ "$machines" -gt 1 ]]; then
+    [[ -n "${MAIN_ADDRESS:-}" ]] || fail "NUM_MACHINES=$machines needs MAIN_ADDRESS, the first machine's name or address"
+    [[ "$MACHINE_RANK" -lt "$machines" ]] ||
+      fail "MACHINE_RANK=$MACHINE_RANK: a number from 0 to $((machines - 1)) was needed, another on every machine"
+    engine+=(--machine_rank="$MACHINE_RANK" --main_process_ip="$MAIN_ADDRESS")
+  fi
+  if [[ "$config" != "$alone" ]]; then # port 0: any that is free, so that two runs may share a machine
+    engine+=(--main_process_port="${MAIN_PORT:-$([[ "$machines" = 1 ]] && echo 0 || echo 29500)}")
+  fi
+  if [[ $has_gpu = 0 ]]; then
+    [[ "$config" = "$alone" ]] && engine+=(--cpu)
+    engine+=(--num_cpu_threads_per_process="${OMP_NUM_THREADS:-$((($(nproc) + per_machine - 1) / per_machine))}")
+  fi
+}
+
 launch() {
   local has_gpu can_compile
   read -r has_gpu can_compile < <("$PYTHON" -m libs.machine)
   local precision=${MIXED_PRECISION:-$([[ $has_gpu = 1 ]] && echo fp16 || echo no)}
 
-  local processes=${NUM_PROCESSES:-1}
-  local engine=(--num_processes="$processes" --num_machines=1 --dynamo_backend=no)
-  if [[ "$processes" -gt 1 ]]; then
-    engine+=(--multi_gpu) # accelerate's name for several processes, with or without GPUs
-  elif [[ $has_gpu = 0 ]]; then
-    engine+=(--cpu)
-  fi
-  [[ $has_gpu = 0 ]] && engine+=(--num_cpu_threads_per_process="${OMP_NUM_THREADS:-$((($(nproc) + processes - 1) / processes))}")
+  local engine
+  choose_engine
 
   local options=(
     --base_model_name_or_path="$WEIGHTS/stable-diffusion-v1-5"
@@ -86,7 +112,7 @@ launch() {
   local command=(accelerate launch "${engine[@]}" --mixed_precision="$precision" --quiet
     "train_DiffuEraser_stage$stage.py" "${options[@]}" "$@")
   if [[ " $* " == *" --check_only "* ]]; then
-    exec "$PYTHON" -m accelerate.commands.accelerate_cli "${command[@]:1}"
+    exec "$PYTHON" -m libs.launcher "${command[@]:2}"
   fi
   local lines_before=0
   [[ -f "$LOG" ]] && lines_before=$(wc -l <"$LOG")
@@ -100,7 +126,8 @@ launch() {
   # The shell takes the signals and passes the first on, as USR1, to the trainers, which save and end. The launchers in
   # between inherit that they are ignored: they would end at once and leave the trainers alone. A second signal ends all.
   trap '' INT TERM HUP USR1
-  PYTHONUNBUFFERED=1 setsid "$PYTHON" -m accelerate.commands.accelerate_cli "${command[@]:1}" >>"$LOG" 2>&1 &
+  export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # torch warns of hosts without a reverse name, for one
+  PYTHONUNBUFFERED=1 setsid "$PYTHON" -m libs.launcher "${command[@]:2}" >>"$LOG" 2>&1 &
   child=$!
   trap stop_trainer INT TERM HUP USR1
   local status=0
@@ -111,7 +138,6 @@ launch() {
   done
   if [[ $status != 0 ]]; then
     echo "stage $stage failed with status $status; the end of $LOG:" >&2
-    # Errors last: with several processes the launcher's own report follows them in the log.
     tail -n +$((lines_before + 1)) "$LOG" | grep -v '^error' | tail -n 15 >&2 || true
     tail -n +$((lines_before + 1)) "$LOG" | grep '^error' >&2 || true
   fi

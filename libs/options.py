@@ -131,6 +131,8 @@ def build_parser(stage):
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="overrides accelerate's own setting")
     add("--gradient_checkpointing", action="store_true", help="recompute layers in the backward pass: less memory")
     add("--compile", action="store_true", help="compile the layers in the first step: faster steps, less memory")
+    add("--distributed_timeout", type=int, default=1800, metavar="SECONDS",
+        help="how long a process waits for the others before it ends the run")  # fmt: skip
     add("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products on Ampere and newer GPUs")
 
     add("--check_only", action="store_true", help="check weights, data, disk and memory, print a table, and exit")
@@ -223,7 +225,7 @@ def parse_args(stage, argv=None):
         args.mask_original_margins = False
 
     positive = ("resolution", "nframes", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-                "checkpointing_steps", "logging_steps")  # fmt: skip
+                "checkpointing_steps", "logging_steps", "distributed_timeout")  # fmt: skip
     for name in positive:
         require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: at least 1 was needed")
     for name in ("dataloader_num_workers", "lr_warmup_steps", "validation_steps", "probe_clips", "seed"):

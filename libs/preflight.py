@@ -15,13 +15,14 @@ from dataset.finetune_dataset import FinetuneDataset
 from dataset.frames import scan_frames
 from libs.checkpoints import TrainerState, find_latest, list_checkpoints
 from libs.conversion import refuse_source_weights
+from libs.engine import check_engine, engine_name, state_bytes
 from libs.errors import InputError
 from libs.frozen import FrozenModels
 from libs.machine import compiling_lacks
 from libs.options import pair_by_name
 
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
-TRAINED_BYTES = 16  # per trained parameter in memory: those and the gradient
+SHARD_BYTES = 4  # more with FSDP or DeepSpeed, which write the weights a second time, and what is frozen
 FROZEN_BYTES = 2
 
 
@@ -67,6 +68,7 @@ def inspect(args, stage):
     """Check everything: (Preflight, Found). Raises InputError for the first thing wrong, except with --check_only."""
     preflight = Preflight(keep_going=args.check_only)
     preflight.check("flags", check_flags, args)
+    preflight.check("engine", check_engine, args)
     frozen = preflight.check("frozen models", open_frozen_models, args)
     opened = preflight.check("weights", open_models, args, stage)
     if frozen and opened:
@@ -237,7 +239,10 @@ def count_parameters(stage, opened):
 
 def check_disk_space(args, stage, opened):
     """One checkpoint has to fit: it is written before an old one is deleted."""
-    needed = count_parameters(stage, opened)[0] * ADAM_BYTES
+    trained, frozen = count_parameters(stage, opened)
+    needed = trained * ADAM_BYTES
+    if engine_name() != "ddp":
+        needed += trained * SHARD_BYTES + frozen * FROZEN_BYTES
     free = shutil.disk_usage(args.output_dir).free
     if free < needed:
         raise InputError(
@@ -251,7 +256,8 @@ def check_memory(args, stage, opened):
     """Weights, gradients and optimizer state must fit the GPU; activations are an estimate from measured runs."""
     trained, frozen = count_parameters(stage, opened)
     adam = 6 if args.use_8bit_adam else 0  # bytes that 8-bit moments save per parameter
-    fixed = (trained * (TRAINED_BYTES - adam) + frozen * FROZEN_BYTES) / 2**30
+    state = state_bytes(trained, frozen, engine_name(), int(os.environ.get("WORLD_SIZE", 1)))
+    fixed = (state - trained * adam) / 2**30
     frames = args.train_batch_size * args.nframes * (args.resolution / 512) ** 2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
     activations = frames * width * stage.gib_per_frame[args.gradient_checkpointing]
@@ -260,6 +266,7 @@ def check_memory(args, stage, opened):
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     if fixed > total:
         raise InputError(
-            f"weights, gradients and optimizer state take {fixed:.0f} GiB, the GPU has {total:.0f}: use --use_8bit_adam"
+            f"weights, gradients and optimizer state take {fixed:.0f} GiB, the GPU has {total:.0f}: use "
+            "--use_8bit_adam, or several GPUs with ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"
         )
     return None, f"about {fixed + activations:.0f} GiB, the GPU has {total:.0f}"

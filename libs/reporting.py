@@ -15,6 +15,7 @@ import accelerate
 import diffusers
 import torch
 import transformers
+from accelerate.utils import DistributedType
 
 log = logging.getLogger("diffueraser")
 
@@ -35,13 +36,16 @@ def log_on_main_process(accelerator):
 
 def log_start(args, stage, accelerator, preflight, opened):
     """Everything that tells one run from another, in the log and, run by run, in <output_dir>/config.json."""
+    if accelerator.is_local_main_process and not accelerator.is_main_process:
+        print(f"  stage {stage.number} on this machine too: the first machine's log is the run's", flush=True)
     versions = {
         "python": platform.python_version(),
         **{library.__name__: library.__version__ for library in (torch, diffusers, accelerate, transformers)},
     }
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    log.info("stage %d on %s, %d process(es), mixed precision %s, seed %d", stage.number, device,
-             accelerator.num_processes, accelerator.mixed_precision, args.seed)  # fmt: skip
+    engine = "" if accelerator.distributed_type == DistributedType.NO else f" ({accelerator.distributed_type.value})"
+    log.info("stage %d on %s, %d process(es)%s, mixed precision %s, seed %d", stage.number, device,
+             accelerator.num_processes, engine, accelerator.mixed_precision, args.seed)  # fmt: skip
     log.info("versions: %s", ", ".join(f"{name} {version}" for name, version in versions.items()))
     for name, _, found in preflight.rows[1:]:
         log.info("%s: %s", name, found)

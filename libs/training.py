@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
@@ -17,6 +16,16 @@ from dataset.finetune_dataset import PROMPTS, EpochSampler, TrainingClips
 from libs.checkpoints import TrainerState, find_latest, register_hooks, save_checkpoint, saved_keys
 from libs.conversion import convert, fingerprint
 from libs.diffusion import batch_loss
+from libs.engine import (
+    DTYPES,
+    engine_name,
+    fit_to_engine,
+    is_lost_process,
+    lost_processes_named,
+    make_accelerator,
+    require_agreement,
+    whole,
+)
 from libs.errors import InputError
 from libs.latent_cache import LatentCache
 from libs.options import parse_args
@@ -27,7 +36,9 @@ from libs.validation import inpaint, load_validation_video, write_gif
 from libs.weights import weight_files
 
 # What a checkpoint's position in the data and its optimizer state depend on: changes are refused on resuming.
-DECISIVE_SETTINGS = ("nframes", "resolution", "seed", "train_batch_size", "gradient_accumulation_steps")
+DECISIVE_SETTINGS = ("nframes", "resolution", "seed")
+# What may change as long as their product, the global batch, stays: a step then is the mean over the same clips.
+BATCH_SETTINGS = ("num_processes", "train_batch_size", "gradient_accumulation_steps")
 # What may change on the way, and is logged then.
 HARMLESS_SETTINGS = ("learning_rate", "lr_scheduler", "max_train_steps", "mixed_precision", "proportion_empty_prompts",
                      "max_grad_norm", "gradient_checkpointing")  # fmt: skip
@@ -77,20 +88,12 @@ def run(stage, argv=None):
 
 
 def train(args, stage, preflight, found, stop):
-    accelerator = Accelerator(
-        # Several processes without a GPU (gloo): accelerate would let each of them train on its own.
-        cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        step_scheduler_with_optimizer=False,  # the loop steps it, once per optimizer step in every process
-    )
-    with log_on_main_process(accelerator):
+    accelerator = make_accelerator(args)
+    with log_on_main_process(accelerator), lost_processes_named(args.output_dir):
         log_start(args, stage, accelerator, preflight, found.opened)
         for line in found.skipped:
             log.info("skipped: %s", line)
+        require_agreement(accelerator, what_must_agree(args, found))
         trainer = Trainer(args, stage, accelerator, found, stop)
         if found.checkpoint:
             trainer.resume(found.checkpoint)
@@ -98,6 +101,14 @@ def train(args, stage, preflight, found, stop):
         if trainer.codec.cache:
             trainer.codec.cache.close()
         accelerator.end_training()
+
+
+def what_must_agree(args, found):
+    """{name: value} that all processes need in common; where files lie may differ from machine to machine."""
+    numbers = {f"--{name}": value for name, value in vars(args).items() if not isinstance(value, (str, list))}
+    files = {f"{name}'s fingerprint": fingerprint(weights.files) for name, weights in found.opened.items() if weights}
+    checkpoint = found.checkpoint.name if found.checkpoint else "none"
+    return {**numbers, **files, "clips an epoch": len(found.dataset), "the checkpoint to resume from": checkpoint}
 
 
 class Trainer:
@@ -109,7 +120,7 @@ class Trainer:
         frozen, opened, dataset = found.frozen, found.opened, found.dataset
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        half = DTYPES[accelerator.mixed_precision]
 
         # One embedding per prompt for the whole run; the text encoder is gone before the large models come.
         prompts = [*PROMPTS, *args.validation_prompt]
@@ -126,6 +137,7 @@ class Trainer:
         model = stage.load_models(opened, frozen_dtype=half)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        fit_to_engine(accelerator, model)
         if args.compile:
             model.compile_models()
             self.codec.compile_encoder()
@@ -136,11 +148,12 @@ class Trainer:
             configs={name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")},
             weights={name: [str(w.folder), fingerprint(w.files)] for name, w in opened.items() if w},
             settings={
+                "engine": engine_name(),
                 "num_processes": accelerator.num_processes,
                 "clips": len(dataset),
                 **{
                     name: getattr(args, name)
-                    for name in (*DECISIVE_SETTINGS, *HARMLESS_SETTINGS)
+                    for name in (*DECISIVE_SETTINGS, *BATCH_SETTINGS, *HARMLESS_SETTINGS)
                     if hasattr(args, name)
                 },
             },
@@ -148,18 +161,17 @@ class Trainer:
         register_hooks(accelerator, saved_keys(model))
 
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        learning_rate = args.learning_rate
-        if args.scale_lr:
-            learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        self.global_batch = global_batch(self.state.settings)
+        learning_rate = args.learning_rate * (self.global_batch if args.scale_lr else 1)
         optimizer = make_optimizer(args, parameters, learning_rate, self.device)
         self.base_lrs = [learning_rate] * len(optimizer.param_groups)
         self.clips = TrainingClips(dataset, cache)
         self.clip_order = EpochSampler(len(dataset), args.seed)
         self.dataloader = accelerator.prepare(self.make_dataloader())
 
-        # Steps are counted after prepare: every process sees its share of the data only.
-        self.steps_per_epoch = math.ceil(len(self.dataloader) / args.gradient_accumulation_steps)
-        self.max_train_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
+        # Steps of all processes together: each of them sees its share of a global batch.
+        epochs_of_steps = math.ceil(args.num_train_epochs * len(dataset) / self.global_batch)
+        self.max_train_steps = args.max_train_steps or epochs_of_steps
         lr_scheduler = get_scheduler(
             args.lr_scheduler,
             optimizer,
@@ -170,12 +182,11 @@ class Trainer:
         )
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
         log.info(
-            "%d steps per epoch of %d batches in every process; global batch %d clips; the last step is %d",
-            self.steps_per_epoch,
-            len(self.dataloader),
-            args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-            self.max_train_steps,
-        )
+            "global batch %d clips: %d process(es), each %d clip(s) %d time(s) a step; %.6g steps per epoch; the last "
+            "step is %d",
+            self.global_batch, *(self.state.settings[name] for name in BATCH_SETTINGS),
+            len(dataset) / self.global_batch, self.max_train_steps,
+        )  # fmt: skip
         self.probed_at = self.last_checkpoint = None
         self.clips_met, self.broken_met, self.broken_seen = 0, 0, set()
         if args.report_to != "none":
@@ -207,16 +218,20 @@ class Trainer:
     def resume(self, checkpoint):
         """Go on where a checkpoint stands; refuses what would give its position or optimizer state another meaning."""
         saved, now = TrainerState.read(checkpoint), self.state
+        refuse_other_engine(saved.settings, now.settings, checkpoint)
         decisive = [
             f"weights of {name} from {saved.weights[name][0]}, now from {now.weights[name][0]}"
             for name in saved.weights.keys() & now.weights.keys()
             if saved.weights[name][1] != now.weights[name][1]
         ]
+        harmless = HARMLESS_SETTINGS
+        if global_batch(saved.settings) == global_batch(now.settings):
+            harmless += BATCH_SETTINGS
         for name, value in now.settings.items():
             before = saved.settings.get(name)
             if before == value:
                 continue
-            if name in HARMLESS_SETTINGS:
+            if name in harmless:
                 log.info("changed since the checkpoint: %s from %s to %s", name, before, value)
             else:
                 decisive.append(f"{name} {before}, now {value}")
@@ -226,6 +241,7 @@ class Trainer:
                 "or give --resume_anyway"
             )
         self.accelerator.load_state(str(checkpoint))
+        self.accelerator.step = 0  # of accumulation: checkpoints are written between optimizer steps
         # The schedule's state brings the old learning rate back; the flag decides.
         for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["initial_lr"] = base_lr
@@ -236,7 +252,8 @@ class Trainer:
         schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.last_checkpoint = checkpoint
         self.state = replace(saved, weights=now.weights, settings=now.settings)
-        log.info("resumed from %s at step %d, epoch %d", checkpoint, saved.global_step, saved.epoch)
+        log.info("resumed from %s at step %d, epoch %d", checkpoint, saved.global_step,
+                 saved.clips_done // len(self.clips))  # fmt: skip
 
     def train(self):
         """Step until the last step, or until a signal asks to stop."""
@@ -247,44 +264,44 @@ class Trainer:
             at = (state.probe_start, state.global_step, args.probe_clips)
             log.info("probe loss %.4f at step %d, on %d fixed clips", *at)
         meter = self.meter = Meter(accelerator, self.max_train_steps)
+        steps_left = max(0, self.max_train_steps - state.global_step)
+        self.clip_order.start = state.clips_done
+        self.clip_order.stop = state.clips_done + steps_left * self.global_batch
+        log.info("%d steps are left", steps_left)
         self.model.train()
-        while state.global_step < self.max_train_steps:
-            for batch in self.epoch_batches():
-                self.note_broken(batch)
-                with accelerator.accumulate(self.model):
-                    loss = self.loss(batch)
-                    grad_norm = optimize(accelerator, self.model, self.optimizer, loss, args.max_grad_norm)
-                loss = loss.detach()
-                if grad_norm is not None and accelerator.scaler is None:  # nothing skips a step with bad gradients
-                    loss = torch.where(torch.isfinite(grad_norm), loss, torch.nan)
-                meter.add(loss, grad_norm, state.global_step + 1, batch["videos"])
-                state.batches_done += 1
-                if state.batches_done == len(self.dataloader):
-                    state.epoch, state.batches_done = state.epoch + 1, 0
-                if not accelerator.sync_gradients:
-                    continue
+        for batch in self.dataloader:
+            self.note_broken(batch)
+            with accelerator.accumulate(self.model):
+                loss = self.loss(batch)
+                grad_norm = optimize(accelerator, self.model, self.optimizer, loss, args.max_grad_norm)
+            loss = loss.detach()
+            # Bad gradients that were used. fp16's scaler skips them, inside a fused optimizer without saying so.
+            if grad_norm is not None and accelerator.scaler is None and not accelerator.optimizer_step_was_skipped:
+                loss = torch.where(torch.isfinite(grad_norm), loss, torch.nan)
+            meter.add(loss, grad_norm, state.global_step + 1, batch["videos"])
+            if not accelerator.sync_gradients:
+                continue
 
-                if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips steps whose gradients overflow
-                    self.lr_scheduler.step()
-                state.global_step += 1
-                meter.steps += 1
-                step, last = state.global_step, state.global_step == self.max_train_steps
-                if step % args.logging_steps == 0 or step == first_step or last:
-                    meter.report(step, self.lr_scheduler.get_last_lr()[0])
-                    self.stop_at_bad_losses()
-                if args.validation_steps and (step % args.validation_steps == 0 or step == first_step):
-                    self.validate()
-                    meter.restart()  # it does not count as time per step
-                stopping = not last and self.must_stop()
-                if step % args.checkpointing_steps == 0 or last or stopping:
-                    self.save(must=last or stopping)
-                    meter.restart()
-                if stopping:
-                    log.info("stopped by %s at step %d; the same command with --resume_from_checkpoint=latest goes on",
-                             self.stop.signal, step)  # fmt: skip
-                    return
-                if last:
-                    break
+            if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips steps whose gradients overflow
+                self.lr_scheduler.step()
+            state.global_step += 1
+            state.clips_done += self.global_batch
+            meter.steps += 1
+            step, last = state.global_step, state.global_step == self.max_train_steps
+            if step % args.logging_steps == 0 or step == first_step or last:
+                meter.report(step, self.lr_scheduler.get_last_lr()[0])
+                self.stop_at_bad_losses()
+            if args.validation_steps and (step % args.validation_steps == 0 or step == first_step):
+                self.validate()
+                meter.restart()  # it does not count as time per step
+            stopping = not last and self.must_stop()
+            if step % args.checkpointing_steps == 0 or last or stopping:
+                self.save(must=last or stopping)
+                meter.restart()
+            if stopping:
+                log.info("stopped by %s at step %d; the same command with --resume_from_checkpoint=latest goes on",
+                         self.stop.signal, step)  # fmt: skip
+                return
         self.finish()
 
     def must_stop(self):
@@ -327,13 +344,6 @@ class Trainer:
                 f"{checkpoint or 'none'}: lower --learning_rate, or use --mixed_precision=bf16"
             )
 
-    def epoch_batches(self):
-        """The batches of the current epoch that are not done yet; those done are skipped without loading them."""
-        self.clip_order.current_epoch = self.state.epoch
-        if self.state.batches_done == 0:
-            return self.dataloader
-        return self.accelerator.skip_first_batches(self.dataloader, self.state.batches_done)
-
     def loss(self, batch, timesteps=None):
         return batch_loss(
             self.model, self.codec, self.noise_scheduler, self.prompt_embeds, batch, self.device, timesteps
@@ -356,21 +366,25 @@ class Trainer:
         """Write the validation GIFs and measure the probe loss; every process has its share of the videos."""
         args, accelerator, step = self.args, self.accelerator, self.state.global_step
         start = time.perf_counter()
-        # Unwrapped: processes sample different numbers of videos, and DDP's forward would wait for the others.
+        # Unwrapped: DDP's forward would compare buffers between the processes, which sample different videos.
         model = accelerator.unwrap_model(self.model).eval()
         folder = Path(args.output_dir, args.logging_dir, "samples", f"sample-{step}")
-        for i in range(accelerator.process_index, len(self.validation_videos), accelerator.num_processes):
+        count = len(self.validation_videos)
+        for first in range(0, count, accelerator.num_processes):
+            i = first + accelerator.process_index
+            # A process without a video of its own repeats one: FSDP's processes gather the weights together.
             frames = inpaint(
                 model,
                 self.codec,
                 self.sampler,
-                self.validation_videos[i],
+                self.validation_videos[i % count],
                 self.stage.inference_steps,
                 self.stage.shared_noise,
                 args.seed,
                 self.device,
             )
-            write_gif(folder / f"{i + 1}.gif", frames)
+            if i < count:
+                write_gif(folder / f"{i + 1}.gif", frames)
         if args.probe_clips:
             self.report_probe()
         self.model.train()
@@ -402,6 +416,8 @@ class Trainer:
                 self.accelerator, args.output_dir, self.state, args.checkpoints_total_limit
             )
         except WRITE_ERRORS as error:
+            if is_lost_process(error):
+                raise
             # Other processes wait for this one: then only ending is left.
             reason = f"checkpoint of step {self.state.global_step} could not be written ({first_line(error)})"
             if must or self.accelerator.num_processes > 1:
@@ -424,10 +440,32 @@ class Trainer:
 def optimize(accelerator, model, optimizer, loss, max_grad_norm):
     """Backward, clip, and the optimizer's step where gradients are complete; returns their norm before clipping."""
     accelerator.backward(loss)
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm) if accelerator.sync_gradients else None
+    grad_norm = None
+    if accelerator.sync_gradients:
+        grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
     optimizer.step()
     optimizer.zero_grad()
     return grad_norm
+
+
+def refuse_other_engine(saved, now, checkpoint):
+    """Every engine has its own form of optimizer state; DeepSpeed's also depends on the number of processes."""
+    before, engine = saved["engine"], now["engine"]
+    if before != engine:
+        raise InputError(
+            f"{checkpoint} holds optimizer state of {before}, this run's engine is {engine}: choose the same "
+            "ACCELERATE_CONFIG, or convert the checkpoint and start another run from the converted folder"
+        )
+    if engine == "deepspeed" and saved["num_processes"] != now["num_processes"]:
+        raise InputError(
+            f"{checkpoint} was written by {saved['num_processes']} processes, now there are {now['num_processes']}: "
+            "DeepSpeed needs the same number; FSDP would take any"
+        )
+
+
+def global_batch(settings):
+    """Clips in a step of all processes together."""
+    return math.prod(settings[name] for name in BATCH_SETTINGS)
 
 
 def first_line(error):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,17 @@ def fill_by_formula(model, seed):
                 parameter.copy_(0.1 * values)
             total += parameter.double().abs().sum().item()
     return total
+
+
+def wait_for_line(log, text):
+    """Block until a process that is running has written `text` into its log."""
+    command = ["tail", "-n", "+1", "-F", str(log)]
+    follow = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert any(text in line for line in follow.stdout)
+    finally:
+        follow.kill()
+        follow.communicate()
 
 
 def equal_files(first, second):

@@ -43,18 +43,19 @@ def test_samples_follow_from_seed_epoch_and_index(videos):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_epoch_reaches_persistent_workers(videos, workers):
+def test_epochs_follow_each_other_without_a_gap(videos, workers):
+    """Every batch is full, every clip comes once per epoch, and the epoch reaches the loader's workers."""
     dataset = FinetuneDataset(settings(videos))
-    sampler = EpochSampler(len(dataset), seed=42)
-    loader = DataLoader(
-        TrainingClips(dataset), 1, sampler=sampler, collate_fn=TrainingClips(dataset).collate, num_workers=workers,
-        persistent_workers=workers > 0,
-    )  # fmt: skip
-    for epoch in range(2):
-        sampler.current_epoch = epoch
-        seeds = [batch["noise_seeds"][0] for batch in loader]
-        assert seeds == [dataset.clip(index, epoch).noise_seed for _, index in sampler]
-        assert sorted(index for _, index in sampler) == list(range(len(dataset)))
+    clips, n = TrainingClips(dataset), len(dataset)
+    sampler = EpochSampler(n, seed=42, start=n - 1, stop=3 * n + 1)
+    loader = DataLoader(clips, 3, sampler=sampler, collate_fn=clips.collate, num_workers=workers)
+    keys = list(sampler)
+    expected = [dataset.clip(index, epoch).noise_seed for epoch, index in keys]
+    assert [batch["noise_seeds"] for batch in loader] == [expected[i : i + 3] for i in range(0, len(keys), 3)]
+    assert len(keys) == len(sampler) == 2 * n + 2
+    for epoch in (1, 2):
+        assert sorted(index for number, index in keys if number == epoch) == list(range(n))
+    assert keys[1:] == list(EpochSampler(n, seed=42, start=n, stop=3 * n + 1))
 
 
 def test_opencv_has_no_threads():

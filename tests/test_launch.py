@@ -109,11 +109,12 @@ def test_validation_is_off_without_masks(environment, tmp_path, videos):
     assert "validation is off" in result.stdout and "--validation_image" in result.stdout
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(environment, tmp_path):
-    """Each sees its share of the data; losses and weights are those of one process with both clips."""
+def test_two_processes_train_as_one_with_the_whole_batch(environment, tmp_path):
+    """Each sees its share of the data, in three passes a step; losses and weights are those of one process."""
     logs, settings = {}, {"MAX_TRAIN_STEPS": 3, "LEARNING_RATE": 1, "OMP_NUM_THREADS": 1, "VALIDATION_STEPS": 2}
-    for processes, batch in ((1, 2), (2, 1)):
-        changes = {"NUM_PROCESSES": processes, "TRAIN_BATCH_SIZE": batch, **settings}
+    for processes, batch, accumulation in ((1, 6, 1), (2, 1, 3)):
+        changes = {"NUM_PROCESSES": processes, "TRAIN_BATCH_SIZE": batch, "GRADIENT_ACCUMULATION_STEPS": accumulation}
+        changes |= {**settings, "NFRAMES": 1}
         changes |= {"LOG": tmp_path / f"{processes}.log", "OUTPUT_DIR": tmp_path / str(processes)}
         # Adam with a huge epsilon is gradient descent: it does not blow rounding up to whole steps of its own.
         result = run(
@@ -125,7 +126,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(environment, tmp_path):
         assert result.returncode == 0, result.stderr
         logs[processes] = (tmp_path / f"{processes}.log").read_text()
         assert f"{processes} process(es)" in logs[processes]
-        assert "22 steps per epoch" in logs[processes] and "global batch 2 clips" in logs[processes]
+        assert "global batch 6 clips" in logs[processes] and "7.33333 steps per epoch" in logs[processes]
+        assert "3 steps are left" in logs[processes]
         assert "Warning" not in logs[processes]
     losses = {n: [float(loss) for loss in re.findall(r"/3  loss ([\d.]+)", log)] for n, log in logs.items()}
     assert len(losses[1]) == 3 and losses[1] == pytest.approx(losses[2], abs=2e-4)

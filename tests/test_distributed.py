@@ -1,0 +1,248 @@
+"""Several processes and machines train as one: the same clips, losses and weights, and a clear end when one is lost."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
+from conftest import REPOSITORY, equal_files, wait_for_line
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+import benchmarks.scaling
+from dataset.finetune_dataset import EpochSampler
+from libs.conversion import convert
+from libs.engine import require_agreement
+from libs.errors import InputError
+from libs.training import BATCH_SETTINGS, global_batch
+
+FINAL = "unet_main/diffusion_pytorch_model.safetensors"
+
+
+class Keys(torch.utils.data.Dataset):
+    """Gives back the keys that the sampler asks for."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, key):
+        return key
+
+
+def shares(length, processes, batch, start, stop):
+    """The batches of (epoch, index) keys that accelerate gives to each process."""
+    sampler = EpochSampler(length, seed=42, start=start, stop=stop)
+    loader = DataLoader(Keys(), batch, sampler=sampler, collate_fn=list)
+    return [list(prepare_data_loader(loader, num_processes=processes, process_index=i)) for i in range(processes)]
+
+
+@pytest.mark.parametrize("length", [45, 7, 1])
+@pytest.mark.parametrize(
+    ("processes", "batch", "accumulation"), [(1, 1, 1), (2, 1, 1), (3, 2, 1), (4, 1, 3), (2, 3, 2)]
+)
+def test_every_clip_once_per_epoch(length, processes, batch, accumulation):
+    """Odd sizes: each process has its own part, together they have all of it, in steps of the global batch."""
+    clips = global_batch(dict(zip(BATCH_SETTINGS, (processes, batch, accumulation), strict=True)))
+    steps = -(-3 * length // clips)
+    parts = shares(length, processes, batch, 0, steps * clips)
+    assert {len(part) for part in parts} == {steps * accumulation}  # the same number in every process
+    assert all(len(keys) == batch for part in parts for keys in part)
+    counts = Counter(key for part in parts for keys in part for key in keys)
+    assert all(counts[epoch, index] == 1 for epoch in range(3) for index in range(length))
+
+    # A step holds the same clips however the global batch is divided, and a resumed run starts with the next ones.
+    whole = shares(length, 1, clips, clips, steps * clips)[0]
+    parts = shares(length, processes, batch, clips, steps * clips)
+    for step, keys in enumerate(whole):
+        own = slice(step * accumulation, (step + 1) * accumulation)
+        assert sorted(keys) == sorted(key for part in parts for keys in part[own] for key in keys)
+
+
+def test_processes_that_disagree_are_named(monkeypatch):
+    class Accelerator:
+        num_processes = 2
+
+    monkeypatch.setattr("libs.engine.gather_object", lambda facts: [*facts, {"clips an epoch": 44}])
+    require_agreement(Accelerator, {"clips an epoch": 44})
+    with pytest.raises(InputError, match="clips an epoch is 43 in process 0 and 44 in process 1: all machines need"):
+        require_agreement(Accelerator, {"clips an epoch": 43})
+
+
+def losses(log):
+    return [float(loss) for loss in re.findall(r"step \d+/\d+  loss ([\d.]+)", log)]
+
+
+def run_fsdp(processes, stage, flags):
+    """The log of a run under accelerate's FSDP2 engine, on the CPU."""
+    command = [
+        sys.executable, "-m", "libs.launcher", "--config_file=configs/accelerate/fsdp.yaml", "--num_machines=1",
+        f"--num_processes={processes}", "--num_cpu_threads_per_process=1", "--main_process_port=0",
+        "--mixed_precision=no", "--quiet", "tests/fsdp_on_cpu.py", str(stage), *flags,
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0 and "Warning" not in result.stderr, result.stdout + result.stderr
+    return result.stdout
+
+
+def assert_equal_weights(first, second, atol):
+    a, b = load_file(first), load_file(second)
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], rtol=0, atol=atol, msg=key)
+
+
+def test_fsdp_trains_as_one_process_with_the_whole_batch(train, flags, tmp_path, capsys):
+    """Sharded over two processes, resumed on three, converted: losses and weights of one plain process."""
+    # Adam with a huge epsilon is gradient descent: it does not blow rounding up to whole steps of its own.
+    settings = {"learning_rate": 1, "adam_epsilon": 1e3, "adam_weight_decay": 0, "nframes": 1, "checkpointing_steps": 1}
+    train(1, output_dir=tmp_path / "plain", train_batch_size=6, **settings)
+    expected = losses(capsys.readouterr().out)
+
+    run = {"output_dir": tmp_path / "fsdp", "train_batch_size": 1, **settings}
+    log = run_fsdp(2, 1, flags(1, max_train_steps=1, gradient_accumulation_steps=3, **run))
+    assert "2 process(es) (FSDP)" in log and "global batch 6 clips" in log and "7.33333 steps per epoch" in log
+    assert losses(log) == pytest.approx(expected[:1], abs=2e-4)
+    log = run_fsdp(3, 1, flags(1, gradient_accumulation_steps=2, resume_from_checkpoint="latest", **run))
+    assert "num_processes from 2 to 3" in log and losses(log) == pytest.approx(expected[1:], abs=2e-4)
+    convert(1, tmp_path / "fsdp", tmp_path / "converted")
+    assert_equal_weights(tmp_path / "plain" / FINAL, tmp_path / "converted" / FINAL, atol=2e-6)
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train(1, resume_from_checkpoint="latest", **{**run, "train_batch_size": 6})
+    assert "holds optimizer state of fsdp, this run's engine is ddp" in capsys.readouterr().err
+
+
+def test_fsdp_of_frozen_and_recomputed_layers(train, flags, videos, tmp_path, capsys):
+    """Stage 2 in half precision: frozen layers, gradient checkpointing, one validation video for two processes."""
+    images, masks = (str(videos / "DAVIS" / kind / "480p/buoy") for kind in ("JPEGImages", "Annotations"))
+    settings = {
+        "mixed_precision": "bf16", "gradient_checkpointing": True, "nframes": 2, "max_train_steps": 1,
+        "validation_steps": 1, "validation_image": [images], "validation_mask": [masks],
+    }  # fmt: skip
+    train(2, output_dir=tmp_path / "plain", train_batch_size=2, **settings)
+    expected = losses(capsys.readouterr().out)
+    log = run_fsdp(2, 2, flags(2, output_dir=tmp_path / "fsdp", train_batch_size=1, **settings))
+    assert losses(log) == pytest.approx(expected, abs=2e-3)  # rounded weights of norms
+    gifs = [path.relative_to(tmp_path / "fsdp") for path in tmp_path.glob("fsdp/logs*/samples/*/*.gif")]
+    assert [str(gif) for gif in gifs] == ["logs-finetune-stage2/samples/sample-1/1.gif"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"ACCELERATE_CONFIG": "fsdp.yaml"},
+            "fsdp.yaml is no file: ACCELERATE_CONFIG must be one of configs/accelerate/",
+        ),
+        ({"ACCELERATE_CONFIG": "configs/accelerate/deepspeed_zero2.yaml"}, "needs DeepSpeed, which is not installed"),
+        ({"NUM_MACHINES": "2"}, "NUM_MACHINES=2 needs MAIN_ADDRESS"),
+        ({"NUM_MACHINES": "2", "MAIN_ADDRESS": "a", "MACHINE_RANK": "2"}, "MACHINE_RANK=2: a number from 0 to 1"),
+    ],
+)
+def test_wrong_variables_are_one_line(variables, message):
+    if "DeepSpeed" in message and importlib.util.find_spec("deepspeed"):
+        pytest.skip("DeepSpeed is installed")
+    environment = {**os.environ, "PYTHON": sys.executable, **variables}
+    command = ["bash", "finetune_stage1.sh"]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and not result.stdout
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [("FSDP", "accelerate shards on GPUs only"), ("DEEPSPEED", "asks for DeepSpeed, which is not installed")],
+)
+def test_engines_that_cannot_run_here(train, monkeypatch, capsys, engine, message):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        train(1)
+    assert message in capsys.readouterr().err
+
+
+HOSTS = ("diffueraser0", "diffueraser1")
+
+
+def ip(*arguments):
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with a link between them, as two machines on a network of their own."""
+    if not shutil.which("ip") or ip("netns", "add", HOSTS[0]).returncode:
+        pytest.skip("network namespaces need root and iproute2")
+    try:
+        ip("netns", "add", HOSTS[1])
+        ip("link", "add", "dfe0", "netns", HOSTS[0], "type", "veth", "peer", "name", "dfe1", "netns", HOSTS[1])
+        for i, host in enumerate(HOSTS):
+            for command in (f"addr add 10.66.7.{i + 1}/24 dev dfe{i}", f"link set dfe{i} up", "link set lo up"):
+                assert ip("-n", host, *command.split()).returncode == 0
+        yield HOSTS
+    finally:
+        for host in HOSTS:
+            ip("netns", "del", host)
+
+
+def start_machines(hosts, environment, tmp_path):
+    """The shell script on both machines, as a user starts it there."""
+    return [
+        subprocess.Popen(
+            ["ip", "netns", "exec", host, "bash", "finetune_stage1.sh", "--logging_steps=1", "--report_to=none",
+             "--distributed_timeout=5"],
+            cwd=REPOSITORY,
+            env={**environment, "NUM_MACHINES": "2", "MACHINE_RANK": str(i), "MAIN_ADDRESS": "10.66.7.1",
+                 "GLOO_SOCKET_IFNAME": f"dfe{i}", "LOG": str(tmp_path / f"machine{i}.log")},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i, host in enumerate(hosts)
+    ]  # fmt: skip
+
+
+def test_two_machines_of_which_one_is_cut_off(hosts, weights, videos, tmp_path):
+    """Both end with a line that says why; the same commands resume, and end bit for bit as one machine does."""
+    environment = {
+        **os.environ, "PYTHON": sys.executable, "WEIGHTS": str(weights), "DAVIS_ROOT": str(videos / "DAVIS"),
+        "YTVOS_ROOT": str(videos / "YTBV"), "OUTPUT_DIR": str(tmp_path / "run"), "RESOLUTION": "32", "NFRAMES": "1",
+        "VALIDATION_STEPS": "0", "DATALOADER_NUM_WORKERS": "0", "OMP_NUM_THREADS": "1", "CHECKPOINTING_STEPS": "2",
+    }  # fmt: skip
+    machines = start_machines(hosts, {**environment, "MAX_TRAIN_STEPS": "5000"}, tmp_path)
+    wait_for_line(tmp_path / "machine0.log", "step 3/5000")
+    ip("-n", hosts[1], "link", "set", "dfe1", "down")
+    for machine in machines:
+        _, error = machine.communicate(timeout=60)
+        assert machine.returncode == 1
+        assert re.search(
+            r"^error.*another process has ended or cannot be reached \(Timed out waiting 5000ms", error, re.M
+        )
+    assert "Traceback" not in "".join((tmp_path / f"machine{i}.log").read_text() for i in (0, 1))
+
+    ip("-n", hosts[1], "link", "set", "dfe1", "up")
+    last = max(int(path.name.partition("-")[2]) for path in tmp_path.glob("run/checkpoint-*[0-9]"))
+    environment["MAX_TRAIN_STEPS"] = str(last + 2)
+    for machine in start_machines(hosts, environment, tmp_path):
+        output, error = machine.communicate(timeout=100)
+        assert machine.returncode == 0, output + error
+    assert f"checkpoint-{last} at step {last}" in (tmp_path / "machine0.log").read_text()
+    environment |= {"NUM_PROCESSES": "2", "OUTPUT_DIR": str(tmp_path / "one"), "LOG": str(tmp_path / "one.log")}
+    one = subprocess.run(
+        ["bash", "finetune_stage1.sh"], cwd=REPOSITORY, env=environment, capture_output=True, timeout=100
+    )
+    assert one.returncode == 0, one.stderr
+    assert equal_files(tmp_path / "run" / FINAL, tmp_path / "one" / FINAL)
+
+
+def test_the_tables_in_the_docs_are_the_script_s(capsys):
+    benchmarks.scaling.main()
+    assert capsys.readouterr().out.strip() in Path(REPOSITORY, "docs/scaling.md").read_text()
