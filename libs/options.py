@@ -132,6 +132,7 @@ def build_parser(stage):
     add = group.add_argument
     add("--checkpointing_steps", type=int, default=2000, metavar="N", help="save every N optimizer steps")
     add("--checkpoints_total_limit", type=int, metavar="N", help="keep the newest N only (default: all)")
+    add("--keep_best_checkpoint", action="store_true", help="and the one with the lowest held-out loss")
     add(
         "--resume_from_checkpoint",
         metavar="DIR",
@@ -175,7 +176,7 @@ def build_parser(stage):
         type=int,
         default=2000,
         metavar="N",
-        help="sample the validation videos every N optimizer steps and after the first; 0: never",
+        help="score and sample the validation videos every N optimizer steps and after the first; 0: never",
     )
     add(
         "--validation_image",
@@ -198,9 +199,20 @@ def build_parser(stage):
         metavar="LIST",
         help=f"Python list of prompts (default: '{PROMPT}' for every video)",
     )
-    add("--probe_clips", type=int, default=0, metavar="N",
-        help="measure the loss on N fixed clips, masks, timesteps and noises at the start, at every validation and at "
-        "the end: one number that is comparable from step to step")  # fmt: skip
+    add(
+        "--probe_clips",
+        type=int,
+        default=16,
+        metavar="N",
+        help="held-out loss: on N fixed clips of the validation videos, with fixed masks, timesteps and noises; 0: off",
+    )
+    add(
+        "--validation_minutes",
+        type=float,
+        default=10.0,
+        metavar="MIN",
+        help="a validation begins no more videos after this time; those left are named",
+    )
 
     for flag in REMOVED_FLAGS:
         parser.add_argument(flag, nargs="?", action=Removed, help=argparse.SUPPRESS)
@@ -227,6 +239,8 @@ def parse_args(stage, argv=None):
     nearest = max(8, round(args.resolution / 8) * 8)
     require(args.resolution % 8 == 0, f"--resolution={args.resolution}: a multiple of 8 was needed; use {nearest}")
     require(args.learning_rate > 0, f"--learning_rate={args.learning_rate}: a positive number was needed")
+    minutes = args.validation_minutes
+    require(minutes > 0, f"--validation_minutes={minutes}: a positive number was needed")
     require(args.max_grad_norm > 0, f"--max_grad_norm={args.max_grad_norm}: a positive number was needed")
     share = args.proportion_empty_prompts
     require(0 <= share <= 1, f"--proportion_empty_prompts={share}: a share between 0 and 1 was needed")
@@ -248,18 +262,18 @@ def check_validation(args):
         pair_by_name(images, masks)
 
 
-def pair_by_name(images, masks):
-    """[(frame path, mask path)] of a validation video, in the frames' order; every frame needs a mask of its name."""
-    for folder, flag in ((images, "--validation_image"), (masks, "--validation_mask")):
+def pair_by_name(images, masks, flags=("--validation_image", "--validation_mask")):
+    """[(frame path, mask path)] of a video, in the frames' order; every frame needs a mask of its name."""
+    for folder, flag in zip((images, masks), flags, strict=True):
         require(Path(folder).is_dir(), f"{folder} is no folder: {flag} needs folders of frames")
     frames = list_frames(images)
-    require(frames, f"{images} holds no frames: --validation_image needs folders of .jpg or .png files")
+    require(frames, f"{images} holds no frames: {flags[0]} needs folders of .jpg or .png files")
     by_name = {path.stem: path for path in list_frames(masks)}
     missing = [path.name for path in frames if path.stem not in by_name]
     if missing:
         raise InputError(
             f"{masks} has no mask for {len(missing)} of the {len(frames)} frames in {images}, such as {missing[0]}: "
-            "--validation_mask needs a mask of every frame's name"
+            f"{flags[1]} needs a mask of every frame's name"
         )
     return [(path, by_name[path.stem]) for path in frames]
 
