@@ -18,7 +18,8 @@ import torch
 import transformers
 
 log = logging.getLogger("diffueraser")
-HISTORY_FILE = "history.csv"  # what the lines of the log say, as numbers
+# Numbers beside the trackers' files: the lines of the log, held-out losses, and scores of every validation video.
+HISTORY_FILE, HELD_OUT_FILE, SCORES_FILE = "history.csv", "held_out.csv", "scores.csv"
 
 
 @contextmanager

@@ -23,14 +23,14 @@ from libs.diffusion import batch_loss
 from libs.errors import InputError
 from libs.options import pair_by_name
 from libs.pictures import contact_sheet, show_in_trackers, stack_sheets
-from libs.reporting import append_row, log
+from libs.reporting import HELD_OUT_FILE, SCORES_FILE, append_row, log
 from libs.rivals import telea
 from libs.sampling import Pipeline, paste
 from libs.scores import SCORES, Reference, average, table
 from libs.videos import dilate, read_mask, resize, stack, write_gif
 
 MASK_DILATIONS = 4
-SCORES_FILE, CONTACT_SHEET = "scores.csv", "contact_sheet.png"
+CONTACT_SHEET = "contact_sheet.png"
 PROBE_EPOCH = 2**31  # an epoch that no run reaches: the probe clips' crops and masks are not trained on
 FAILURES = (RuntimeError, OSError, ValueError)  # CUDA's out of memory is a RuntimeError, an InputError a ValueError
 
@@ -182,6 +182,9 @@ class Validation:
             for k, video in enumerate(videos[:n])
         }
         self.held_out = float(np.mean([losses[i] for i in range(n)]))
+        if self.accelerator.is_main_process:
+            row = {"step": step, "held_out_loss": self.held_out}
+            self.guarded(step, append_row, self.folder / HELD_OUT_FILE, row)
         return self.held_out, by_video
 
     def spread(self, count, function, time_limit=None):
