@@ -64,6 +64,24 @@ def mask_span(text):
     return low, high
 
 
+def add_mask_span(add):
+    """The synthetic masks' flag; `split_mask_span` reads it."""
+    add(
+        "--mask_span",
+        type=mask_span,
+        default=FULL_SPAN,
+        metavar="MIN,MAX",
+        help="share of each side of the frame that a mask's box takes; 'original': the original code's smaller masks",
+    )
+
+
+def split_mask_span(args):
+    """args.mask_span as two shares, args.mask_original_margins as a bool."""
+    args.mask_original_margins = args.mask_span == "original"
+    if args.mask_original_margins:
+        args.mask_span = FULL_SPAN
+
+
 def build_parser(stage):
     """The parser of one stage; `stage` gives the flags and defaults that differ."""
     parser = Parser(
@@ -90,13 +108,7 @@ def build_parser(stage):
     add("--ytvos_root", default="dataset/YTBV", metavar="DIR", help="YouTube-VOS's root; '' leaves it out")
     add("--resolution", type=int, default=512, metavar="PX", help="side of the square crops, a multiple of 8")
     add("--nframes", type=int, default=stage.nframes, metavar="N", help="frames per clip")
-    add(
-        "--mask_span",
-        type=mask_span,
-        default=FULL_SPAN,
-        metavar="MIN,MAX",
-        help="share of each side of the frame that a mask's box takes; 'original': the original code's smaller masks",
-    )
+    add_mask_span(add)
     add(
         "--proportion_empty_prompts",
         type=float,
@@ -222,10 +234,7 @@ def build_parser(stage):
 def parse_args(stage, argv=None):
     """Parse and check; raises InputError for whatever can be found wrong without weights or data."""
     args = build_parser(stage).parse_args(argv)
-    if args.mask_span == "original":
-        args.mask_span, args.mask_original_margins = FULL_SPAN, True
-    else:
-        args.mask_original_margins = False
+    split_mask_span(args)
 
     positive = ("resolution", "nframes", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
                 "checkpointing_steps", "logging_steps")  # fmt: skip

@@ -89,6 +89,13 @@ def append_row(path, row):
         writer.writerow(row)
 
 
+def write_rows(path, rows):
+    """A new CSV file of {column: value} rows."""
+    path.unlink(missing_ok=True)
+    for row in rows:
+        append_row(path, row)
+
+
 def read_rows(path):
     """[{column: text}] of such a file; what a resumed run did again replaces what was done before."""
     rows = []

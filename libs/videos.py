@@ -109,6 +109,13 @@ def resize(frames, holes, height, width):
     )
 
 
+def upscale(frames, height, width):
+    """The way back from a smaller size."""
+    if frames.shape[1:3] == (height, width):
+        return frames
+    return np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC) for frame in frames])
+
+
 def write_gif(path, frames):
     """Write (f, h, w, 3) uint8 frames as a looping GIF of 8 fps."""
     path.parent.mkdir(parents=True, exist_ok=True)
