@@ -1,6 +1,7 @@
-"""Random weights in the published layout: tiny ones for the quickstart and the tests, or full-size ones for a GPU.
+"""Random weights in the published layout: tiny for the quickstart and the tests, small for learn.sh, full-size for a GPU.
 
 python -m demo.make_weights --output_dir demo/weights
+python -m demo.make_weights --output_dir demo/learn/weights --size small
 python -m demo.make_weights --output_dir weights-random --size full --dtype float16
 """
 
@@ -25,6 +26,14 @@ SIZES = {
         "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
         "vae": {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64},
         "sample_size": 8,
+    },
+    "small": {  # what demo/learn.sh trains from scratch: large enough to paint, small enough for minutes
+        "unet": {"block_out_channels": (96, 192, 288, 288), "attention_head_dim": 6, "cross_attention_dim": 64,
+                 "norm_num_groups": 32},
+        "text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "vae": {"block_out_channels": (64, 128, 128), "layers_per_block": 1, "norm_num_groups": 32,
+                "sample_size": 128},
+        "sample_size": 32,
     },
     "full": {
         "unet": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8, "cross_attention_dim": 768,
