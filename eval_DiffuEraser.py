@@ -112,7 +112,7 @@ def fill_with(args, weights):
     pipeline, prompt_embeds, _ = load_pipeline(args, (Stage1, Stage2), weights)
 
     def fill(frames, holes):
-        with tqdm(total=pipeline.count_calls(len(frames)), leave=False, unit="call") as bar:
+        with tqdm(total=pipeline.count_calls(len(frames)), leave=False, unit="call", disable=None) as bar:
             return pipeline.fill(frames, holes, prompt_embeds, args.seed, progress=bar.update)
 
     return fill

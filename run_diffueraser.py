@@ -58,11 +58,14 @@ def read_clip(args):
 
 
 def remove_object(pipeline, prompt_embeds, frames, holes, args):
-    """(f, h, w, 3) uint8: the holes filled, and every pixel that is farther than the soft edge from one untouched."""
+    """(f, h, w, 3) uint8: the holes filled, and every pixel that is farther than the soft edge from one untouched.
+
+    The progress bar shows on a terminal only.
+    """
     height, width = holes.shape[1:]
     scale = min(1, args.resolution / min(height, width)) if args.resolution else 1
     small = resize(frames, holes, round(height * scale), round(width * scale))
-    with tqdm(total=pipeline.count_calls(len(frames)), desc="windows x steps", unit="call") as bar:
+    with tqdm(total=pipeline.count_calls(len(frames)), desc="windows x steps", unit="call", disable=None) as bar:
         filled = pipeline.fill(*small, prompt_embeds, args.seed, progress=bar.update)
     return paste(frames, upscale(filled, height, width), holes, args.soft_edge)
 

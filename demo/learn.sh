@@ -37,7 +37,6 @@ LOG=$run/stage1.log OUTPUT_DIR=$run/stage1 MAX_TRAIN_STEPS=${STEPS:-2000} LEARNI
   VALIDATION_STEPS=${VALIDATION_STEPS:-1000} bash finetune_stage1.sh --lr_scheduler=cosine --lr_warmup_steps=100 --logging_steps=50
 "$PYTHON" -m libs.report "$run/stage1"
 models=(--base_model_name_or_path "$WEIGHTS/stable-diffusion-v1-5" --vae_path "$WEIGHTS/sd-vae-ft-mse")
-for videos in $(cat "$DAVIS_ROOT/ImageSets/2017/val.txt"); do
-  "$PYTHON" eval_DiffuEraser.py --frames "$DAVIS_ROOT/JPEGImages/480p" --videos "$videos" "${models[@]}" \
-    --weights "$run/stage1" --baseline "$run/start" --size "${EVAL_SIZE:-224x128}" --output_dir "$run/evaluation/$videos"
-done
+"$PYTHON" eval_DiffuEraser.py --frames "$DAVIS_ROOT/JPEGImages/480p" --videos "$DAVIS_ROOT/ImageSets/2017/val.txt" \
+  "${models[@]}" --weights "$run/stage1" --baseline "$run/start" --size "${EVAL_SIZE:-224x128}" \
+  --output_dir "$run/evaluation"

@@ -1,4 +1,4 @@
-"""Random weights in the published layout: tiny for the quickstart and the tests, small for learn.sh, full-size for a GPU.
+"""Random weights in the published layout: tiny (quickstart, tests), small (demo/learn.sh) or full-size.
 
 python -m demo.make_weights --output_dir demo/weights
 python -m demo.make_weights --output_dir demo/learn/weights --size small

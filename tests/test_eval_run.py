@@ -47,10 +47,10 @@ def read_result(folder):
 def test_run(weights, models, clip, tmp_path, capsys, video, mask):
     """Any kind of clip and mask: the clip's size, length and speed; pixels far from the hole are the clip's own."""
     run_diffueraser.main([f"--video={clip / video}", f"--mask={clip / mask}", f"--weights={weights / 'diffuEraser'}",
-                          f"--output_dir={tmp_path / 'out'}", "--nframes=4", "--overlap=2", "--mask_dilation=2", "--soft_edge=3",
-                          *models])  # fmt: skip
+                          f"--output_dir={tmp_path / 'out'}", "--nframes=4", "--overlap=2", "--mask_dilation=2",
+                          "--soft_edge=3", *models])  # fmt: skip
     output = capsys.readouterr()
-    assert "stage 2, 3 windows of 4 frames" in output.out and "6/6" in output.err
+    assert "stage 2, 3 windows of 4 frames" in output.out and not output.err
     result, (given, _) = read_result(tmp_path / "out"), read_video(clip / video)
     holes = np.broadcast_to(read_masks(clip / mask), result.shape[:3])
     assert result.shape == given.shape == (7, 50, 66, 3)
