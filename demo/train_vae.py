@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
 
 from dataset.finetune_dataset import Crop
 from dataset.frames import list_videos, read_frame
@@ -41,7 +42,7 @@ def train(args):
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder)).to(device)
     frames, held_out = (torch.from_numpy(part).permute(0, 3, 1, 2).to(device) for part in load_frames(args))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1)
+    schedule = get_scheduler("cosine", optimizer, args.steps // 10, args.steps)
     for step in range(1, args.steps + 1):
         pixels = frames[torch.randint(len(frames), (args.batch_size,), device=device)].float() / 127.5 - 1
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
