@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dataset.frames import list_frames, read_frames
 from libs.errors import InputError, one_line_errors
 from libs.inference import add_inference_flags, load_pipeline
-from libs.options import add_mask_span, pair_by_name, split_mask_span
+from libs.options import Parser, add_mask_span, pair_by_name, split_mask_span
 from libs.pictures import contact_sheet, stack_sheets
 from libs.reporting import write_rows
 from libs.rivals import RIVALS
@@ -30,9 +30,7 @@ from train_DiffuEraser_stage2 import Stage2
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("videos and scores").add_argument
     add("--frames", required=True, metavar="DIR", help="folder with a folder of frames per video")
     add("--masks", metavar="DIR", help="folder with a folder of masks per video, of the frames' names, above 0 = hole")

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from dataset.frames import size_of
 from libs.errors import InputError, one_line_errors
 from libs.inference import add_inference_flags, load_pipeline
+from libs.options import Parser
 from libs.sampling import paste
 from libs.validation import MASK_DILATIONS
 from libs.videos import dilate, read_masks, read_video, resize, upscale, write_frames, write_mp4
@@ -22,9 +23,7 @@ DEFAULT_FPS = 24.0  # of folders of frames
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("clip").add_argument
     add("--video", required=True, metavar="PATH", help="a video file, or a folder of .jpg or .png frames")
     add("--mask", required=True, metavar="PATH",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Learning is real: a small VAE and stage 1 from scratch, then scores on held-out videos beside its own start and the
-# plain ways to fill a hole. Minutes on a GPU. DAVIS_ROOT and YTVOS_ROOT may name real videos; drawn ones are added.
+# plain ways to fill a hole. About half an hour on two CPU cores. DAVIS_ROOT and YTVOS_ROOT may name real videos; drawn ones are added.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -25,18 +25,18 @@ for root in ${YTVOS_ROOT:+"$YTVOS_ROOT"} "$run/drawn/YTBV"; do
 done
 
 export PYTHON WEIGHTS=$run/weights DAVIS_ROOT=$data/DAVIS YTVOS_ROOT=$data/YTBV PRETRAINED_STAGE1_PATH=
-export RESOLUTION=${RESOLUTION:-128} NFRAMES=${NFRAMES:-4} TRAIN_BATCH_SIZE=${TRAIN_BATCH_SIZE:-16}
+export RESOLUTION=${RESOLUTION:-32} NFRAMES=${NFRAMES:-2} TRAIN_BATCH_SIZE=${TRAIN_BATCH_SIZE:-4}
 export RESUME_FROM_CHECKPOINT= CHECKPOINTING_STEPS=100000
 "$PYTHON" -m demo.train_vae --weights "$WEIGHTS" --davis_root "$DAVIS_ROOT" --ytvos_root "$YTVOS_ROOT" \
-  --resolution "$RESOLUTION" --steps "${VAE_STEPS:-2000}"
+  --resolution "$RESOLUTION" --steps "${VAE_STEPS:-1500}"
 
 # The start: what the run below begins with, as folders.
 LOG=$run/start.log OUTPUT_DIR=$run/start MAX_TRAIN_STEPS=1 LEARNING_RATE=1e-12 VALIDATION_STEPS=0 \
   bash finetune_stage1.sh --report_to=none
-LOG=$run/stage1.log OUTPUT_DIR=$run/stage1 MAX_TRAIN_STEPS=${STEPS:-2000} LEARNING_RATE=${LEARNING_RATE:-4e-4} \
+LOG=$run/stage1.log OUTPUT_DIR=$run/stage1 MAX_TRAIN_STEPS=${STEPS:-2000} LEARNING_RATE=${LEARNING_RATE:-1e-3} \
   VALIDATION_STEPS=${VALIDATION_STEPS:-1000} bash finetune_stage1.sh --lr_scheduler=cosine --lr_warmup_steps=100 --logging_steps=50
 "$PYTHON" -m libs.report "$run/stage1"
 models=(--base_model_name_or_path "$WEIGHTS/stable-diffusion-v1-5" --vae_path "$WEIGHTS/sd-vae-ft-mse")
 "$PYTHON" eval_DiffuEraser.py --frames "$DAVIS_ROOT/JPEGImages/480p" --videos "$DAVIS_ROOT/ImageSets/2017/val.txt" \
-  "${models[@]}" --weights "$run/stage1" --baseline "$run/start" --size "${EVAL_SIZE:-224x128}" \
+  "${models[@]}" --weights "$run/stage1" --baseline "$run/start" --size "${EVAL_SIZE:-56x32}" \
   --output_dir "$run/evaluation"

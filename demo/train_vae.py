@@ -42,7 +42,7 @@ def train(args):
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder)).to(device)
     frames, held_out = (torch.from_numpy(part).permute(0, 3, 1, 2).to(device) for part in load_frames(args))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=0)
-    schedule = get_scheduler("cosine", optimizer, args.steps // 10, args.steps)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=args.steps // 10, num_training_steps=args.steps)
     for step in range(1, args.steps + 1):
         pixels = frames[torch.randint(len(frames), (args.batch_size,), device=device)].float() / 127.5 - 1
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

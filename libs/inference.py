@@ -20,10 +20,15 @@ def add_inference_flags(parser):
     """How a hole is filled, for an argparse parser."""
     add = parser.add_argument_group("models").add_argument
     add("--weights", default="converted_weights/finetuned-stage2", metavar="DIR",
-        help="converted folder: unet_main/ and brushnet/; stage 1 or 2 is told from its config")  # fmt: skip
+        help="converted folder of stage 1 or 2: unet_main/ and brushnet/ (default: %(default)s)")  # fmt: skip
     add("--base_model_name_or_path", default="weights/stable-diffusion-v1-5", metavar="DIR",
-        help="Stable Diffusion 1.5: tokenizer, text_encoder and scheduler are taken from it")  # fmt: skip
-    add("--vae_path", default="weights/sd-vae-ft-mse", metavar="DIR", help="VAE folder, or one with vae/ in it")
+        help="tokenizer, text_encoder and scheduler are taken from it (default: %(default)s)")  # fmt: skip
+    add(
+        "--vae_path",
+        default="weights/sd-vae-ft-mse",
+        metavar="DIR",
+        help="VAE folder, or one with vae/ in it (default: %(default)s)",
+    )
     add("--tokenizer_name", metavar="DIR", help="another tokenizer folder than the base model's")
     add("--revision", help="revision of models that are named by their Hugging Face Hub name")
     add("--variant", help='variant of weight files, such as "fp16"')
@@ -31,8 +36,8 @@ def add_inference_flags(parser):
     add("--nframes", type=int, metavar="N", help="frames per window (default: the stage's, 10 or 22)")
     add("--overlap", type=int, metavar="N", help="frames that windows share (default: a third; 0 in stage 1)")
     add("--num_inference_steps", type=int, metavar="N", help="steps of UniPC (default: the stage's, 50 or 20)")
-    add("--prompt", default=PROMPT, help="what the hole is to be filled with")
-    add("--seed", type=int, default=42, help="the result's noise follows from it")
+    add("--prompt", default=PROMPT, help="what to fill the hole with (default: %(default)s)")
+    add("--seed", type=int, default=42, help="the result's noise follows from it (default: 42)")
     add("--mixed_precision", choices=HALF, help="weights and arithmetic (default: fp16 on a GPU, else no)")
 
 

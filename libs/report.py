@@ -17,6 +17,7 @@ from PIL import Image, ImageSequence
 
 from libs.checkpoints import list_checkpoints, read_best
 from libs.errors import InputError, one_line_errors
+from libs.options import Parser
 from libs.reporting import HELD_OUT_FILE, HISTORY_FILE, SCORES_FILE, read_rows
 from libs.scores import SCORES, average
 from libs.validation import CONTACT_SHEET
@@ -289,7 +290,7 @@ def settings_tables(starts):
 
 @one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", help="a run's output folder, such as finetune-stage1")
     parser.add_argument("--output", metavar="FILE", help="where to write (default: report.html in that folder)")
     options = parser.parse_args(argv)
