@@ -5,6 +5,7 @@ keys unet_main.* and brushnet.*, only what is not frozen), and trainer_state.jso
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -181,7 +182,7 @@ def mark_best(run_dir, step, held_out_loss):
     """Note checkpoint-<step> as the best one if its held-out loss is lower than that of the one noted so far, which
     counts only if it comes before: a run that was resumed from an earlier step has left it behind."""
     best = read_best(run_dir)
-    if best and best["step"] < step and best["held_out_loss"] <= held_out_loss:
+    if not math.isfinite(held_out_loss) or (best and best["step"] < step and best["held_out_loss"] <= held_out_loss):
         return False
     note = {"checkpoint": f"checkpoint-{step}", "step": step, "held_out_loss": held_out_loss}
     Path(run_dir, BEST_FILE).write_text(json.dumps(note))

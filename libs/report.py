@@ -94,7 +94,7 @@ def average_by_step(rows):
     """{step: mean scores over the videos}, in the order of steps."""
     by_step = defaultdict(dict)
     for row in rows:
-        by_step[int(row["step"])][row["video"]] = row
+        by_step[int(row["step"])][row["number"]] = row
     return {step: average(list(videos.values())) for step, videos in sorted(by_step.items())}
 
 

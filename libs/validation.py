@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import cv2
 import imageio
 import numpy as np
 import torch
@@ -32,16 +33,21 @@ from libs.videos import dilate, read_mask, resize, stack, write_gif
 MASK_DILATIONS = 4
 CONTACT_SHEET = "contact_sheet.png"
 PROBE_EPOCH = 2**31  # an epoch that no run reaches: the probe clips' crops and masks are not trained on
-FAILURES = (RuntimeError, OSError, ValueError)  # CUDA's out of memory is a RuntimeError, an InputError a ValueError
+# What may go wrong: CUDA's out of memory is a RuntimeError, an InputError a ValueError.
+FAILURES = (RuntimeError, OSError, ValueError, cv2.error)
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
 class ValidationVideo:
-    name: str
+    folder: Path
     frames: np.ndarray  # (f, h, w, 3) uint8, RGB
     object_holes: np.ndarray  # (f, h, w) uint8, 255 = hole: the object
     synthetic_holes: np.ndarray  # the same, a random shape over known content
     prompt_embeds: torch.Tensor  # (1, n, d)
+
+    @property
+    def name(self):
+        return self.folder.name
 
     @cached_property
     def reference(self):
@@ -78,7 +84,7 @@ def load_validation_video(images, masks, prompt_embeds, args, number):
     height, width = (round(side * scale) for side in holes.shape[1:])
     frames, holes = resize(frames, dilate(holes, MASK_DILATIONS), height, width)
     synthetic = draw_holes(len(frames), height, width, args, number)
-    return ValidationVideo(Path(images).name, frames, holes, synthetic, prompt_embeds)
+    return ValidationVideo(Path(images), frames, holes, synthetic, prompt_embeds)
 
 
 def draw_holes(length, height, width, args, number):
@@ -147,7 +153,7 @@ class Validation:
         return self.held_out
 
     def report_held_out_loss(self, model, state):
-        """Measure and log it: {video: loss}."""
+        """Measure and log it: {video's folder: loss}."""
         step = state.global_step
         loss, by_video = self.measure(model, step)
         if loss is not None:
@@ -158,9 +164,9 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, model, step):
-        """The held-out loss: (mean, {video: mean}) on fixed clips, masks and noises, at timesteps spread evenly.
+        """The held-out loss on fixed clips, masks and noises, at timesteps spread evenly: comparable from step to step.
 
-        It can be compared from step to step. (None, {}) where it could not be measured.
+        Returns: its mean and {video's folder: mean}, or None and {} where it could not be measured.
         """
         n, videos, total = self.probe_clips, self.probe.videos, self.noise_scheduler.config.num_train_timesteps
 
@@ -178,7 +184,7 @@ class Validation:
         if None in losses.values():
             return None, {}
         by_video = {
-            video.name: float(np.mean([losses[i] for i in range(k, n, len(videos))]))
+            video.folder: float(np.mean([losses[i] for i in range(k, n, len(videos))]))
             for k, video in enumerate(videos[:n])
         }
         self.held_out = float(np.mean([losses[i] for i in range(n)]))
@@ -255,14 +261,15 @@ class Validation:
         for line in table(rows):
             log.info("%s", line)
         for i, (values, _) in found.items():
-            name = self.videos[i].name
-            row = {"step": step, "video": name, "held_out_loss": losses_by_video.get(name, ""), **values}
+            video = self.videos[i]
+            row = {"step": step, "number": i + 1, "video": video.name}
+            row |= {"held_out_loss": losses_by_video.get(video.folder, ""), **values}
             append_row(self.folder / SCORES_FILE, row)
         path = self.samples_folder(step) / CONTACT_SHEET
         imageio.imwrite(path, stack_sheets([sheet for _, sheet in found.values()]))
         means = rows[f"step {step}"]
         self.accelerator.log({f"validation/{name}": means[name] for name in SCORES}, step=step)
-        gifs = {self.videos[i].name: self.samples_folder(step) / f"{i + 1}.gif" for i in found}
+        gifs = {f"{i + 1}-{self.videos[i].name}": self.samples_folder(step) / f"{i + 1}.gif" for i in found}
         show_in_trackers(self.accelerator.trackers, step, gifs, path)
 
     def free_memory(self):

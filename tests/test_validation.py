@@ -64,8 +64,8 @@ def test_held_out_loss_scores_and_pictures(validated, tmp_path, capsys):
 
     events = EventAccumulator(str(next(folder.rglob("events.out.tfevents.*.0")).parent), size_guidance={"images": 0})
     events.Reload()
-    assert set(events.Tags()["images"]) == {"samples/buoy", "samples/lantern", "samples/contact_sheet"}
-    assert events.Images("samples/buoy")[0].encoded_image_string.startswith(b"GIF8")
+    assert set(events.Tags()["images"]) == {"samples/1-buoy", "samples/2-lantern", "samples/contact_sheet"}
+    assert events.Images("samples/1-buoy")[0].encoded_image_string.startswith(b"GIF8")
     assert "held_out_loss" in events.Tags()["scalars"] and "validation/psnr_hole" in events.Tags()["scalars"]
     with Image.open(folder / "samples/sample-2/contact_sheet.png") as sheet:
         assert sheet.width > 250 and sheet.height > 500
@@ -114,7 +114,7 @@ def test_best_checkpoint(tmp_path):
     """The lowest held-out loss so far is noted; a run resumed from an earlier step forgets what came after."""
     assert mark_best(tmp_path, 10, 0.5) and not mark_best(tmp_path, 20, 0.6) and mark_best(tmp_path, 30, 0.4)
     assert read_best(tmp_path) == {"checkpoint": "checkpoint-30", "step": 30, "held_out_loss": 0.4}
-    assert mark_best(tmp_path, 20, 0.45)
+    assert mark_best(tmp_path, 20, 0.45) and not mark_best(tmp_path, 25, float("nan"))
     for step in (10, 20, 30, 40):
         (tmp_path / f"checkpoint-{step}").mkdir()
     prune(tmp_path, 40, 1, keep_best=True)
