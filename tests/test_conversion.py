@@ -14,6 +14,7 @@ from libs.conversion import convert, main
 from libs.errors import InputError
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import UNetMotionModel
+from train_DiffuEraser_stage1 import Stage1
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -44,12 +45,14 @@ def test_both_stages(train, tmp_path, weights):
     assert (tmp_path / "c2/unet_main" / WEIGHTS).stat().st_mode & 0o044 == 0o044  # others may read them
 
 
-def test_model_card(train, videos, tmp_path):
+def test_model_card(train, videos, tmp_path, monkeypatch):
     """Valid for the Hub's own tools, with settings and the scores of its step; a user's own text is kept."""
+    monkeypatch.setattr(Stage1, "inference_steps", 2)
     train(
         1,
         max_train_steps=1,
         validation_steps=1,
+        probe_clips=2,
         validation_image=[str(videos / "DAVIS/JPEGImages/480p/buoy")],
         validation_mask=[str(videos / "DAVIS/Annotations/480p/buoy")],
     )
