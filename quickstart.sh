@@ -15,7 +15,7 @@ mkdir -p "$run"
 
 # What the scripts read from the environment, at sizes for a CPU and at a learning rate for random weights.
 export PYTHON=$python WEIGHTS=demo/weights DAVIS_ROOT=demo/data/DAVIS YTVOS_ROOT=demo/data/YTBV
-export RESOLUTION=64 DATALOADER_NUM_WORKERS=0 LEARNING_RATE=1e-3 CHECKPOINTING_STEPS=50 VALIDATION_STEPS=50
+export RESOLUTION=64 DATALOADER_NUM_WORKERS=0 LEARNING_RATE=1e-3 CHECKPOINTING_STEPS=50 VALIDATION_STEPS=100
 export RESUME_FROM_CHECKPOINT= PRETRAINED_STAGE1=$run/finetuned-stage1
 
 LOG=$run/finetune-stage1.log OUTPUT_DIR=$run/finetune-stage1 MAX_TRAIN_STEPS=100 bash finetune_stage1.sh --probe_clips=8
@@ -24,13 +24,13 @@ LOG=$run/finetune-stage2.log OUTPUT_DIR=$run/finetune-stage2 MAX_TRAIN_STEPS=100
 "$python" save_checkpoint_stage2.py --input_dir "$run/finetune-stage2" --output_dir "$run/finetuned-stage2" \
   --pretrained_stage1 "$run/finetuned-stage1"
 
-"$python" -m demo.plot_loss "$run"/finetune-stage1.log "$run"/finetune-stage2.log --output "$run/loss.png"
+for stage in 1 2; do "$python" -m libs.report "$run/finetune-stage$stage" >/dev/null; done
 echo
-grep -h "of its start" "$run"/finetune-stage1.log | tail -n 1 | sed 's/^.*probe/stage 1: probe/'
-grep -h "of its start" "$run"/finetune-stage2.log | tail -n 1 | sed 's/^.*probe/stage 2: probe/'
+grep -h "of its start" "$run"/finetune-stage1.log | tail -n 1 | sed 's/^.*held-out/stage 1: held-out/'
+grep -h "of its start" "$run"/finetune-stage2.log | tail -n 1 | sed 's/^.*held-out/stage 2: held-out/'
 cat <<EOF
 logs              $run/finetune-stage1.log, $run/finetune-stage2.log
-loss curves       $run/loss.png
+report pages      $run/finetune-stage1/report.html, $run/finetune-stage2/report.html
 validation GIFs   $run/finetune-stage1/logs-finetune-stage1/samples/, $run/finetune-stage2/logs-finetune-stage2/samples/
                   (random weights paint noise; the real ones paint pictures)
 final folders     $run/finetuned-stage2/unet_main, $run/finetuned-stage2/brushnet

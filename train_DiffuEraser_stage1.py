@@ -39,6 +39,7 @@ class Stage1(Stage):
     nframes = 10
     inference_steps = 50
     shared_noise = True
+    model_class = FrameInpainter
     trained = ("unet_main", "brushnet")
     gib_per_frame = (2.1, 0.25)
 

@@ -58,6 +58,7 @@ class Stage2(Stage):
     nframes = 22
     inference_steps = 20
     shared_noise = False
+    model_class = ClipInpainter
     trained = ("motion_modules",)
     gib_per_frame = (1.85, 0.35)
 

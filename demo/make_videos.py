@@ -17,8 +17,8 @@ YTVOS = ("0a1b2c3d4e", "1b2c3d4e5f", "2c3d4e5f6a", "3d4e5f6a7b")
 PALETTE = [0, 0, 0, 128, 0, 0]  # DAVIS's first two colours: background and the first object
 
 
-def make_videos(output_dir, seed=0):
-    """Write `output_dir`/DAVIS (4 training videos, 2 for validation with masks) and /YTBV (4 videos)."""
+def make_videos(output_dir, seed=0, more=0):
+    """Write `output_dir`/DAVIS (4 training videos, 2 for validation with masks) and /YTBV (4 videos and `more`)."""
     rng = np.random.default_rng(seed)
     davis, ytvos = Path(output_dir, "DAVIS"), Path(output_dir, "YTBV")
     for name in DAVIS_TRAIN + DAVIS_VAL:
@@ -26,7 +26,7 @@ def make_videos(output_dir, seed=0):
         write_frames(davis / "JPEGImages/480p" / name, frames)
         if name in DAVIS_VAL:
             write_masks(davis / "Annotations/480p" / name, masks)
-    for name in YTVOS:
+    for name in (*YTVOS, *(f"{i:010x}" for i in range(more))):
         write_frames(ytvos / "JPEGImages" / name, make_scene(rng)[0], name_step=5)
     lists = davis / "ImageSets/2017"
     lists.mkdir(parents=True, exist_ok=True)
@@ -85,5 +85,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="demo/data")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", type=int, default=0, metavar="N", help="N more training videos in YTBV")
     options = parser.parse_args()
-    make_videos(options.output_dir, options.seed)
+    make_videos(options.output_dir, options.seed, options.more)

@@ -1,6 +1,7 @@
-"""Random weights in the published layout: tiny ones for the quickstart and the tests, or full-size ones for a GPU.
+"""Random weights in the published layout: tiny (quickstart, tests), small (demo/learn.sh) or full-size.
 
 python -m demo.make_weights --output_dir demo/weights
+python -m demo.make_weights --output_dir demo/learn/weights --size small
 python -m demo.make_weights --output_dir weights-random --size full --dtype float16
 """
 
@@ -24,6 +25,13 @@ SIZES = {
                  "norm_num_groups": 8},
         "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
         "vae": {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64},
+        "sample_size": 8,
+    },
+    "small": {  # what demo/learn.sh trains from scratch on 32-pixel frames: a VAE of 4 pixels per latent
+        "unet": {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 4, "cross_attention_dim": 32,
+                 "norm_num_groups": 8},
+        "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "vae": {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 32},
         "sample_size": 8,
     },
     "full": {

@@ -6,6 +6,7 @@ which is written last.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from libs.weights import compare_shapes, open_weights, read_shapes, read_tensors
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
+BEST_FILE = "best_checkpoint.json"  # in the run's folder
 PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".old"
 
 
@@ -30,7 +32,7 @@ class TrainerState:
     stage: int
     global_step: int = 0  # optimizer steps done
     clips_done: int = 0  # by all processes together, since the first epoch's start
-    probe_start: float | None = None  # the probe loss before the first step
+    probe_start: float | None = None  # the held-out loss before the first step
     configs: dict = field(default_factory=dict)  # {"unet_main": config, "brushnet": config}
     weights: dict = field(default_factory=dict)  # {model: [folder, fingerprint]} that the run started from
     settings: dict = field(default_factory=dict)  # what the run's steps depend on
@@ -133,7 +135,7 @@ def register_hooks(accelerator, keys):
     accelerator.register_load_state_pre_hook(load_hook)
 
 
-def save_checkpoint(accelerator, run_dir, state, total_limit=None):
+def save_checkpoint(accelerator, run_dir, state, total_limit=None, keep_best=False):
     """Write checkpoint-<step> beside its final name, rename it when it is on the disk, then prune: returns its path."""
     folder = Path(run_dir, f"checkpoint-{state.global_step}")
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
@@ -147,7 +149,7 @@ def save_checkpoint(accelerator, run_dir, state, total_limit=None):
         if accelerator.is_main_process:
             state.write(partial)
             replace_folder(partial, folder)
-            prune(run_dir, state.global_step, total_limit)
+            prune(run_dir, state.global_step, total_limit, keep_best)
     except Exception:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
@@ -192,12 +194,31 @@ def flush(path):
         os.close(descriptor)
 
 
-def prune(run_dir, step, total_limit):
-    """Delete all but the newest `total_limit` checkpoints up to `step` (None: keep all).
+def read_best(run_dir):
+    """{"checkpoint": name, "step": n, "held_out_loss": x} of the best checkpoint, or None."""
+    path = Path(run_dir, BEST_FILE)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def mark_best(run_dir, step, held_out_loss):
+    """Note checkpoint-<step> as the best one if its held-out loss is lower than that of the one noted so far, which
+    counts only if it comes before: a run that was resumed from an earlier step has left it behind."""
+    best = read_best(run_dir)
+    if not math.isfinite(held_out_loss) or (best and best["step"] < step and best["held_out_loss"] <= held_out_loss):
+        return False
+    note = {"checkpoint": f"checkpoint-{step}", "step": step, "held_out_loss": held_out_loss}
+    Path(run_dir, BEST_FILE).write_text(json.dumps(note))
+    return True
+
+
+def prune(run_dir, step, total_limit, keep_best=False):
+    """Delete all but the newest `total_limit` checkpoints up to `step` (None: keep all), and the best if asked to.
 
     One above `step` is of no use: the run would have resumed from it, were it complete.
     """
     if total_limit is not None:
         earlier = [folder for number, folder in list_checkpoints(run_dir) if number <= step]
+        best = read_best(run_dir) if keep_best else None
         for folder in earlier[:-total_limit]:
-            shutil.rmtree(folder)
+            if not best or folder.name != best["checkpoint"]:
+                shutil.rmtree(folder)

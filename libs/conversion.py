@@ -24,6 +24,7 @@ from libs.checkpoints import (
     replace_folder,
 )
 from libs.errors import InputError, one_line_errors
+from libs.model_card import write_model_card
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import UNetMotionModel
 from libs.weights import WEIGHTS_NAME, compare_shapes, read_tensors, shapes_of
@@ -39,7 +40,7 @@ UNET_CLASSES = {1: UNet2DConditionModel, 2: UNetMotionModel}
 
 
 def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=None):
-    """Write `output_dir`/unet_main and /brushnet from a checkpoint; prints step, tensors and checksums.
+    """Write `output_dir`/unet_main, /brushnet and README.md from a checkpoint; prints step, tensors and checksums.
 
     Args:
         stage: 1 or 2.
@@ -77,6 +78,7 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
         for name in parts:
             replace_folder(partial / name, output_dir / name)
         partial.rmdir()
+        write_model_card(output_dir, stage, step, checkpoint.parent)
     except (InputError, OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if created and output_dir.exists():

@@ -87,7 +87,7 @@ class Codec:
 
     def encode_frames(self, pixel_values, noise, batch):
         """Like `encode`, for whole frames: those whose moments the loader has found in the cache are not encoded."""
-        if self.cache is None:
+        if "moments" not in batch:
             return self.encode(pixel_values, noise)
         moments = batch["moments"].to(pixel_values.device, non_blocking=True).flatten(0, 1)
         missing = [i for i, key in enumerate(batch["missing"]) if key]

@@ -81,7 +81,6 @@ launch() {
     --resolution="${RESOLUTION:-512}"
     --train_batch_size="${TRAIN_BATCH_SIZE:-1}"
     --gradient_accumulation_steps="${GRADIENT_ACCUMULATION_STEPS:-1}"
-    --dataloader_num_workers="${DATALOADER_NUM_WORKERS:-4}"
     --learning_rate="${LEARNING_RATE:-5e-06}"
     --checkpointing_steps="${CHECKPOINTING_STEPS:-2000}"
     --validation_steps="${VALIDATION_STEPS:-2000}"
@@ -95,6 +94,7 @@ launch() {
     can_compile=0
   fi
   [[ "${COMPILE:-$can_compile}" = 1 ]] && options+=(--compile)
+  [[ -n "${DATALOADER_NUM_WORKERS:-}" ]] && options+=(--dataloader_num_workers="$DATALOADER_NUM_WORKERS")
   [[ -n "${MAX_TRAIN_STEPS:-}" ]] && options+=(--max_train_steps="$MAX_TRAIN_STEPS")
   [[ -n "${CHECKPOINTS_TOTAL_LIMIT:-}" ]] && options+=(--checkpoints_total_limit="$CHECKPOINTS_TOTAL_LIMIT")
   [[ -n "${SEED:-}" ]] && options+=(--seed="$SEED")

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import os
 from pathlib import Path
 
 from dataset.finetune_dataset import PROMPT
@@ -64,6 +65,24 @@ def mask_span(text):
     return low, high
 
 
+def add_mask_span(add):
+    """The synthetic masks' flag; `split_mask_span` reads it."""
+    add(
+        "--mask_span",
+        type=mask_span,
+        default=FULL_SPAN,
+        metavar="MIN,MAX",
+        help="share of each side of the frame that a mask's box takes; 'original': the original code's smaller masks",
+    )
+
+
+def split_mask_span(args):
+    """args.mask_span as two shares, args.mask_original_margins as a bool."""
+    args.mask_original_margins = args.mask_span == "original"
+    if args.mask_original_margins:
+        args.mask_span = FULL_SPAN
+
+
 def build_parser(stage):
     """The parser of one stage; `stage` gives the flags and defaults that differ."""
     parser = Parser(
@@ -90,13 +109,7 @@ def build_parser(stage):
     add("--ytvos_root", default="dataset/YTBV", metavar="DIR", help="YouTube-VOS's root; '' leaves it out")
     add("--resolution", type=int, default=512, metavar="PX", help="side of the square crops, a multiple of 8")
     add("--nframes", type=int, default=stage.nframes, metavar="N", help="frames per clip")
-    add(
-        "--mask_span",
-        type=mask_span,
-        default=FULL_SPAN,
-        metavar="MIN,MAX",
-        help="share of each side of the frame that a mask's box takes; 'original': the original code's smaller masks",
-    )
+    add_mask_span(add)
     add(
         "--proportion_empty_prompts",
         type=float,
@@ -118,7 +131,9 @@ def build_parser(stage):
         help="keep what the VAE makes of whole frames in this folder, for later epochs, runs and the other stage",
     )
     add("--latent_cache_gb", type=float, default=16.0, metavar="GB", help="size above which nothing is added to it")
-    add("--dataloader_num_workers", type=int, default=4, metavar="N", help="processes that load clips; 0: none")
+    cores = len(os.sched_getaffinity(0))
+    add("--dataloader_num_workers", type=int, default=min(4, cores), metavar="N",
+        help="processes that load clips; 0: none")  # fmt: skip
 
     group = parser.add_argument_group("run")
     add = group.add_argument
@@ -141,6 +156,7 @@ def build_parser(stage):
     add = group.add_argument
     add("--checkpointing_steps", type=int, default=2000, metavar="N", help="save every N optimizer steps")
     add("--checkpoints_total_limit", type=int, metavar="N", help="keep the newest N only (default: all)")
+    add("--keep_best_checkpoint", action="store_true", help="and the one with the lowest held-out loss")
     add(
         "--resume_from_checkpoint",
         metavar="DIR",
@@ -184,7 +200,7 @@ def build_parser(stage):
         type=int,
         default=2000,
         metavar="N",
-        help="sample the validation videos every N optimizer steps and after the first; 0: never",
+        help="score and sample the validation videos every N optimizer steps and after the first; 0: never",
     )
     add(
         "--validation_image",
@@ -207,9 +223,20 @@ def build_parser(stage):
         metavar="LIST",
         help=f"Python list of prompts (default: '{PROMPT}' for every video)",
     )
-    add("--probe_clips", type=int, default=0, metavar="N",
-        help="measure the loss on N fixed clips, masks, timesteps and noises at the start, at every validation and at "
-        "the end: one number that is comparable from step to step")  # fmt: skip
+    add(
+        "--probe_clips",
+        type=int,
+        default=16,
+        metavar="N",
+        help="held-out loss: on N fixed clips of the validation videos, with fixed masks, timesteps and noises; 0: off",
+    )
+    add(
+        "--validation_minutes",
+        type=float,
+        default=10.0,
+        metavar="MIN",
+        help="a validation begins no more videos after this time; those left are named",
+    )
 
     for flag in REMOVED_FLAGS:
         parser.add_argument(flag, nargs="?", action=Removed, help=argparse.SUPPRESS)
@@ -219,10 +246,7 @@ def build_parser(stage):
 def parse_args(stage, argv=None):
     """Parse and check; raises InputError for whatever can be found wrong without weights or data."""
     args = build_parser(stage).parse_args(argv)
-    if args.mask_span == "original":
-        args.mask_span, args.mask_original_margins = FULL_SPAN, True
-    else:
-        args.mask_original_margins = False
+    split_mask_span(args)
 
     positive = ("resolution", "nframes", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
                 "checkpointing_steps", "logging_steps", "distributed_timeout")  # fmt: skip
@@ -237,6 +261,8 @@ def parse_args(stage, argv=None):
     require(args.resolution % 8 == 0, f"--resolution={args.resolution}: a multiple of 8 was needed; use {nearest}")
     require(args.learning_rate > 0, f"--learning_rate={args.learning_rate}: a positive number was needed")
     require(args.latent_cache_gb > 0, f"--latent_cache_gb={args.latent_cache_gb}: a positive number was needed")
+    minutes = args.validation_minutes
+    require(minutes > 0, f"--validation_minutes={minutes}: a positive number was needed")
     require(args.max_grad_norm > 0, f"--max_grad_norm={args.max_grad_norm}: a positive number was needed")
     share = args.proportion_empty_prompts
     require(0 <= share <= 1, f"--proportion_empty_prompts={share}: a share between 0 and 1 was needed")
@@ -258,18 +284,18 @@ def check_validation(args):
         pair_by_name(images, masks)
 
 
-def pair_by_name(images, masks):
-    """[(frame path, mask path)] of a validation video, in the frames' order; every frame needs a mask of its name."""
-    for folder, flag in ((images, "--validation_image"), (masks, "--validation_mask")):
+def pair_by_name(images, masks, flags=("--validation_image", "--validation_mask")):
+    """[(frame path, mask path)] of a video, in the frames' order; every frame needs a mask of its name."""
+    for folder, flag in zip((images, masks), flags, strict=True):
         require(Path(folder).is_dir(), f"{folder} is no folder: {flag} needs folders of frames")
     frames = list_frames(images)
-    require(frames, f"{images} holds no frames: --validation_image needs folders of .jpg or .png files")
+    require(frames, f"{images} holds no frames: {flags[0]} needs folders of .jpg or .png files")
     by_name = {path.stem: path for path in list_frames(masks)}
     missing = [path.name for path in frames if path.stem not in by_name]
     if missing:
         raise InputError(
             f"{masks} has no mask for {len(missing)} of the {len(frames)} frames in {images}, such as {missing[0]}: "
-            "--validation_mask needs a mask of every frame's name"
+            f"{flags[1]} needs a mask of every frame's name"
         )
     return [(path, by_name[path.stem]) for path in frames]
 

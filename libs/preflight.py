@@ -194,7 +194,9 @@ def check_validation_videos(args):
     if not args.validation_steps or not args.validation_image:
         return None, "off (--validation_image and --validation_mask turn it on)"
     pairs = [len(pair_by_name(*pair)) for pair in zip(args.validation_image, args.validation_mask, strict=True)]
-    return None, f"{len(pairs)} videos of {', '.join(map(str, pairs))} frames with masks"
+    short = sum(length < args.nframes for length in pairs)
+    note = f"; {short} shorter than {args.nframes} frames: sampled, but not in the held-out loss" if short else ""
+    return None, f"{len(pairs)} videos of {', '.join(map(str, pairs))} frames with masks{note}"
 
 
 def checkpoint_to_resume(args, stage):

@@ -1,5 +1,6 @@
 """What the log says: one line per event, from the main process."""
 
+import csv
 import json
 import logging
 import math
@@ -18,6 +19,8 @@ import transformers
 from accelerate.utils import DistributedType
 
 log = logging.getLogger("diffueraser")
+# Numbers beside the trackers' files: the lines of the log, held-out losses, and scores of every validation video.
+HISTORY_FILE, HELD_OUT_FILE, SCORES_FILE = "history.csv", "held_out.csv", "scores.csv"
 
 
 @contextmanager
@@ -79,6 +82,37 @@ def flat_settings(args):
     }
 
 
+def append_row(path, row):
+    """Add a {column: value} to a CSV file, which gets its header with the first one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.is_file()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def write_rows(path, rows):
+    """A new CSV file of {column: value} rows."""
+    path.unlink(missing_ok=True)
+    for row in rows:
+        append_row(path, row)
+
+
+def read_rows(path):
+    """[{column: text}] of such a file; what a resumed run did again replaces what was done before."""
+    rows = []
+    if not Path(path).is_file():
+        return rows
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            if rows and int(row["step"]) < int(rows[-1]["step"]):
+                rows = [earlier for earlier in rows if int(earlier["step"]) < int(row["step"])]
+            rows.append(row)
+    return rows
+
+
 class Meter:
     """Sums up steps for a line of the log; the loss stays on its device until then."""
 
@@ -121,9 +155,13 @@ class Meter:
             "step %d/%d  loss %.4f  lr %.3g  grad norm %.3f  %.2f s/step  peak %.1f GiB  left %s%s",
             step, self.max_train_steps, loss, lr, grad_norm, seconds, memory, f"{days}d " if days else "", left,
         )  # fmt: skip
-        self.accelerator.log(
-            {"loss": loss, "lr": lr, "grad_norm": grad_norm, "seconds_per_step": seconds, "peak_gib": memory}, step=step
-        )
+        values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "seconds_per_step": seconds, "peak_gib": memory}
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            try:
+                append_row(Path(self.accelerator.logging_dir, HISTORY_FILE), {"step": step, **values})
+            except OSError as error:
+                log.info("%s could not be written (%s): the report page will lack this step", HISTORY_FILE, error)
         self.restart()
 
 

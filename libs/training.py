@@ -4,7 +4,6 @@ import math
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from dataset.finetune_dataset import PROMPTS, EpochSampler, TrainingClips
-from libs.checkpoints import TrainerState, find_latest, register_hooks, save_checkpoint, saved_keys
+from libs.checkpoints import TrainerState, find_latest, mark_best, register_hooks, save_checkpoint, saved_keys
 from libs.conversion import convert, fingerprint
 from libs.diffusion import batch_loss
 from libs.engine import (
@@ -32,7 +31,7 @@ from libs.options import parse_args
 from libs.preflight import eight_bit_adam, inspect
 from libs.reporting import Meter, flat_settings, log, log_on_main_process, log_parameters, log_start
 from libs.stopping import StopRequest
-from libs.validation import inpaint, load_validation_video, write_gif
+from libs.validation import Validation
 from libs.weights import weight_files
 
 # What a checkpoint's position in the data and its optimizer state depend on: changes are refused on resuming.
@@ -45,7 +44,6 @@ HARMLESS_SETTINGS = ("learning_rate", "lr_scheduler", "max_train_steps", "mixed_
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # how accelerate, torch and safetensors report a full disk
 MAX_BAD_LOSSES = 5  # in a row, before a run is stopped
 MIN_BROKEN = 5  # broken clips met, before their share means anything
-PROBE_EPOCH = 2**31  # an epoch that no run reaches: the probe's clips and masks are not trained on
 
 
 class Stage:
@@ -56,6 +54,7 @@ class Stage:
     nframes: int
     inference_steps: int  # of the validation samples
     shared_noise: bool  # validation starts all frames from the same noise
+    model_class: type  # the Inpainter of this stage
     trained: tuple[str, ...]  # the names in open_models whose weights are trained
     gib_per_frame: tuple[float, float]  # activations of a 512x512 frame at full size, measured: kept, recomputed
 
@@ -128,11 +127,10 @@ class Trainer:
         self.prompt_embeds, validation_embeds = embeds[: len(PROMPTS)], embeds[len(PROMPTS) :]
         cache = self.open_latent_cache(frozen, half) if args.latent_cache else None
         self.codec = frozen.load_codec(self.device, half, args.nframes, cache)
-        self.noise_scheduler, self.sampler = frozen.noise_scheduler, frozen.load_sampler()
-        self.validation_videos = [
-            load_validation_video(images, masks, validation_embeds[i : i + 1], args.nframes, args.resolution)
-            for i, (images, masks) in enumerate(zip(args.validation_image, args.validation_mask, strict=True))
-        ]
+        self.noise_scheduler = frozen.noise_scheduler
+        self.validation = Validation(
+            args, stage, accelerator, dataset, frozen, self.codec, self.prompt_embeds, validation_embeds
+        )
 
         model = stage.load_models(opened, frozen_dtype=half)
         if args.gradient_checkpointing:
@@ -187,7 +185,7 @@ class Trainer:
             self.global_batch, *(self.state.settings[name] for name in BATCH_SETTINGS),
             len(dataset) / self.global_batch, self.max_train_steps,
         )  # fmt: skip
-        self.probed_at = self.last_checkpoint = None
+        self.last_checkpoint = None
         self.clips_met, self.broken_met, self.broken_seen = 0, 0, set()
         if args.report_to != "none":
             accelerator.init_trackers(args.tracker_project_name, config=flat_settings(args))
@@ -259,10 +257,7 @@ class Trainer:
         """Step until the last step, or until a signal asks to stop."""
         args, state, accelerator = self.args, self.state, self.accelerator
         first_step = state.global_step + 1
-        if args.probe_clips and state.probe_start is None:
-            state.probe_start = self.measure_probe()
-            at = (state.probe_start, state.global_step, args.probe_clips)
-            log.info("probe loss %.4f at step %d, on %d fixed clips", *at)
+        self.validation.start(accelerator.unwrap_model(self.model), state)
         meter = self.meter = Meter(accelerator, self.max_train_steps)
         steps_left = max(0, self.max_train_steps - state.global_step)
         self.clip_order.start = state.clips_done
@@ -297,6 +292,8 @@ class Trainer:
             stopping = not last and self.must_stop()
             if step % args.checkpointing_steps == 0 or last or stopping:
                 self.save(must=last or stopping)
+                if not stopping:
+                    self.mark_best()
                 meter.restart()
             if stopping:
                 log.info("stopped by %s at step %d; the same command with --resume_from_checkpoint=latest goes on",
@@ -344,60 +341,12 @@ class Trainer:
                 f"{checkpoint or 'none'}: lower --learning_rate, or use --mixed_precision=bf16"
             )
 
-    def loss(self, batch, timesteps=None):
-        return batch_loss(
-            self.model, self.codec, self.noise_scheduler, self.prompt_embeds, batch, self.device, timesteps
-        )
+    def loss(self, batch):
+        return batch_loss(self.model, self.codec, self.noise_scheduler, self.prompt_embeds, batch, self.device)
 
-    @torch.compiler.set_stance("force_eager")  # used too rarely to compile another variant of every layer
-    @torch.no_grad()
-    def measure_probe(self):
-        """Mean loss on fixed clips, masks and noises, at timesteps spread evenly: comparable from step to step."""
-        n, total = self.args.probe_clips, self.noise_scheduler.config.num_train_timesteps
-        losses = []
-        for i in range(n):
-            batch = self.clips.collate([self.clips[PROBE_EPOCH, i * len(self.clips) // n]])
-            timesteps = torch.tensor([(2 * i + 1) * total // (2 * n)], device=self.device)
-            losses.append(self.loss(batch, timesteps))
-        return torch.stack(losses).mean().item()
-
-    @torch.compiler.set_stance("force_eager")
     def validate(self):
-        """Write the validation GIFs and measure the probe loss; every process has its share of the videos."""
-        args, accelerator, step = self.args, self.accelerator, self.state.global_step
-        start = time.perf_counter()
-        # Unwrapped: DDP's forward would compare buffers between the processes, which sample different videos.
-        model = accelerator.unwrap_model(self.model).eval()
-        folder = Path(args.output_dir, args.logging_dir, "samples", f"sample-{step}")
-        count = len(self.validation_videos)
-        for first in range(0, count, accelerator.num_processes):
-            i = first + accelerator.process_index
-            # A process without a video of its own repeats one: FSDP's processes gather the weights together.
-            frames = inpaint(
-                model,
-                self.codec,
-                self.sampler,
-                self.validation_videos[i % count],
-                self.stage.inference_steps,
-                self.stage.shared_noise,
-                args.seed,
-                self.device,
-            )
-            if i < count:
-                write_gif(folder / f"{i + 1}.gif", frames)
-        if args.probe_clips:
-            self.report_probe()
+        self.validation.run(self.accelerator.unwrap_model(self.model), self.state)
         self.model.train()
-        accelerator.wait_for_everyone()
-        if self.validation_videos:
-            seconds = time.perf_counter() - start
-            log.info("validation: %d videos in %s, %.0f s", len(self.validation_videos), folder, seconds)
-
-    def report_probe(self):
-        probe, start = self.measure_probe(), self.state.probe_start
-        self.probed_at = self.state.global_step
-        log.info("probe loss %.4f at step %d, %.3f of its start", probe, self.state.global_step, probe / start)
-        self.accelerator.log({"probe_loss": probe}, step=self.state.global_step)
 
     def save(self, must):
         """Save a checkpoint. One that fails leaves the earlier ones and the run alone, unless it `must` be saved."""
@@ -413,7 +362,7 @@ class Trainer:
             return
         try:
             self.last_checkpoint = save_checkpoint(
-                self.accelerator, args.output_dir, self.state, args.checkpoints_total_limit
+                self.accelerator, args.output_dir, self.state, args.checkpoints_total_limit, args.keep_best_checkpoint
             )
         except WRITE_ERRORS as error:
             if is_lost_process(error):
@@ -426,11 +375,22 @@ class Trainer:
         else:
             log.info("saved %s in %.0f s", self.last_checkpoint, time.perf_counter() - start)
 
+    def mark_best(self):
+        """Note the checkpoint just written as the best one, if its held-out loss is the lowest so far."""
+        held_out = self.validation.loss_at(self.accelerator.unwrap_model(self.model), self.state)
+        self.model.train()
+        saved = self.last_checkpoint is not None and self.last_checkpoint.name == f"checkpoint-{self.state.global_step}"
+        if held_out is None or not saved or not self.accelerator.is_main_process:
+            return
+        try:
+            if mark_best(self.args.output_dir, self.state.global_step, held_out):
+                log.info("%s is the best checkpoint so far, by held-out loss", self.last_checkpoint.name)
+        except OSError as error:
+            log.info("the best checkpoint could not be noted (%s)", error)
+
     def finish(self):
         """The last checkpoint, converted into the two folders that inference loads."""
         args, step = self.args, self.state.global_step
-        if args.probe_clips and self.probed_at != step:
-            self.report_probe()
         if self.accelerator.is_main_process:
             convert(self.stage.number, self.last_checkpoint, args.output_dir, getattr(args, "pretrained_stage1", None))
         self.accelerator.wait_for_everyone()

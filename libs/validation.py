@@ -1,94 +1,284 @@
-"""Sampling the validation videos: frames with the hole filled, as GIFs."""
+"""Held-out videos while training: the held-out loss, scores of sampled videos, and pictures.
 
+Two holes are filled in every validation video: the object's, whose true background nobody knows (GIFs), and a
+synthetic one, drawn as in training but over known content, which is scored. Nothing here touches what training's random
+numbers or weights are, and whatever goes wrong here is one line in the log.
+"""
+
+import time
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import cv2
 import imageio
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
-from dataset.finetune_dataset import to_tensors
-from dataset.frames import read_frame
-from libs.diffusion import conditioning_latents
+from dataset.finetune_dataset import TrainingClips
+from dataset.frames import read_frames, scan_video
+from dataset.utils import create_random_shape_with_random_motion
+from libs.diffusion import batch_loss
 from libs.errors import InputError
 from libs.options import pair_by_name
+from libs.pictures import contact_sheet, show_in_trackers, stack_sheets
+from libs.reporting import HELD_OUT_FILE, SCORES_FILE, append_row, log
+from libs.rivals import telea
+from libs.sampling import Pipeline, paste
+from libs.scores import SCORES, Reference, average, table
+from libs.videos import dilate, read_mask, resize, stack, write_gif
 
-GIF_FPS = 8
 MASK_DILATIONS = 4
+CONTACT_SHEET = "contact_sheet.png"
+PROBE_EPOCH = 2**31  # an epoch that no run reaches: the probe clips' crops and masks are not trained on
+# What may go wrong: CUDA's out of memory is a RuntimeError, an InputError a ValueError.
+FAILURES = (RuntimeError, OSError, ValueError, cv2.error)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity
 class ValidationVideo:
-    name: str
-    frames: torch.Tensor  # (f, h, w, 3) uint8, RGB
-    holes: torch.Tensor  # (f, h, w) uint8, 255 = hole
+    folder: Path
+    frames: np.ndarray  # (f, h, w, 3) uint8, RGB
+    object_holes: np.ndarray  # (f, h, w) uint8, 255 = hole: the object
+    synthetic_holes: np.ndarray  # the same, a random shape over known content
     prompt_embeds: torch.Tensor  # (1, n, d)
 
+    @property
+    def name(self):
+        return self.folder.name
 
-def load_validation_video(images, masks, prompt_embeds, nframes, resolution):
-    """The first `nframes` frames and their object masks, any value above 0 = hole, dilated 4 times by a 3x3 cross.
+    @cached_property
+    def reference(self):
+        return Reference(self.frames, self.synthetic_holes)
 
-    Frames keep their shape and size, cut to multiples of 8; where the short side exceeds `resolution`, they are shrunk
-    to it, so that small runs validate quickly.
+    @cached_property
+    def telea_scores(self):
+        return self.score(telea(self.frames, self.synthetic_holes))
+
+    @cached_property
+    def own_scores(self):
+        """The ceiling: equal pixels, and the warping error that the video's own motion leaves."""
+        return self.score(self.frames)
+
+    def score(self, result):
+        return {"frames": self.reference.scored_frames, **self.reference.score(result)}
+
+
+def load_validation_video(images, masks, prompt_embeds, args, number):
+    """The first `args.nframes` frames and their object masks, any value above 0 = hole, dilated 4 times by a 3x3 cross.
+
+    Frames keep their shape; where the short side exceeds `args.resolution`, they are shrunk to it, so that small runs
+    validate quickly. The synthetic holes follow from the seed and the video's number.
     """
-    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
-    frames, holes = [], []
-    for frame_path, mask_path in pair_by_name(images, masks)[:nframes]:
-        frame = read_frame(frame_path)
-        mask = read_mask(mask_path)
-        if mask.shape != frame.shape[:2]:
-            raise InputError(
-                f"{mask_path} is {mask.shape[1]}x{mask.shape[0]}, its frame {frame_path} {frame.shape[1]}x"
-                f"{frame.shape[0]}: masks of the frames' size were needed"
-            )
-        mask = cv2.dilate((mask > 0).astype(np.uint8) * 255, cross, iterations=MASK_DILATIONS)
-        scale = min(1, resolution / min(mask.shape))
-        height, width = (round(side * scale) // 8 * 8 for side in mask.shape)
-        frames.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
-        holes.append(cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST))
-    return ValidationVideo(
-        Path(images).name, torch.from_numpy(np.stack(frames)), torch.from_numpy(np.stack(holes)), prompt_embeds
+    pairs = pair_by_name(images, masks)[: args.nframes]
+    frames = np.stack(read_frames([frame for frame, _ in pairs]))
+    holes = stack([(path.name, read_mask(path)) for _, path in pairs], masks)
+    if holes.shape != frames.shape[:3]:
+        raise InputError(
+            f"{pairs[0][1]} is {holes.shape[2]}x{holes.shape[1]}, its frame {pairs[0][0]} {frames.shape[2]}x"
+            f"{frames.shape[1]}: masks of the frames' size were needed"
+        )
+    scale = min(1, args.resolution / min(holes.shape[1:]))
+    height, width = (round(side * scale) for side in holes.shape[1:])
+    frames, holes = resize(frames, dilate(holes, MASK_DILATIONS), height, width)
+    synthetic = draw_holes(len(frames), height, width, args, number)
+    return ValidationVideo(Path(images), frames, holes, synthetic, prompt_embeds)
+
+
+def draw_holes(length, height, width, args, number):
+    """(length, height, width) uint8, 255 = hole: the training's masks, by seed and number."""
+    rng = np.random.default_rng([args.seed, number])
+    shapes = create_random_shape_with_random_motion(
+        length, height, width, args.mask_span, args.mask_original_margins, rng
     )
+    return np.stack([np.asarray(shape) for shape in shapes])
 
 
-def read_mask(path):
-    """(h, w) uint8; palette PNGs keep their indices' order of "0 = background" in the grey values."""
-    mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-    if mask is None:
-        raise InputError(f"{path} is no readable image: masks of the frames' names were needed")
-    return mask
+class Validation:
+    """What the trainer asks for while it runs. Processes share the work; all of them have to make every call."""
 
+    def __init__(self, args, stage, accelerator, dataset, frozen, codec, prompt_embeds, validation_embeds):
+        """
+        Args:
+            dataset: the FinetuneDataset that is trained on, whose crops and masks the probe clips have.
+            prompt_embeds: (2, n, d), one per entry of PROMPTS; validation_embeds (V, n, d), one per validation video.
+        """
+        self.args, self.stage, self.accelerator, self.device = args, stage, accelerator, accelerator.device
+        self.codec, self.prompt_embeds = codec, prompt_embeds
+        self.noise_scheduler, self.sampler = frozen.noise_scheduler, frozen.load_sampler()
+        self.folder = Path(args.output_dir, args.logging_dir)
+        pairs = zip(args.validation_image, args.validation_mask, strict=True) if args.validation_steps else ()
+        self.videos = [
+            load_validation_video(images, masks, validation_embeds[i : i + 1], args, i)
+            for i, (images, masks) in enumerate(pairs)
+        ]
+        held_out = [scan_video(Path(folder)) for folder in args.validation_image] if self.videos else []
+        self.probe = copy(dataset)  # its crops and masks, of other videos
+        self.probe.videos = [video for video in held_out if len(video.frames) >= args.nframes]
+        self.probe_clips = args.probe_clips if self.probe.videos else 0
+        self.measured_at = self.held_out = None  # step and value of the newest held-out loss
 
-@torch.no_grad()
-def inpaint(model, codec, sampler, video, num_inference_steps, shared_noise, seed, device):
-    """Fill the hole: (f, h, w, 3) uint8. Known pixels are not pasted back; guidance is off.
+    def start(self, model, state):
+        """The held-out loss before the first step, with which later ones are compared."""
+        if self.probe_clips and state.probe_start is None:
+            state.probe_start, _ = self.measure(model, state.global_step)
+            if state.probe_start is not None:
+                log.info("held-out loss %.4f at step %d, on %d fixed clips of %d video(s)", state.probe_start,
+                         state.global_step, self.probe_clips, len(self.probe.videos))  # fmt: skip
 
-    Args:
-        model: an Inpainter, as prepared by accelerate.
-        sampler: a diffusers scheduler such as UniPC.
-        shared_noise: start every frame from the same noise (stage 1, whose frames do not see each other).
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    _, conditioning_pixel_values, masks = to_tensors(video.frames.to(device), video.holes.to(device))
-    f, _, height, width = masks.shape
-    shape = (codec.vae.config.latent_channels, height // codec.scale, width // codec.scale)
-    posterior_noise = torch.randn((f, *shape), generator=generator, device=device)
-    conditioning = conditioning_latents(codec, conditioning_pixel_values, masks, posterior_noise)
-    if shared_noise:
-        latents = torch.randn((1, *shape), generator=generator, device=device).repeat(f, 1, 1, 1)
-    else:
-        latents = torch.randn((f, *shape), generator=generator, device=device)
+    def run(self, model, state):
+        """Held-out loss, scores and pictures at a step. A failure costs what it was about to find, not the run.
 
-    sampler.set_timesteps(num_inference_steps, device=device)
-    for timestep in sampler.timesteps:
-        model_pred = model(latents, conditioning, timestep[None], video.prompt_embeds)
-        latents = sampler.step(model_pred.float(), timestep, latents, return_dict=False)[0]
-    pixels = codec.decode(latents)
-    return pixels.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        Args:
+            model: unwrapped: DDP's forward would wait for processes that have nothing left to do.
+        """
+        begin, step = time.perf_counter(), state.global_step
+        by_video = self.report_held_out_loss(model, state) if self.probe_clips else {}
+        if self.videos:
+            found = self.sample_videos(model, step)
+            if self.accelerator.is_main_process:
+                self.guarded(step, self.report, step, found, by_video)
+            self.accelerator.wait_for_everyone()
+            left = [video.name for i, video in enumerate(self.videos) if i not in found]
+            log.info("validation: %d videos in %s, %.0f s%s%s", len(found), self.samples_folder(step),
+                     time.perf_counter() - begin, f"; without {', '.join(left)}" if left else "",
+                     self.free_memory())  # fmt: skip
 
+    def loss_at(self, model, state):
+        """The held-out loss at this step, measured unless it was just now; None: there is none."""
+        if self.probe_clips and self.measured_at != state.global_step:
+            self.report_held_out_loss(model, state)
+        return self.held_out
 
-def write_gif(path, frames):
-    """Write (f, h, w, 3) uint8 frames as a looping GIF of 8 fps."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.mimsave(path, list(frames), duration=1000 / GIF_FPS, loop=0)
+    def report_held_out_loss(self, model, state):
+        """Measure and log it: {video's folder: loss}."""
+        step = state.global_step
+        loss, by_video = self.measure(model, step)
+        if loss is not None:
+            share = f", {loss / state.probe_start:.3f} of its start" if state.probe_start else ""
+            log.info("held-out loss %.4f at step %d%s", loss, step, share)
+            self.accelerator.log({"held_out_loss": loss}, step=step)
+        return by_video
+
+    @torch.compiler.set_stance("force_eager")  # used too rarely to compile variants of the models for it
+    @torch.no_grad()
+    def measure(self, model, step):
+        """The held-out loss on fixed clips, masks and noises, at timesteps spread evenly: comparable from step to step.
+
+        Returns: its mean and {video's folder: mean}, or None and {} where it could not be measured.
+        """
+        n, videos, total = self.probe_clips, self.probe.videos, self.noise_scheduler.config.num_train_timesteps
+
+        def measure_clip(i):
+            batch = TrainingClips(self.probe).collate([self.probe.clip(i % len(videos), PROBE_EPOCH + i)])
+            timesteps = torch.tensor([(2 * i + 1) * total // (2 * n)], device=self.device)
+            return batch_loss(
+                model, self.codec, self.noise_scheduler, self.prompt_embeds, batch, self.device, timesteps
+            ).item()
+
+        model.eval()
+        # Clip by clip and averaged in one order: any number of processes finds the same bits.
+        losses = self.spread(n, lambda i: self.guarded(step, measure_clip, i))
+        self.measured_at, self.held_out = step, None
+        if None in losses.values():
+            return None, {}
+        by_video = {
+            video.folder: float(np.mean([losses[i] for i in range(k, n, len(videos))]))
+            for k, video in enumerate(videos[:n])
+        }
+        self.held_out = float(np.mean([losses[i] for i in range(n)]))
+        if self.accelerator.is_main_process:
+            row = {"step": step, "held_out_loss": self.held_out}
+            self.guarded(step, append_row, self.folder / HELD_OUT_FILE, row)
+        return self.held_out, by_video
+
+    def spread(self, count, function, time_limit=None):
+        """{i: function(i)} for i below `count`, spread over the processes, as many calls in each of them; those that
+        begin after `time_limit` seconds are left out."""
+        begin, results = time.perf_counter(), {}
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        for first in range(0, count, processes):
+            late = time_limit is not None and time.perf_counter() - begin > time_limit
+            if time_limit is not None and any(gather_object([late])):
+                break
+            i = (first + rank) % count
+            results[i] = function(i)
+        return dict(gather_object(list(results.items())))
+
+    def guarded(self, step, function, *args):
+        """What `function` returns; None and a line in the log where it fails."""
+        try:
+            return function(*args)
+        except FAILURES as error:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # so that training does not meet the fragments of what did not fit
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            log.error("validation at step %d failed, training goes on: %s", step, reason[0])
+            return None
+
+    def samples_folder(self, step):
+        return self.folder / "samples" / f"sample-{step}"
+
+    @torch.compiler.set_stance("force_eager")
+    def sample_videos(self, model, step):
+        """{video's number: (scores, contact sheet)}; writes the GIFs of the removed objects."""
+        model.eval()
+        pipeline = Pipeline(
+            model, self.codec, self.sampler, self.device, self.args.nframes, 0, self.stage.inference_steps,
+            self.stage.shared_noise,
+        )  # fmt: skip
+
+        def sample(i):
+            video = self.videos[i]
+            removed = pipeline.fill(video.frames, video.object_holes, video.prompt_embeds, self.args.seed)
+            write_gif(self.samples_folder(step) / f"{i + 1}.gif", removed)
+            filled = pipeline.fill(video.frames, video.synthetic_holes, video.prompt_embeds, self.args.seed)
+            result = paste(video.frames, filled, video.synthetic_holes)
+            scores = video.score(result)
+            sheets = [
+                contact_sheet(f"{video.name}, step {step}: {what}", video.frames, holes, frames)
+                for what, holes, frames in (
+                    (f"synthetic hole, PSNR in it {scores['psnr_hole']:.2f} dB", video.synthetic_holes, result),
+                    ("object removed", video.object_holes, removed),
+                )
+            ]
+            return scores, stack_sheets(sheets)
+
+        limit = 60 * self.args.validation_minutes
+        found = self.spread(len(self.videos), lambda i: self.guarded(step, sample, i), limit)
+        return {i: result for i, result in sorted(found.items()) if result is not None}
+
+    def report(self, step, found, losses_by_video):
+        """Table, CSV, contact sheet and trackers (main process)."""
+        if not found:
+            return
+        scores = {self.videos[i]: result[0] for i, result in found.items()}
+        rows = {
+            f"step {step}": average(list(scores.values())),
+            "OpenCV Telea": average([video.telea_scores for video in scores]),
+            "the video itself": average([video.own_scores for video in scores]),
+        }
+        for line in table(rows):
+            log.info("%s", line)
+        for i, (values, _) in found.items():
+            video = self.videos[i]
+            row = {"step": step, "number": i + 1, "video": video.name}
+            row |= {"held_out_loss": losses_by_video.get(video.folder, ""), **values}
+            append_row(self.folder / SCORES_FILE, row)
+        path = self.samples_folder(step) / CONTACT_SHEET
+        imageio.imwrite(path, stack_sheets([sheet for _, sheet in found.values()]))
+        means = rows[f"step {step}"]
+        self.accelerator.log({f"validation/{name}": means[name] for name in SCORES}, step=step)
+        gifs = {f"{i + 1}-{self.videos[i].name}": self.samples_folder(step) / f"{i + 1}.gif" for i in found}
+        show_in_trackers(self.accelerator.trackers, step, gifs, path)
+
+    def free_memory(self):
+        """Give back what only validation needed; says in words what is held afterwards."""
+        if self.device.type != "cuda":
+            return ""
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_reserved(self.device) / 2**30
+        return f"; peak so far {peak:.1f} GiB, {held:.1f} GiB held afterwards"

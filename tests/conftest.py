@@ -5,6 +5,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -127,3 +129,17 @@ def equal_files(first, second):
 
     a, b = load_file(first), load_file(second)
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def moving_video(length, height, width, pan=1, hole_speed=2):
+    """(frames (f, h, w, 3) uint8: a smooth texture that pans, holes (f, h, w) uint8: a square that moves)."""
+    rng = np.random.default_rng(7)
+    coarse = rng.uniform(0, 255, (8, 24, 3)).astype(np.float32)
+    texture = cv2.resize(coarse, (width + pan * length, height), interpolation=cv2.INTER_LINEAR)
+    frames = np.stack([texture[:, pan * t : pan * t + width] for t in range(length)]).astype(np.uint8)
+    holes = np.zeros((length, height, width), np.uint8)
+    side = height // 3
+    for t in range(length):
+        left = (4 + hole_speed * t) % (width - side)
+        holes[t, 6 : 6 + side, left : left + side] = 255
+    return frames, holes

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import equal_files
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from libs.brushnet_CA import BrushNetModel
@@ -13,6 +14,7 @@ from libs.conversion import convert, main
 from libs.errors import InputError
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import UNetMotionModel
+from train_DiffuEraser_stage1 import Stage1
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -21,7 +23,7 @@ def test_both_stages(train, tmp_path, weights):
     """Stage 1 trains all, stage 2 only motion modules; the folders load strictly and hold the checkpoint's bits."""
     train(1, output_dir=tmp_path / "s1")
     convert(1, tmp_path / "s1", tmp_path / "c1")
-    assert sorted(path.name for path in (tmp_path / "c1").iterdir()) == ["brushnet", "unet_main"]
+    assert sorted(path.name for path in (tmp_path / "c1").iterdir()) == ["README.md", "brushnet", "unet_main"]
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "c1" / "unet_main")
     start = UNet2DConditionModel.open_2d_part(weights / "diffuEraser" / "unet_main").load()
     changed = [not torch.equal(a, b) for a, b in zip(unet.parameters(), start.parameters(), strict=True)]
@@ -41,6 +43,28 @@ def test_both_stages(train, tmp_path, weights):
         assert equal_files(tmp_path / "c2" / name / WEIGHTS, tmp_path / "s2" / name / WEIGHTS)
     assert json.loads((tmp_path / "c2/unet_main/config.json").read_text())["_class_name"] == "UNetMotionModel"
     assert (tmp_path / "c2/unet_main" / WEIGHTS).stat().st_mode & 0o044 == 0o044  # others may read them
+
+
+def test_model_card(train, videos, tmp_path, monkeypatch):
+    """Valid for the Hub's own tools, with settings and the scores of its step; a user's own text is kept."""
+    monkeypatch.setattr(Stage1, "inference_steps", 2)
+    train(
+        1,
+        max_train_steps=1,
+        validation_steps=1,
+        probe_clips=2,
+        validation_image=[str(videos / "DAVIS/JPEGImages/480p/buoy")],
+        validation_mask=[str(videos / "DAVIS/Annotations/480p/buoy")],
+    )
+    convert(1, tmp_path / "run", tmp_path / "c1")
+    card = ModelCard.load(tmp_path / "c1" / "README.md")
+    assert card.data.library_name == "diffusers" and "video-inpainting" in card.data.tags
+    assert "stage 1, step 1" in card.text and "- data: DAVIS, YTBV" in card.text and "- seed: 42" in card.text
+    assert "held-out loss: " in card.text and "PSNR hole " in card.text
+    assert str(tmp_path) not in card.text and str(videos) not in card.text
+    (tmp_path / "c1" / "README.md").write_text("mine")
+    convert(1, tmp_path / "run", tmp_path / "c1")
+    assert (tmp_path / "c1" / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize("prefix", ["", "module."], ids=["one_process", "ddp"])

@@ -131,6 +131,11 @@ def test_two_processes_train_as_one_with_the_whole_batch(environment, tmp_path):
         assert "Warning" not in logs[processes]
     losses = {n: [float(loss) for loss in re.findall(r"/3  loss ([\d.]+)", log)] for n, log in logs.items()}
     assert len(losses[1]) == 3 and losses[1] == pytest.approx(losses[2], abs=2e-4)
+    # The held-out loss of the same weights: the same bits.
+    held_out = [(tmp_path / f"{n}/logs-finetune-stage1/held_out.csv").read_text().splitlines() for n in (1, 2)]
+    assert held_out[0][1] == held_out[1][1] and held_out[0][1].startswith("0,")
+    for n in (1, 2):
+        assert "validation: 2 videos" in logs[n] and "Telea" in logs[n]
     weights = [load_file(tmp_path / str(n) / "unet_main" / WEIGHTS) for n in (1, 2)]
     for key, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][key], rtol=0, atol=2e-6, msg=key)

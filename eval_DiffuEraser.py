@@ -1,0 +1,148 @@
+"""Score a converted folder on videos whose content is known, beside another folder and the plain ways to fill a hole.
+
+python eval_DiffuEraser.py --frames dataset/DAVIS/JPEGImages/480p --videos dataset/DAVIS/ImageSets/2017/val.txt
+
+PSNR, SSIM and flow-warping error (E_warp, in thousandths) over the frame and in the hole, of the result with the known
+pixels pasted back, for every frame that has a hole. Without --masks each video gets a synthetic hole that follows from
+the seed. ProPainter's published evaluation takes --size 432x240 and masks of its own.
+"""
+
+import argparse
+from pathlib import Path
+
+import imageio
+import numpy as np
+from tqdm import tqdm
+
+from dataset.frames import list_frames, read_frames
+from libs.errors import InputError, one_line_errors
+from libs.inference import add_inference_flags, load_pipeline
+from libs.options import Parser, add_mask_span, pair_by_name, split_mask_span
+from libs.pictures import contact_sheet, stack_sheets
+from libs.reporting import write_rows
+from libs.rivals import RIVALS
+from libs.sampling import paste
+from libs.scores import SCORES, Reference, average, table
+from libs.validation import draw_holes
+from libs.videos import read_mask, resize, stack
+from train_DiffuEraser_stage1 import Stage1
+from train_DiffuEraser_stage2 import Stage2
+
+
+def build_parser():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument_group("videos and scores").add_argument
+    add("--frames", required=True, metavar="DIR", help="folder with a folder of frames per video")
+    add("--masks", metavar="DIR", help="folder with a folder of masks per video, of the frames' names, above 0 = hole")
+    add("--videos", nargs="+", metavar="NAME", help="names of videos, or a text file of names (default: all)")
+    add("--size", type=size, metavar="WxH", help="scale frames and masks to this size, such as 432x240")
+    add("--baseline", metavar="DIR", help="another converted folder to compare with")
+    add("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS), metavar="NAME",
+        help=f"plain methods to compare with (default: {' '.join(RIVALS)})")  # fmt: skip
+    add("--no_model", action="store_true", help="score the plain methods only: no weights are needed")
+    add(
+        "--output_dir", default="evaluation", metavar="DIR", help="scores.csv and contact sheets (default: %(default)s)"
+    )
+    add_mask_span(add)
+    add_inference_flags(parser)
+    return parser
+
+
+def size(text):
+    """'432x240' as (width, height)."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"WIDTHxHEIGHT such as 432x240 was needed, not {text!r}") from None
+    return width, height
+
+
+def find_videos(args):
+    """The folders of frames to score, in the order of their names."""
+    root = Path(args.frames)
+    if not root.is_dir():
+        raise InputError(f"{root} is no folder: --frames needs a folder with a folder of frames per video")
+    if not args.videos:
+        folders = sorted(path for path in root.iterdir() if path.is_dir())
+    else:
+        names = [name for entry in args.videos for name in read_names(entry)]
+        folders = [root / name for name in names]
+    missing = [folder for folder in folders if not folder.is_dir() or not list_frames(folder)]
+    if missing or not folders:
+        raise InputError(f"{missing[0] if missing else root} holds no frames: check --frames and --videos")
+    return folders
+
+
+def read_names(entry):
+    return Path(entry).read_text().split() if entry.endswith(".txt") and Path(entry).is_file() else [entry]
+
+
+def load_video(folder, number, args):
+    """(frames (f, h, w, 3), holes (f, h, w)) of a whole video."""
+    if args.masks:
+        masks = Path(args.masks, folder.name)
+        pairs = pair_by_name(folder, masks, ("--frames", "--masks"))
+        frames = np.stack(read_frames([frame for frame, _ in pairs]))
+        holes = stack([(mask.name, read_mask(mask)) for _, mask in pairs], masks)
+        if holes.shape != frames.shape[:3]:
+            raise InputError(f"{masks} and {folder} hold pictures of different sizes: masks of the frames' were needed")
+        if not holes.any():
+            raise InputError(f"{masks} marks nothing: any value above 0 is hole; leave --masks out for synthetic holes")
+    else:
+        frames = np.stack(read_frames(list_frames(folder)))
+        holes = draw_holes(*frames.shape[:3], args, number)
+    width, height = args.size or (frames.shape[2], frames.shape[1])
+    return resize(frames, holes, height, width)
+
+
+def make_methods(args):
+    """{name: function of (frames, holes) that returns filled frames}; the models come last."""
+    methods = {"the video itself": lambda frames, holes: frames}
+    methods |= {name: RIVALS[name] for name in args.rivals}
+    if not args.no_model:
+        if args.baseline:
+            methods[f"baseline {args.baseline}"] = fill_with(args, args.baseline)
+        methods[args.weights] = fill_with(args, args.weights)
+    return methods
+
+
+def fill_with(args, weights):
+    pipeline, prompt_embeds, _ = load_pipeline(args, (Stage1, Stage2), weights)
+
+    def fill(frames, holes):
+        with tqdm(total=pipeline.count_calls(len(frames)), leave=False, unit="call", disable=None) as bar:
+            return pipeline.fill(frames, holes, prompt_embeds, args.seed, progress=bar.update)
+
+    return fill
+
+
+@one_line_errors
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    split_mask_span(args)
+    folders = find_videos(args)
+    methods, scores, rows = make_methods(args), {}, []
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for number, folder in enumerate(folders):
+        frames, holes = load_video(folder, number, args)
+        reference, sheets = Reference(frames, holes), []
+        for name, method in methods.items():
+            result = paste(frames, method(frames, holes), holes)
+            values = {"frames": reference.scored_frames, **reference.score(result)}
+            scores.setdefault(name, []).append(values)
+            rows.append({"method": name, "video": folder.name, **values})
+            sheets.append(contact_sheet(f"{folder.name}: {name}", frames, holes, result))
+        imageio.imwrite(output_dir / f"{folder.name}.png", stack_sheets(sheets[1:]))
+        print(f"{folder.name}: {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}", flush=True)
+    write_rows(output_dir / "scores.csv", rows)
+    means = {name: average(entries) for name, entries in scores.items()}
+    if args.baseline and not args.no_model:
+        *_, before, after = means.values()
+        means["difference"] = {"frames": after["frames"], **{name: after[name] - before[name] for name in SCORES}}
+    print("\n".join(table(means)))
+    print(f"per video: {output_dir / 'scores.csv'}; contact sheets: {output_dir}")
+
+
+if __name__ == "__main__":
+    main()

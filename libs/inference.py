@@ -1,0 +1,92 @@
+"""A converted folder, ready to fill holes: the options and the loading that eval_DiffuEraser.py and run_diffueraser.py
+share."""
+
+from pathlib import Path
+
+import torch
+
+from dataset.finetune_dataset import PROMPT
+from libs.brushnet_CA import BrushNetModel
+from libs.conversion import UNET_CLASSES
+from libs.errors import InputError
+from libs.frozen import FrozenModels
+from libs.sampling import Pipeline
+from libs.weights import read_config
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+
+
+def add_inference_flags(parser):
+    """How a hole is filled, for an argparse parser."""
+    add = parser.add_argument_group("models").add_argument
+    add("--weights", default="converted_weights/finetuned-stage2", metavar="DIR",
+        help="converted folder of stage 1 or 2: unet_main/ and brushnet/ (default: %(default)s)")  # fmt: skip
+    add("--base_model_name_or_path", default="weights/stable-diffusion-v1-5", metavar="DIR",
+        help="tokenizer, text_encoder and scheduler are taken from it (default: %(default)s)")  # fmt: skip
+    add(
+        "--vae_path",
+        default="weights/sd-vae-ft-mse",
+        metavar="DIR",
+        help="VAE folder, or one with vae/ in it (default: %(default)s)",
+    )
+    add("--tokenizer_name", metavar="DIR", help="another tokenizer folder than the base model's")
+    add("--revision", help="revision of models that are named by their Hugging Face Hub name")
+    add("--variant", help='variant of weight files, such as "fp16"')
+    add = parser.add_argument_group("sampling").add_argument
+    add("--nframes", type=int, metavar="N", help="frames per window (default: the stage's, 10 or 22)")
+    add("--overlap", type=int, metavar="N", help="frames that windows share (default: a third; 0 in stage 1)")
+    add("--num_inference_steps", type=int, metavar="N", help="steps of UniPC (default: the stage's, 50 or 20)")
+    add("--prompt", default=PROMPT, help="what to fill the hole with (default: %(default)s)")
+    add("--seed", type=int, default=42, help="the result's noise follows from it (default: 42)")
+    add("--mixed_precision", choices=HALF, help="weights and arithmetic (default: fp16 on a GPU, else no)")
+
+
+def load_pipeline(args, stages, weights):
+    """(Pipeline, (1, n, d) embedding of the prompt, stage's number) of the converted folder `weights`.
+
+    Args:
+        args: of a parser with `add_inference_flags`.
+        stages: the Stage classes that a folder may be of.
+    """
+    folder = Path(weights)
+    if not Path(folder, "unet_main").is_dir():
+        raise InputError(f"{folder} has no unet_main/: a converted folder was needed; run save_checkpoint_stage<n>.py")
+    class_name = read_config(folder / "unet_main", *(cls.__name__ for cls in UNET_CLASSES.values()))["_class_name"]
+    stage = next(stage for stage in stages if UNET_CLASSES[stage.number].__name__ == class_name)
+    unet = UNET_CLASSES[stage.number].open(folder, "unet_main")
+    brushnet = BrushNetModel.open(folder, "brushnet")
+    frozen = FrozenModels(args)
+    nframes, overlap = window_sizes(args, stage, unet)
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    dtype = HALF[args.mixed_precision or ("no" if device.type == "cpu" else "fp16")]
+    if dtype == torch.float16 and device.type == "cpu":
+        raise InputError("--mixed_precision=fp16 needs a GPU, and none was found: use --mixed_precision=no")
+    prompt_embeds = frozen.encode_prompts([args.prompt], device)
+    model = stage.model_class(unet.load(dtype), brushnet.load(dtype)).to(device).eval()
+    pipeline = Pipeline(
+        model=model,
+        codec=frozen.load_codec(device, dtype, nframes),
+        sampler=frozen.load_sampler(),
+        device=device,
+        nframes=nframes,
+        overlap=overlap,
+        num_inference_steps=args.num_inference_steps or stage.inference_steps,
+        shared_noise=stage.shared_noise,
+        dtype=dtype,
+    )
+    return pipeline, prompt_embeds, stage.number
+
+
+def window_sizes(args, stage, unet):
+    """(frames per window, frames shared): checked against the motion modules' longest clip."""
+    nframes = args.nframes or stage.nframes
+    longest = unet.config.get("motion_max_seq_length")
+    if longest and nframes > longest:
+        raise InputError(f"--nframes={nframes}: {unet.folder} takes {longest} frames at most; lower --nframes")
+    # The frames of stage 1 do not see each other: sharing some would only take time.
+    default = 0 if stage.shared_noise else nframes // 3
+    overlap = default if args.overlap is None else args.overlap
+    if nframes < 1 or not 0 <= overlap < nframes:
+        raise InputError(f"--overlap={overlap}, --nframes={nframes}: 0 or more, and less than --nframes, was needed")
+    return nframes, overlap

@@ -1,0 +1,165 @@
+"""eval_DiffuEraser.py and run_diffueraser.py as users call them, on converted folders of both stages."""
+
+import csv
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import moving_video
+from PIL import Image
+
+import eval_DiffuEraser
+import run_diffueraser
+from libs.conversion import convert
+from libs.videos import read_masks, read_video, write_frames, write_mp4
+
+
+@pytest.fixture
+def models(weights):
+    return [
+        f"--base_model_name_or_path={weights / 'stable-diffusion-v1-5'}",
+        f"--vae_path={weights / 'sd-vae-ft-mse'}",
+        "--num_inference_steps=2",
+    ]
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A folder with video.mp4, mask.mp4, frames/, masks/ and mask.png: 7 frames of 66x50."""
+    frames, holes = moving_video(7, 50, 66)
+    masks = np.repeat(holes[..., None], 3, axis=3)
+    folder = tmp_path / "clip"
+    write_mp4(folder / "video.mp4", frames, 12)
+    write_mp4(folder / "mask.mp4", masks, 12)
+    write_frames(folder / "frames", frames)
+    write_frames(folder / "masks", masks)
+    Image.fromarray(holes[0] // 255).save(folder / "mask.png")  # 0 and 1, as DAVIS's annotations are
+    return folder
+
+
+def read_result(folder):
+    frames, _ = read_video(folder / "frames")
+    return frames
+
+
+@pytest.mark.parametrize(("video", "mask"), [("frames", "masks"), ("video.mp4", "mask.mp4"), ("frames", "mask.png")])
+def test_run(weights, models, clip, tmp_path, capsys, video, mask):
+    """Any kind of clip and mask: the clip's size, length and speed; pixels far from the hole are the clip's own."""
+    run_diffueraser.main([f"--video={clip / video}", f"--mask={clip / mask}", f"--weights={weights / 'diffuEraser'}",
+                          f"--output_dir={tmp_path / 'out'}", "--nframes=4", "--overlap=2", "--mask_dilation=2",
+                          "--soft_edge=3", *models])  # fmt: skip
+    output = capsys.readouterr()
+    assert "stage 2, 3 windows of 4 frames" in output.out and not output.err
+    result, (given, _) = read_result(tmp_path / "out"), read_video(clip / video)
+    holes = np.broadcast_to(read_masks(clip / mask), result.shape[:3])
+    assert result.shape == given.shape == (7, 50, 66, 3)
+    far = np.stack([cv2.dilate(hole, np.ones((15, 15), np.uint8)) == 0 for hole in holes])
+    assert far.any() and np.array_equal(result[far], given[far])
+    assert (np.abs(result.astype(int) - given)[holes > 0] > 20).mean() > 0.5
+    shown, fps = read_video(tmp_path / "out" / "result.mp4")
+    assert shown.shape == result.shape and fps == (12 if video.endswith("mp4") else 24)
+    assert np.abs(shown.astype(int) - result).mean() < 12  # compressed
+
+
+def test_run_of_stage_1_in_odd_sizes(train, models, clip, tmp_path, capsys):
+    """A converted stage 1 is told from its config; 65x49 pixels stay 65x49; a lower resolution inside."""
+    train(1, max_train_steps=1)
+    convert(1, tmp_path / "run", tmp_path / "c1")
+    frames, holes = moving_video(3, 49, 65)
+    write_frames(tmp_path / "odd", frames)
+    write_frames(tmp_path / "odd-masks", np.repeat(holes[..., None], 3, axis=3))
+    run_diffueraser.main([f"--video={tmp_path / 'odd'}", f"--mask={tmp_path / 'odd-masks'}", "--resolution=32",
+                          f"--weights={tmp_path / 'c1'}", f"--output_dir={tmp_path / 'out'}", *models])  # fmt: skip
+    assert "stage 1, 1 windows of 3 frames" in capsys.readouterr().out
+    assert read_result(tmp_path / "out").shape == frames.shape
+    assert read_video(tmp_path / "out/result.mp4")[0].shape == frames.shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"video": "nothing.mp4"}, "nothing.mp4 does not exist"),
+        ({"mask": "nothing"}, "nothing does not exist"),
+        ({"video": "noise.mp4"}, "noise.mp4 is no video that can be decoded"),
+        ({"video": "short.mp4"}, "short.mp4 ends early"),
+        ({"mask": "small.png"}, "small.png is 20x20"),
+        ({"mask": "empty.png"}, "marks nothing"),
+        ({"mask": "three"}, "has 3 masks"),
+        ({"weights": "clip"}, "has no unet_main/"),
+        ({"nframes": 64}, "takes 32 frames at most"),
+        ({"overlap": 40}, "--overlap=40"),
+    ],
+)
+def test_bad_clips_are_one_line(weights, models, clip, capsys, tmp_path, changes, expected):
+    noise = np.random.default_rng(0)
+    (clip / "noise.mp4").write_bytes(noise.bytes(5000))
+    write_mp4(clip / "short.mp4", moving_video(60, 50, 66)[0], 12)
+    cut_short(clip / "short.mp4")
+    Image.fromarray(np.full((20, 20), 255, np.uint8)).save(clip / "small.png")
+    Image.fromarray(np.zeros((50, 66), np.uint8)).save(clip / "empty.png")
+    write_frames(clip / "three", np.full((3, 50, 66, 3), 255, np.uint8))
+    given = {"video": "frames", "mask": "masks", **changes}
+    paths = [f"--{name}={clip / given.pop(name)}" for name in ("video", "mask")]
+    given["weights"] = tmp_path / given["weights"] if "weights" in given else weights / "diffuEraser"
+    with pytest.raises(SystemExit) as stop:
+        run_diffueraser.main([*paths, f"--output_dir={tmp_path / 'out'}", *models,
+                              *(f"--{name}={value}" for name, value in given.items())])  # fmt: skip
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def cut_short(path):
+    """Move the index to the front, so that the file still opens, and drop the end of its pictures."""
+    content = path.read_bytes()
+    index = content.rindex(b"moov") - 4
+    path.write_bytes(content[: index // 2] + bytes(index - index // 2) + content[index:])
+
+
+def read_scores(path):
+    with open(path, newline="") as file:
+        return {(row["method"], row["video"]): row for row in csv.DictReader(file)}
+
+
+def test_eval(weights, videos, models, tmp_path, capsys):
+    """Two videos of a list, two folders, rivals: table and CSV; the same seed gives the same scores."""
+    arguments = [
+        f"--frames={videos / 'DAVIS/JPEGImages/480p'}", "--videos", str(videos / "DAVIS/ImageSets/2017/val.txt"),
+        f"--weights={weights / 'diffuEraser'}", f"--baseline={weights / 'diffuEraser'}", "--size=80x48",
+        "--rivals", "telea", "mean-colour", *models,
+    ]  # fmt: skip
+    for output in ("first", "second"):
+        eval_DiffuEraser.main([f"--output_dir={tmp_path / output}", *arguments])
+    text = capsys.readouterr().out
+    assert "buoy: 26 frames of 80x48" in text  # whole videos
+    rows = read_scores(tmp_path / "first/scores.csv")
+    assert rows == read_scores(tmp_path / "second/scores.csv")
+    assert {video for _, video in rows} == {"buoy", "lantern"}
+    assert rows["the video itself", "buoy"]["psnr"] == "inf" and rows["telea", "buoy"]["frames"] == "26"
+    model = weights / "diffuEraser"
+    psnr = [float(rows[name, "buoy"]["psnr_hole"]) for name in ("telea", str(model))]
+    assert psnr[0] > psnr[1] > 0  # random weights
+    difference = next(line for line in text.splitlines() if line.startswith("difference")).split()
+    assert set(difference[2:]) <= {"0.00", "0.0000"}  # of a folder and itself
+    assert (tmp_path / "first/lantern.png").is_file()
+
+
+def test_eval_on_given_masks_without_a_model(videos, tmp_path, capsys):
+    davis = videos / "DAVIS"
+    eval_DiffuEraser.main([f"--frames={davis / 'JPEGImages/480p'}", f"--masks={davis / 'Annotations/480p'}",
+                           "--videos", "buoy", "--no_model", f"--output_dir={tmp_path}"])  # fmt: skip
+    assert "temporal-median" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        eval_DiffuEraser.main([f"--frames={davis / 'JPEGImages/480p'}", f"--masks={davis / 'Annotations/480p'}",
+                               "--videos", "kites", "--no_model", f"--output_dir={tmp_path}"])  # fmt: skip
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_half_precision_needs_a_gpu(weights, models, clip, tmp_path, capsys):
+    if torch.accelerator.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        run_diffueraser.main([f"--video={clip / 'frames'}", f"--mask={clip / 'masks'}", "--mixed_precision=fp16",
+                              f"--weights={weights / 'diffuEraser'}", f"--output_dir={tmp_path}", *models])  # fmt: skip
+    assert "--mixed_precision=no" in capsys.readouterr().err

@@ -1,0 +1,161 @@
+"""Whole videos: windows, sizes, blending, and pasting."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import moving_video
+from diffusers import UniPCMultistepScheduler
+
+from libs.diffusion import Codec
+from libs.frozen import FrozenModels, quiet_libraries
+from libs.sampling import Pipeline, paste, ramp
+
+
+class PixelCodec:
+    """A codec whose latents are pixels, averaged over 4x4 blocks: what a model says can be read off the result."""
+
+    scale = 4
+
+    class vae:
+        class config:
+            latent_channels = 3
+
+    def encode(self, pixel_values, noise):
+        return torch.nn.functional.avg_pool2d(pixel_values, 4)
+
+    def decode(self, latents):
+        return torch.nn.functional.interpolate(latents, scale_factor=4.0).clamp(-1, 1)
+
+
+def make_pipeline(model, nframes=4, overlap=2, steps=3, **changes):
+    with quiet_libraries():
+        sampler = UniPCMultistepScheduler(prediction_type="sample")
+    settings = {"codec": PixelCodec(), "sampler": sampler, "device": torch.device("cpu"), "shared_noise": False}
+    settings |= changes
+    return Pipeline(model=model, nframes=nframes, overlap=overlap, num_inference_steps=steps, **settings)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 6, 9, 60])
+@pytest.mark.parametrize(("nframes", "overlap"), [(4, 0), (4, 2), (4, 3), (22, 7)])
+def test_windows_cover_every_frame(length, nframes, overlap):
+    windows = make_pipeline(None, nframes, overlap).windows(length)
+    assert {t for start, stop in windows for t in range(start, stop)} == set(range(length))
+    assert {stop - start for start, stop in windows} == {min(length, nframes)}
+    for (_, stop), (start, _) in pairwise(windows):
+        assert stop - start >= overlap
+    assert len({start for start, _ in windows}) == len(windows)
+
+
+def test_ramp_falls_to_the_ends_of_a_window():
+    weights = ramp(7, 2, "cpu").flatten().tolist()
+    assert weights == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 2 / 3, 1 / 3])
+    assert ramp(5, 0, "cpu").flatten().tolist() == [1] * 5
+
+
+def test_windows_are_blended_in_every_step():
+    """Windows that say 0, 1, 2, ...: at each frame the weighted mean of those that hold it, without a jump."""
+    calls = []
+
+    def model(latents, conditioning, timestep, prompt_embeds):
+        calls.append(len(latents))
+        return torch.full_like(latents, 0.2 * ((len(calls) - 1) % 3))
+
+    frames, holes = moving_video(8, 16, 16)
+    filled = make_pipeline(model).fill(frames, holes, None, seed=0)
+    assert calls == [4] * 9 and filled.shape == frames.shape
+    levels = (filled.reshape(8, -1).mean(axis=1) / 127.5 - 1) / 0.2
+    assert levels == pytest.approx([0, 0, 1 / 3, 2 / 3, 4 / 3, 5 / 3, 2, 2], abs=0.03)
+
+
+def test_what_the_model_sees():
+    """The hole is blacked out, the mask is 1 = keep, and the frame is continued to a multiple of the codec's block."""
+    seen = []
+
+    def model(latents, conditioning, timestep, prompt_embeds):
+        seen.append(conditioning)
+        return torch.zeros_like(latents)
+
+    frames, holes = moving_video(3, 30, 41)
+    filled = make_pipeline(model).fill(frames, holes, None, seed=0)
+    assert filled.shape == frames.shape and filled.dtype == np.uint8
+    conditioning = seen[0]
+    assert conditioning.shape == (3, 4, 8, 11)  # 32x44 inside
+    masks = conditioning[:, 3]
+    assert set(masks.unique().tolist()) == {0, 1}
+    expected = (np.pad(holes, ((0, 0), (0, 2), (0, 3)), mode="edge")[:, ::4, ::4] == 0).astype(np.float32)
+    assert np.array_equal(masks.numpy(), expected)
+    changed = np.where(holes[..., None] > 0, 255 - frames, frames).astype(np.uint8)
+    make_pipeline(model).fill(changed, holes, None, seed=0)
+    assert torch.equal(seen[0], seen[-1])
+
+
+def test_a_model_that_knows_the_truth_returns_it():
+    """An identity model gets back each frame at the codec's precision, whatever the windows are."""
+    frames, holes = moving_video(9, 32, 48)
+    truth = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+    latents, start = PixelCodec().encode(truth, None), [0, 2, 4, 5]
+
+    def model(noisy, conditioning, timestep, prompt_embeds):
+        window = start[model.calls % 4]
+        model.calls += 1
+        return latents[window : window + 4]
+
+    model.calls = 0
+    filled = make_pipeline(model).fill(frames, holes, None, seed=0)
+    expected = (PixelCodec().decode(latents) + 1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    assert np.abs(filled.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("shared_noise", [True, False])
+def test_the_seed_and_the_noise(shared_noise):
+    start = []
+
+    def model(latents, conditioning, timestep, prompt_embeds):
+        start.append(latents.clone())
+        return torch.zeros_like(latents)
+
+    frames, holes = moving_video(3, 16, 16)
+    pipeline = make_pipeline(model, steps=1, shared_noise=shared_noise)
+    for seed in (1, 1, 2):
+        pipeline.fill(frames, holes, None, seed)
+    assert torch.equal(start[0], start[1]) and not torch.equal(start[0], start[2])
+    assert torch.equal(start[0][0], start[0][1]) == shared_noise
+
+
+def test_progress_counts_the_calls():
+    done = []
+    frames, holes = moving_video(9, 16, 16)
+    pipeline = make_pipeline(lambda latents, *rest: latents)
+    pipeline.fill(frames, holes, None, 0, progress=lambda: done.append(1))
+    assert len(done) == pipeline.count_calls(9) == 12
+
+
+@pytest.mark.parametrize("soft_edge", [0, 5])
+def test_paste_leaves_the_rest_untouched(soft_edge):
+    frames, holes = moving_video(2, 60, 80)
+    new = np.full_like(frames, 255)
+    pasted = paste(frames, new, holes, soft_edge)
+    for frame, result, hole in zip(frames, pasted, holes, strict=True):
+        distance = np.min([np.hypot(*np.subtract(np.indices(hole.shape).T, p).T) for p in np.argwhere(hole)], axis=0)
+        assert (result[hole > 0] == 255).all()
+        assert np.array_equal(result[distance > soft_edge + 1], frame[distance > soft_edge + 1])
+        ring = (distance > 0) & (distance < soft_edge)
+        assert not soft_edge or (result[ring] > frame[ring]).any()
+    assert np.array_equal(paste(frames, new, np.zeros_like(holes), soft_edge), frames)
+
+
+def test_a_real_vae(weights):
+    """The demo's VAE and its 8-pixel blocks, at a size that is no multiple of them."""
+
+    class Args:
+        base_model_name_or_path, vae_path = weights / "stable-diffusion-v1-5", weights / "sd-vae-ft-mse"
+        revision = variant = tokenizer_name = None
+
+    frozen = FrozenModels(Args)
+    codec = frozen.load_codec(torch.device("cpu"), torch.float32, nframes=5)
+    assert isinstance(codec, Codec)
+    frames, holes = moving_video(2, 36, 52)
+    pipeline = make_pipeline(lambda latents, *rest: torch.zeros_like(latents), codec=codec)
+    assert pipeline.fill(frames, holes, None, 0).shape == frames.shape

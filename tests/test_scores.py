@@ -1,0 +1,106 @@
+"""Scores against independent computations, and what they must say of videos whose answer is known."""
+
+import numpy as np
+import pytest
+from conftest import moving_video
+from skimage.metrics import structural_similarity
+
+from libs.rivals import RIVALS
+from libs.scores import Reference, average, psnr, ssim, table
+
+
+@pytest.fixture(scope="module")
+def video():
+    """(frames, holes): 5 frames of 80x100, and a hole that moves."""
+    return moving_video(5, 80, 100)
+
+
+def test_psnr_and_ssim_are_those_of_the_same_arrays(video):
+    """PSNR by its formula, SSIM by scikit-image as ProPainter's evaluation calls it, pooled over frames."""
+    frames, holes = video
+    rng = np.random.default_rng(0)
+    result = np.clip(frames + rng.normal(0, 20, frames.shape), 0, 255).astype(np.uint8)
+    found = Reference(frames, holes).score(result)
+    a, b = frames.astype(np.float64), result.astype(np.float64)
+    by_formula = [20 * np.log10(255 / np.sqrt(np.mean((x - y) ** 2))) for x, y in zip(a, b, strict=True)]
+    assert found["psnr"] == pytest.approx(np.mean(by_formula), abs=1e-9)
+    in_hole = [20 * np.log10(255 / np.sqrt(np.mean((x - y)[h > 0] ** 2))) for x, y, h in zip(a, b, holes, strict=True)]
+    assert found["psnr_hole"] == pytest.approx(np.mean(in_hole), abs=1e-9)
+    similar = [
+        structural_similarity(x, y, data_range=255, channel_axis=-1, win_size=65) for x, y in zip(a, b, strict=True)
+    ]
+    assert found["ssim"] == pytest.approx(np.mean(similar), abs=1e-12)
+
+
+def test_ssim_by_its_definition():
+    """One window that fills the frame: the formula of Wang et al., with the sample covariances scikit-image takes."""
+    rng = np.random.default_rng(1)
+    a, b = (rng.integers(0, 256, (7, 7, 1)).astype(np.uint8).repeat(3, axis=2) for _ in range(2))
+    x, y = a[..., 0].astype(float).ravel(), b[..., 0].astype(float).ravel()
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    (xx, xy), (_, yy) = np.cov(x, y)
+    expected = (2 * x.mean() * y.mean() + c1) * (2 * xy + c2)
+    expected /= (x.mean() ** 2 + y.mean() ** 2 + c1) * (xx + yy + c2)
+    assert ssim(a, b)[0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_truth_gets_the_ceiling(video):
+    frames, holes = video
+    found = Reference(frames, holes).score(frames)
+    assert found["psnr"] == found["psnr_hole"] == np.inf and found["ssim"] == found["ssim_hole"] == 1
+    assert psnr(frames[0], frames[0]) == np.inf
+
+
+def test_warping_error_is_zero_at_rest_and_grows_with_flicker(video):
+    still = np.repeat(video[0][:1], 5, axis=0)
+    reference, errors = Reference(still, video[1]), []
+    for flicker in (0, 2, 5, 15):
+        offsets = np.random.default_rng(3).choice([-flicker, flicker], (5, 1, 1, 1))
+        errors.append(reference.score(np.clip(still + offsets, 0, 255).astype(np.uint8)))
+    for name in ("warp", "warp_hole"):
+        values = [entry[name] for entry in errors]
+        assert values[0] == 0 and sorted(values) == values and values[1] > 0 and values[3] > 10 * values[1]
+
+
+def test_warping_follows_the_motion():
+    """A pan of 3 pixels a frame: without the flow's help the frames differ far more."""
+    frames, holes = moving_video(4, 80, 100, pan=3)
+    found = Reference(frames, holes).score(frames)["warp"]
+    unaligned = 1000 * np.mean(np.diff(frames.astype(float) / 255, axis=0) ** 2)
+    assert found < 0.1 * unaligned
+
+
+def test_frames_without_a_hole_do_not_count(video):
+    frames, holes = video[0], video[1].copy()
+    holes[2:] = 0
+    result = 255 - frames
+    reference = Reference(frames, holes)
+    assert reference.scored_frames == 2
+    assert reference.score(result)["psnr"] == pytest.approx(np.mean([psnr(frames[t], result[t]) for t in (0, 1)]))
+
+
+def test_average_counts_frames():
+    rows = [{"frames": n, **dict.fromkeys(Reference(*moving_video(1, 20, 20)).score(np.zeros((1, 20, 20, 3), np.uint8)),
+            value)} for n, value in ((10, 1.0), (30, 2.0))]  # fmt: skip
+    mean = average(rows)
+    assert mean["frames"] == 40 and mean["psnr"] == pytest.approx(1.75)
+    head, line = table({"step 5": mean})
+    assert "PSNR hole" in head and line.split()[:4] == ["step", "5", "40", "1.75"]
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_keep_known_pixels_and_never_look_into_the_hole(video, name):
+    frames, holes = video
+    filled = RIVALS[name](frames, holes)
+    assert filled.dtype == np.uint8 and np.array_equal(filled[holes == 0], frames[holes == 0])
+    painted = np.where(holes[..., None] > 0, 255 - frames, frames).astype(np.uint8)
+    assert np.array_equal(RIVALS[name](painted, holes), filled)
+    assert not np.array_equal(filled, frames)
+
+
+def test_temporal_median_finds_what_other_frames_show():
+    """A background at rest behind a moving hole is found exactly."""
+    frames, holes = moving_video(5, 80, 100, pan=0, hole_speed=40)
+    still = np.repeat(frames[:1], 5, axis=0)
+    assert not (holes > 0).all(axis=0).any()
+    assert np.array_equal(RIVALS["temporal-median"](still, holes), still)

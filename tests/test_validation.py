@@ -1,0 +1,185 @@
+"""Held-out loss, scores and pictures while training, and the report page made of them."""
+
+import csv
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from conftest import equal_files, moving_video
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import libs.report
+import libs.validation
+from libs.checkpoints import mark_best, prune, read_best
+from libs.errors import InputError
+from libs.pictures import contact_sheet, show_in_trackers
+from libs.report import ticks, write_report
+from libs.reporting import append_row, read_rows
+from libs.sampling import Pipeline
+from libs.videos import write_frames
+from train_DiffuEraser_stage1 import Stage1
+
+
+@pytest.fixture
+def validated(train, videos, monkeypatch):
+    """train() with validation on two videos after every step, sampled in two steps."""
+    monkeypatch.setattr(Stage1, "inference_steps", 2)
+    davis, names = videos / "DAVIS", ("buoy", "lantern")
+
+    def run(stage=1, **overrides):
+        settings = {
+            "validation_steps": 1,
+            "probe_clips": 3,
+            "validation_image": [str(davis / "JPEGImages/480p" / name) for name in names],
+            "validation_mask": [str(davis / "Annotations/480p" / name) for name in names],
+        }
+        train(stage, **{**settings, **overrides})
+
+    return run
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_held_out_loss_scores_and_pictures(validated, tmp_path, capsys):
+    """The same weights at another step have the same held-out loss, to the last bit; everything is where it belongs."""
+    validated(learning_rate=1e-30, adam_weight_decay=0, report_to="tensorboard")
+    folder = tmp_path / "run" / "logs-finetune-stage1"
+    output = capsys.readouterr().out
+    losses = read(folder / "held_out.csv")
+    assert [row["step"] for row in losses] == ["0", "1", "2"]
+    assert len({row["held_out_loss"] for row in losses}) == 1
+    assert "on 3 fixed clips of 2 video(s)" in output and "1.000 of its start" in output
+
+    rows = read(folder / "scores.csv")
+    assert [(row["step"], row["video"]) for row in rows] == [(s, v) for s in "12" for v in ("buoy", "lantern")]
+    assert {**rows[0], "step": ""} == {**rows[2], "step": ""}
+    assert rows[0]["frames"] == "3" and 0 < float(rows[0]["psnr_hole"]) < float(rows[0]["psnr"])
+    assert "PSNR hole" in output and "OpenCV Telea" in output and "the video itself" in output
+
+    events = EventAccumulator(str(next(folder.rglob("events.out.tfevents.*.0")).parent), size_guidance={"images": 0})
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"samples/1-buoy", "samples/2-lantern", "samples/contact_sheet"}
+    assert events.Images("samples/1-buoy")[0].encoded_image_string.startswith(b"GIF8")
+    assert "held_out_loss" in events.Tags()["scalars"] and "validation/psnr_hole" in events.Tags()["scalars"]
+    with Image.open(folder / "samples/sample-2/contact_sheet.png") as sheet:
+        assert sheet.width > 250 and sheet.height > 500
+
+
+def test_a_failed_validation_costs_nothing_else(validated, train, tmp_path, capsys, monkeypatch):
+    """Out of memory while sampling, then while measuring: a line each, and the weights of a run without validation."""
+    train(1, output_dir=tmp_path / "plain")
+    capsys.readouterr()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Pipeline, "fill", fail)
+    validated()
+    output = capsys.readouterr().out
+    assert output.count("validation at step 1 failed, training goes on: CUDA out of memory.") == 2
+    assert "0 videos in" in output and "without buoy, lantern" in output and "of its start" in output
+    monkeypatch.setattr(libs.validation, "batch_loss", fail)
+    validated(output_dir=tmp_path / "again")
+    assert "of its start" not in capsys.readouterr().out
+    for name in ("run", "again"):
+        final = "unet_main/diffusion_pytorch_model.safetensors"
+        assert equal_files(tmp_path / "plain" / final, tmp_path / name / final)
+
+
+def test_time_limit(validated, tmp_path, capsys):
+    validated(max_train_steps=1, validation_minutes=1e-9)
+    output = capsys.readouterr().out
+    assert "without buoy, lantern" in output and "of its start" in output
+
+
+def test_videos_shorter_than_a_clip_have_no_held_out_loss(validated, videos, tmp_path, capsys):
+    validated(max_train_steps=1, nframes=27, davis_root="", ytvos_root=long_videos(tmp_path))
+    output = capsys.readouterr().out
+    assert "held-out loss 0" not in output and "2 shorter than 27 frames: sampled, but not in" in output
+
+
+def long_videos(folder):
+    frames, _ = moving_video(27, 32, 40)
+    write_frames(folder / "YTBV/JPEGImages/long", frames)
+    return folder / "YTBV"
+
+
+def test_best_checkpoint(tmp_path):
+    """The lowest held-out loss so far is noted; a run resumed from an earlier step forgets what came after."""
+    assert mark_best(tmp_path, 10, 0.5) and not mark_best(tmp_path, 20, 0.6) and mark_best(tmp_path, 30, 0.4)
+    assert read_best(tmp_path) == {"checkpoint": "checkpoint-30", "step": 30, "held_out_loss": 0.4}
+    assert mark_best(tmp_path, 20, 0.45) and not mark_best(tmp_path, 25, float("nan"))
+    for step in (10, 20, 30, 40):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    prune(tmp_path, 40, 1, keep_best=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-40"]
+    prune(tmp_path, 40, 1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-40"]
+
+
+def test_the_run_notes_its_best_checkpoint(validated, tmp_path, capsys):
+    validated(max_train_steps=2, checkpointing_steps=1, validation_steps=100, validation_minutes=1e-9)
+    losses = {
+        row["step"]: float(row["held_out_loss"]) for row in read(tmp_path / "run/logs-finetune-stage1/held_out.csv")
+    }
+    best = json.loads((tmp_path / "run/best_checkpoint.json").read_text())
+    assert best["held_out_loss"] == min(losses["1"], losses["2"]) == losses[str(best["step"])]
+    assert f"checkpoint-{best['step']} is the best checkpoint so far" in capsys.readouterr().out
+
+
+def test_rows_of_a_resumed_run(tmp_path):
+    for step in (10, 20, 30, 20):
+        append_row(tmp_path / "x.csv", {"step": step, "loss": step / 10})
+    append_row(tmp_path / "x.csv", {"step": 30, "loss": 7})
+    assert [row["loss"] for row in read_rows(tmp_path / "x.csv")] == ["1.0", "2.0", "7"]
+    assert read_rows(tmp_path / "none.csv") == []
+
+
+def test_contact_sheet():
+    """Five rows of labelled tiles; the difference is black where the result is the input."""
+    frames, holes = moving_video(9, 40, 60)
+    sheet = contact_sheet("title", frames, holes, frames)
+    assert sheet.dtype == np.uint8
+    rows = [sheet[40 + row * 44 + 5 : 40 + row * 44 + 35, 120:160] for row in range(5)]
+    assert set(np.unique(rows[1])) <= {0, 255} and rows[4].max() == 0
+    assert np.array_equal(rows[0], rows[3]) and rows[0].any()
+    assert (sheet[:40, 108:].min(axis=2) < 100).any()  # the title is written
+
+
+def test_samples_in_wandb(monkeypatch, tmp_path):
+    """Each GIF as a video, and the sheet as an image, at the step."""
+    wandb = types.ModuleType("wandb")
+    wandb.Video = lambda path, format: ("video", path, format)
+    wandb.Image = lambda path: ("image", path)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    logged = []
+    tracker = types.SimpleNamespace(name="wandb", log=lambda values, step: logged.append((step, values)))
+    show_in_trackers([tracker], 7, {"bear": tmp_path / "1.gif"}, tmp_path / "sheet.png")
+    assert logged == [(7, {"samples/bear": ("video", str(tmp_path / "1.gif"), "gif"),
+                           "samples/contact_sheet": ("image", str(tmp_path / "sheet.png"))})]  # fmt: skip
+
+
+def test_report_page(validated, tmp_path, capsys):
+    """One file without a link to another: curves, samples, checkpoints, settings."""
+    validated(max_train_steps=2, checkpointing_steps=1)
+    capsys.readouterr()
+    libs.report.main([str(tmp_path / "run")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run/report.html")
+    page = (tmp_path / "run/report.html").read_text()
+    assert page.count("<svg") == 8 and page.count("data:image/webp") == 4 and page.count("data:image/png") == 1
+    assert "checkpoint-2" in page and "best" in page and "learning_rate" in page and "of its start" in page
+    assert "http" not in page and "nan" not in page.replace("nanmean", "")
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 40), (11.44, 11.69), (0, 1e-5), (0, 123456), (0.5, 0.5), (0, 0)])
+def test_ticks_enclose_the_values(low, high):
+    found = ticks(low, high)
+    assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8 and found == sorted(set(found))
