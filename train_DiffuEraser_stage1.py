@@ -41,7 +41,7 @@ class Stage1(Stage):
     shared_noise = True
     model_class = FrameInpainter
     trained = ("unet_main", "brushnet")
-    gib_per_frame = (2.1, 0.25)
+    gib_per_frame = (2.1, 1.3, 0.13)
 
     @staticmethod
     def add_model_flags(add):

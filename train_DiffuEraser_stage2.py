@@ -60,7 +60,7 @@ class Stage2(Stage):
     shared_noise = False
     model_class = ClipInpainter
     trained = ("motion_modules",)
-    gib_per_frame = (1.85, 0.35)
+    gib_per_frame = (1.85, 1.2, 0.25)
 
     @staticmethod
     def add_model_flags(add):

@@ -262,7 +262,7 @@ def check_memory(args, stage, opened):
     fixed = (state - trained * adam) / 2**30
     frames = args.train_batch_size * args.nframes * (args.resolution / 512) ** 2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
-    activations = frames * width * stage.gib_per_frame[args.gradient_checkpointing]
+    activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]
     if not torch.cuda.is_available():
         return None, f"about {fixed + activations:.1f} GiB; no GPU was found"
     total = torch.cuda.get_device_properties(0).total_memory / 2**30

@@ -56,7 +56,7 @@ class Stage:
     shared_noise: bool  # validation starts all frames from the same noise
     model_class: type  # the Inpainter of this stage
     trained: tuple[str, ...]  # the names in open_models whose weights are trained
-    gib_per_frame: tuple[float, float]  # activations of a 512x512 frame at full size, measured: kept, recomputed
+    gib_per_frame: tuple[float, float, float]  # measured at full size, 512x512: plain, compiled, with recomputation
 
     @staticmethod
     def add_model_flags(add):
@@ -139,7 +139,7 @@ class Trainer:
         if args.compile:
             model.compile_models()
             self.codec.compile_encoder()
-            log.info("compiling in the first step: some minutes, less where torch finds it in its cache")
+            log.info("compiling in the first step, which takes about five minutes then (COMPILE=0 turns it off)")
         log_parameters(model, args.checkpoints_total_limit)
         self.state = TrainerState(
             stage=stage.number,

@@ -128,7 +128,7 @@ CASES = {
     "mask_of_another_size": (
         1, lambda c: Image.new("L", (8, 8)).save(c.videos / "DAVIS/Annotations/480p/buoy/00000.png"),
         lambda c: {"validation_image": [str(c.videos / "DAVIS/JPEGImages/480p/buoy")],
-                   "validation_mask": [str(c.videos / "DAVIS/Annotations/480p/buoy")]},
+                   "validation_mask": [str(c.videos / "DAVIS/Annotations/480p/buoy")], "validation_steps": 1},
         "is 8x8, its frame .* 160x96"),
 }  # fmt: skip
 

@@ -45,11 +45,11 @@ def gradients(model, inputs):
 
 def test_the_latent_cache_changes_nothing(train, tmp_path):
     """Without, with an empty and with a full cache, two clips at a time: the same weights, bit for bit."""
-    settings = {"latent_cache": tmp_path / "cache", "train_batch_size": 2, "validation_steps": 1, "probe_clips": 2}
+    settings = {"latent_cache": tmp_path / "cache", "train_batch_size": 2}
     train(1, output_dir=tmp_path / "none", train_batch_size=2, max_train_steps=3)
     train(1, output_dir=tmp_path / "empty", max_train_steps=3, **settings)
     held = {path: path.read_bytes() for path in (tmp_path / "cache").glob("*/*")}
-    assert 18 <= len(held) <= 24 and len({len(content) for content in held.values()}) == 1  # 2 probe clips, 6 trained
+    assert 12 <= len(held) <= 18 and len({len(content) for content in held.values()}) == 1  # of 6 clips of 3 frames
     train(1, output_dir=tmp_path / "full", max_train_steps=3, **settings)
     assert {path: path.read_bytes() for path in (tmp_path / "cache").glob("*/*")} == held
     final = "unet_main/diffusion_pytorch_model.safetensors"
