@@ -36,13 +36,21 @@ class TrainerState:
     configs: dict = field(default_factory=dict)  # {"unet_main": config, "brushnet": config}
     weights: dict = field(default_factory=dict)  # {model: [folder, fingerprint]} that the run started from
     settings: dict = field(default_factory=dict)  # what the run's steps depend on
+    files: dict = field(default_factory=dict)  # {name: bytes} of all other files of the checkpoint
 
     def write(self, folder):
-        Path(folder, STATE_FILE).write_text(json.dumps(asdict(self), indent=1))
+        """Last of all: a checkpoint is whole when this says so, and every file has the size it had then."""
+        paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+        files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+        Path(folder, STATE_FILE).write_text(json.dumps({**asdict(self), "files": files}, indent=1))
 
     @classmethod
-    def read(cls, folder):
-        """Raises InputError for a folder that is no complete checkpoint of these scripts."""
+    def read(cls, folder, weights_only=False):
+        """Raises InputError for a folder that is no complete checkpoint of these scripts.
+
+        Args:
+            weights_only: the optimizer's and other states may be missing, as in a checkpoint kept for conversion.
+        """
         if is_original_form(folder):
             raise InputError(
                 f"{folder} was written by the original DiffuEraser scripts, whose optimizer state does not fit: "
@@ -54,6 +62,11 @@ class TrainerState:
             raise InputError(f"{folder} has no {STATE_FILE}: it is no complete checkpoint; choose another") from None
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{folder}/{STATE_FILE} is not readable ({error}): choose another checkpoint") from None
+        for name, size in {} if weights_only else state.files.items():
+            path = Path(folder, name)
+            found = path.stat().st_size if path.is_file() else "no"
+            if found != size:
+                raise InputError(f"{path} has {found} bytes, {size} were written: choose another checkpoint")
         with open_weights(Path(folder, MODEL_FILE)):  # opening compares the header with the file's size
             return state
 
@@ -83,14 +96,17 @@ def list_checkpoints(run_dir):
     return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
 
 
-def find_latest(run_dir, accept_original=False):
-    """The newest complete checkpoint in a run's folder, or None; and one line for each newer one passed over."""
+def find_latest(run_dir, for_conversion=False):
+    """The newest complete checkpoint in a run's folder, or None; and one line for each newer one passed over.
+
+    For conversion, weights are enough, and checkpoints of the original scripts will do.
+    """
     skipped = []
     for _, folder in reversed(list_checkpoints(run_dir)):
-        if accept_original and is_original_form(folder):
+        if for_conversion and is_original_form(folder):
             return folder, skipped
         try:
-            TrainerState.read(folder)
+            TrainerState.read(folder, weights_only=for_conversion)
         except InputError as error:
             if is_original_form(folder):
                 raise

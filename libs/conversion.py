@@ -59,7 +59,7 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
         step = checkpoint.name.rpartition("-")[2]
         parts = original_parts(stage, checkpoint, [pretrained_stage1, model_config])
     else:
-        state = TrainerState.read(checkpoint)
+        state = TrainerState.read(checkpoint, weights_only=True)
         if state.stage != stage:
             raise InputError(
                 f"{checkpoint} is a stage {state.stage} checkpoint: use save_checkpoint_stage{state.stage}.py"
@@ -98,7 +98,7 @@ def find_checkpoint(input_dir):
         )
     if Path(input_dir, MODEL_FILE).is_file() or input_dir.name.startswith("checkpoint-"):
         return input_dir
-    checkpoint, skipped = find_latest(input_dir, accept_original=True)
+    checkpoint, skipped = find_latest(input_dir, for_conversion=True)
     for line in skipped:
         print(f"skipped: {line}")
     if checkpoint is None:

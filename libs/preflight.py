@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate.tracking import LoggerType, get_available_trackers
+from PIL import Image
 
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.frames import scan_frames
@@ -190,13 +191,32 @@ def open_dataset(args):
 
 
 def check_validation_videos(args):
-    """The lists were compared when the flags were parsed; what remains is to count."""
+    """Every mask has its frame's size. (The lists were compared when the flags were parsed.)"""
     if not args.validation_steps or not args.validation_image:
         return None, "off (--validation_image and --validation_mask turn it on)"
-    pairs = [len(pair_by_name(*pair)) for pair in zip(args.validation_image, args.validation_mask, strict=True)]
-    short = sum(length < args.nframes for length in pairs)
+    counts = []
+    for folders in zip(args.validation_image, args.validation_mask, strict=True):
+        pairs = pair_by_name(*folders)
+        for frame, mask in pairs:
+            sizes = [image_size(path) for path in (frame, mask)]
+            if sizes[0] != sizes[1]:
+                raise InputError(
+                    f"{mask} is {sizes[1]}, its frame {frame} {sizes[0]}: --validation_mask needs masks of the frames' "
+                    "size"
+                )
+        counts.append(len(pairs))
+    short = sum(count < args.nframes for count in counts)
     note = f"; {short} shorter than {args.nframes} frames: sampled, but not in the held-out loss" if short else ""
-    return None, f"{len(pairs)} videos of {', '.join(map(str, pairs))} frames with masks{note}"
+    return None, f"{len(counts)} videos of {', '.join(map(str, counts))} frames with masks{note}"
+
+
+def image_size(path):
+    """Such as 854x480, from the file's header."""
+    try:
+        with Image.open(path) as image:
+            return f"{image.width}x{image.height}"
+    except OSError as error:
+        raise InputError(f"{path} is no readable image ({error}): fetch it again") from None
 
 
 def checkpoint_to_resume(args, stage):

@@ -21,7 +21,6 @@ from dataset.finetune_dataset import TrainingClips
 from dataset.frames import read_frames, scan_video
 from dataset.utils import create_random_shape_with_random_motion
 from libs.diffusion import batch_loss
-from libs.errors import InputError
 from libs.options import pair_by_name
 from libs.pictures import contact_sheet, show_in_trackers, stack_sheets
 from libs.reporting import HELD_OUT_FILE, SCORES_FILE, append_row, log
@@ -75,11 +74,6 @@ def load_validation_video(images, masks, prompt_embeds, args, number):
     pairs = pair_by_name(images, masks)[: args.nframes]
     frames = np.stack(read_frames([frame for frame, _ in pairs]))
     holes = stack([(path.name, read_mask(path)) for _, path in pairs], masks)
-    if holes.shape != frames.shape[:3]:
-        raise InputError(
-            f"{pairs[0][1]} is {holes.shape[2]}x{holes.shape[1]}, its frame {pairs[0][0]} {frames.shape[2]}x"
-            f"{frames.shape[1]}: masks of the frames' size were needed"
-        )
     scale = min(1, args.resolution / min(holes.shape[1:]))
     height, width = (round(side * scale) for side in holes.shape[1:])
     frames, holes = resize(frames, dilate(holes, MASK_DILATIONS), height, width)

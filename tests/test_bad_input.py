@@ -109,6 +109,7 @@ CASES = {
         1, None, lambda c: {"output_dir": c.weights / "diffuEraser"}, "holds weights that no converter wrote"),
     "output_is_a_file": (
         1, lambda c: c.run.write_text(""), {}, "--output_dir .*run cannot be written to"),
+    "output_is_read_only": (1, None, {"output_dir": "/proc/run"}, "--output_dir /proc/run cannot be written to"),
     "tracker": (1, None, {"report_to": "abacus"}, "--report_to=abacus: one of"),
     "tracker_not_installed": (1, None, {"report_to": "wandb"}, "--report_to=wandb: its package is not installed"),
     "fp16_without_gpu": (1, None, {"mixed_precision": "fp16"}, "fp16 needs a GPU"),

@@ -89,14 +89,27 @@ def test_the_workflow(environment, tmp_path):
     assert (tmp_path / "c2/unet_main" / WEIGHTS).is_file()
 
 
-def test_a_failing_run(environment, tmp_path):
+FAILURES = {  # (stage, variables, arguments, what the line says)
+    "weights": (1, {"WEIGHTS": "/nowhere"}, [], "/nowhere/stable-diffusion-v1-5/tokenizer is not a folder"),
+    "data": (1, {"DAVIS_ROOT": "/nowhere"}, [], "/nowhere/JPEGImages/480p is no folder"),
+    "stage1": (2, {"PRETRAINED_STAGE1": "/nowhere"}, [], "/nowhere/unet_main is not a folder"),
+    "low_memory": (1, {"LOW_MEMORY": "1"}, [], "--use_8bit_adam needs bitsandbytes or torchao"),
+    "engine": (1, {"ACCELERATE_CONFIG": "fsdp"}, [], "fsdp is no file: ACCELERATE_CONFIG must be one of"),
+    "argument": (2, {}, ["--max_train_samples=5"], "--max_train_samples is gone: shorten"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failing_run(environment, tmp_path, name):
     """The trainer's status, the end of the log on the terminal, one line of error, no traceback."""
-    failed = run(["bash", "finetune_stage1.sh"], environment, WEIGHTS=tmp_path / "nowhere")
+    stage, variables, arguments, message = FAILURES[name]
+    failed = run(["bash", f"finetune_stage{stage}.sh", *arguments], environment, **variables)
     assert failed.returncode == 1
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "nowhere" in errors[0]
-    assert "Traceback" not in failed.stderr + failed.stdout + Path(environment["LOG"]).read_text()
-    assert not (tmp_path / "run").exists()
+    assert len(errors) == 1 and message in errors[0]
+    log = Path(environment["LOG"])
+    assert "Traceback" not in failed.stderr + failed.stdout + (log.read_text() if log.exists() else "")
+    assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
 def test_validation_is_off_without_masks(environment, tmp_path, videos):

@@ -90,12 +90,29 @@ def test_limit_latest_and_incomplete_checkpoints(train, tmp_path, capsys):
     assert sorted(losses(output)) == [4, 5]
 
 
-def test_a_checkpoint_cut_short_is_passed_over(train, tmp_path):
+def test_a_checkpoint_cut_short_is_passed_over(train, tmp_path, capsys):
+    """At any of its files; given by name it is refused in one line, and nothing in the run's folder changes."""
     run = tmp_path / "run"
     train(1, max_train_steps=2, checkpointing_steps=1)
-    model = run / "checkpoint-2" / "model.safetensors"
-    model.write_bytes(model.read_bytes()[:-100])
-    assert find_latest(run)[0] == run / "checkpoint-1"
+    newest = run / "checkpoint-2"
+    names = sorted(path.name for path in newest.iterdir())
+    assert {"model.safetensors", "optimizer.bin", "scheduler.bin", "trainer_state.json"} < set(names)
+    for name in names:
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(content[:-10])
+        latest, skipped = find_latest(run)
+        assert latest == run / "checkpoint-1" and len(skipped) == 1 and name in skipped[0]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train(1, max_train_steps=3, resume_from_checkpoint="checkpoint-2")
+        error = capsys.readouterr().err
+        assert stop.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1 and name in error
+        (newest / name).unlink()
+        assert find_latest(run)[0] == run / "checkpoint-1"
+        if name not in ("model.safetensors", "trainer_state.json"):  # weights are enough to convert
+            assert find_latest(run, for_conversion=True)[0] == newest
+        (newest / name).write_bytes(content)
+    assert find_latest(run)[0] == newest and sorted(path.name for path in newest.iterdir()) == names
 
 
 def test_stage_2_checkpoints_hold_only_what_trains(train, tmp_path):

@@ -3,13 +3,13 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import REPOSITORY, equal_files
 from PIL import Image
 
@@ -179,22 +179,39 @@ def test_losses_that_are_no_numbers_stop_the_run(train, tmp_path, capsys, monkey
     assert names == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
-def test_a_full_disk(train, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def quota():
+    """Bytes -> no file may grow beyond them; None lifts that. What a full disk or a quota does to writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
+
+    yield limit
+    limit(None)
+
+
+@pytest.mark.parametrize("size", [0, 20_000, 4_000_000], ids=["at_once", "small_files_only", "within_the_weights"])
+def test_a_full_disk(train, tmp_path, capsys, monkeypatch, quota, size):
     """A checkpoint that cannot be written is said and tried again; at the end it is an error; earlier ones stay."""
     train(1, max_train_steps=1)
-    before = (tmp_path / "run/checkpoint-1/model.safetensors").read_bytes()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if "checkpoint-1" in str(path.parent)}
+    loss = libs.training.batch_loss
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+    def fill_disk(*args):
+        quota(size)
+        return loss(*args)
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(libs.training, "batch_loss", fill_disk)
     with pytest.raises(SystemExit) as stop:
         train(1, max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest")
+    quota(None)
     captured = capsys.readouterr()
     assert stop.value.code == 1
-    assert "checkpoint of step 2 could not be written ([Errno 28] No space left on device)" in captured.out
-    assert "error: checkpoint of step 3 could not be written" in captured.err and steps_of(captured.out)[-1] == 3
-    assert (tmp_path / "run/checkpoint-1/model.safetensors").read_bytes() == before
+    assert "checkpoint of step 2 could not be written (" in captured.out and steps_of(captured.out)[-1] == 3
+    assert captured.err.startswith("error: checkpoint of step 3 could not be written") and captured.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1"]
     monkeypatch.undo()
     train(1, max_train_steps=3, resume_from_checkpoint="latest")
     assert (tmp_path / "run/checkpoint-3/trainer_state.json").is_file()
