@@ -58,7 +58,9 @@ def check_engine(args):
     if name != "ddp" and args.compile:
         raise InputError(f"--compile does not go with {name}, whose layers gather their weights: drop it (COMPILE=0)")
     processes, machines = int(os.environ.get("WORLD_SIZE", 1)), count_machines()
-    return None, f"{name}, {processes} process(es)" + (f" on {machines} machines" if machines > 1 else "")
+    if processes == 1:
+        return None, "one process" if name == "ddp" else f"{name}, one process"
+    return None, f"{name}, {processes} processes" + (f" on {machines} machines" if machines > 1 else "")
 
 
 def count_machines():
