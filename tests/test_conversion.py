@@ -96,6 +96,13 @@ def test_checkpoints_of_the_original_scripts(weights, tmp_path, stage, prefix, c
     assert all(torch.equal(value, branch.state_dict()[key]) for key, value in brushnet.state_dict().items())
     with pytest.raises(InputError, match=f"is a stage {stage} checkpoint: use save_checkpoint_stage{stage}"):
         convert(3 - stage, checkpoint, tmp_path / "wrong")
+    for name in ("model.safetensors", "model_1.safetensors"):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[:-100])
+        with pytest.raises(InputError, match=f"{name} is no complete safetensors file"):
+            convert(stage, checkpoint, tmp_path / "cut", model_config=source)
+        (checkpoint / name).write_bytes(content)
+    assert not (tmp_path / "wrong").exists() and not (tmp_path / "cut").exists()
 
 
 def test_refusals_leave_everything_as_it_was(train, tmp_path, weights):
