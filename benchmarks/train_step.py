@@ -21,6 +21,7 @@ from dataset.finetune_dataset import to_tensors
 from demo.make_weights import SCHEDULER, SIZES
 from libs.brushnet_CA import BrushNetModel
 from libs.diffusion import Codec, batch_loss, frames_at_once
+from libs.engine import DTYPES
 from libs.training import make_optimizer, optimize
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
@@ -100,7 +101,7 @@ def measure(options, stage, variant):
     torch.manual_seed(0)
     flags = argparse.Namespace(**{**vars(options), **VARIANTS[variant]})
     accelerator = Accelerator(mixed_precision=flags.mixed_precision)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[flags.mixed_precision]
+    dtype = DTYPES[flags.mixed_precision]
     nframes, size = {1: 10, 2: 22}[stage], flags.resolution
     codec, model, batch = make_codec(dtype, nframes), make_model(stage, dtype), make_batch(nframes, size)
     if flags.gradient_checkpointing:

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from libs.errors import InputError
+from libs.files import write_json
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -143,7 +144,7 @@ def scan_frames(args, memory, processes):
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
             for video, reason in zip(new, pool.map(find_broken, new, chunksize=4), strict=True):
                 known[str(video.folder)] = [keys[str(video.folder)], reason]
-        Path(memory).write_text(json.dumps(known, indent=1))
+        write_json(memory, known)
     return {video.folder: known[str(video.folder)][1] for video in videos if known[str(video.folder)][1]}
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from libs.engine import whole_state_dict
 from libs.errors import InputError
+from libs.files import flush, write_json
 from libs.weights import compare_shapes, open_weights, read_shapes, read_tensors
 
 MODEL_FILE = "model.safetensors"
@@ -166,7 +167,7 @@ def save_checkpoint(accelerator, run_dir, state, total_limit=None, keep_best=Fal
             state.write(partial)
             replace_folder(partial, folder)
             prune(run_dir, state.global_step, total_limit, keep_best)
-    except Exception:
+    except Exception:  # whatever it is goes on to the caller; here it only must not leave anything behind
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
         raise
@@ -202,14 +203,6 @@ def replace_folder(partial, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def flush(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_best(run_dir):
     """{"checkpoint": name, "step": n, "held_out_loss": x} of the best checkpoint, or None."""
     path = Path(run_dir, BEST_FILE)
@@ -223,7 +216,7 @@ def mark_best(run_dir, step, held_out_loss):
     if not math.isfinite(held_out_loss) or (best and best["step"] < step and best["held_out_loss"] <= held_out_loss):
         return False
     note = {"checkpoint": f"checkpoint-{step}", "step": step, "held_out_loss": held_out_loss}
-    Path(run_dir, BEST_FILE).write_text(json.dumps(note))
+    write_json(Path(run_dir, BEST_FILE), note)
     return True
 
 

@@ -8,12 +8,11 @@ import torch
 from dataset.finetune_dataset import PROMPT
 from libs.brushnet_CA import BrushNetModel
 from libs.conversion import UNET_CLASSES
+from libs.engine import DTYPES
 from libs.errors import InputError
 from libs.frozen import FrozenModels
 from libs.sampling import Pipeline
 from libs.weights import read_config
-
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
 def add_inference_flags(parser):
@@ -38,7 +37,7 @@ def add_inference_flags(parser):
     add("--num_inference_steps", type=int, metavar="N", help="steps of UniPC (default: the stage's, 50 or 20)")
     add("--prompt", default=PROMPT, help="what to fill the hole with (default: %(default)s)")
     add("--seed", type=int, default=42, help="the result's noise follows from it (default: 42)")
-    add("--mixed_precision", choices=HALF, help="weights and arithmetic (default: fp16 on a GPU, else no)")
+    add("--mixed_precision", choices=DTYPES, help="weights and arithmetic (default: fp16 on a GPU, else no)")
 
 
 def load_pipeline(args, stages, weights):
@@ -59,7 +58,7 @@ def load_pipeline(args, stages, weights):
     nframes, overlap = window_sizes(args, stage, unet)
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    dtype = HALF[args.mixed_precision or ("no" if device.type == "cpu" else "fp16")]
+    dtype = DTYPES[args.mixed_precision or ("no" if device.type == "cpu" else "fp16")]
     if dtype == torch.float16 and device.type == "cpu":
         raise InputError("--mixed_precision=fp16 needs a GPU, and none was found: use --mixed_precision=no")
     prompt_embeds = frozen.encode_prompts([args.prompt], device)

@@ -18,6 +18,8 @@ import torch
 import transformers
 from accelerate.utils import DistributedType
 
+from libs.files import write_json
+
 log = logging.getLogger("diffueraser")
 # Numbers beside the trackers' files: the lines of the log, held-out losses, and scores of every validation video.
 HISTORY_FILE, HELD_OUT_FILE, SCORES_FILE = "history.csv", "held_out.csv", "scores.csv"
@@ -61,7 +63,7 @@ def log_start(args, stage, accelerator, preflight, opened):
         path = Path(args.output_dir, "config.json")
         runs = json.loads(path.read_text()) if path.is_file() else []
         runs.append({"command": sys.argv, "settings": vars(args), "versions": versions})
-        path.write_text(json.dumps(runs, indent=1))
+        write_json(path, runs)
 
 
 def log_parameters(model, checkpoints_total_limit):

@@ -8,7 +8,9 @@ import pytest
 from conftest import equal_files
 from safetensors import safe_open
 
+import libs.files
 from libs.checkpoints import find_latest
+from libs.files import write_json
 
 
 def final(folder):
@@ -151,3 +153,19 @@ def test_resuming_stage_2_on_other_frozen_weights_is_refused(train, tmp_path, we
         train(2, pretrained_stage1=tmp_path / "stage1", max_train_steps=2, resume_from_checkpoint="latest")
     assert stop.value.code == 1
     assert "was written with weights of" in capsys.readouterr().err
+
+
+def test_files_are_whole_or_as_before(tmp_path, monkeypatch):
+    """Killed while it is written, a run's own file keeps what it held: the next start reads it."""
+    write_json(tmp_path / "config.json", ["first"])
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(libs.files, "flush", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(tmp_path / "config.json", ["second"])
+    assert json.loads((tmp_path / "config.json").read_text()) == ["first"]
+    monkeypatch.undo()
+    write_json(tmp_path / "config.json", ["second"])
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
