@@ -73,6 +73,7 @@ VARIANTS = {  # flags of the trainer
     "checkpointed": {"gradient_checkpointing": True},
     "compiled": {"compile": True},
     "low_memory": {"gradient_checkpointing": True, "use_8bit_adam": True},
+    "low_memory_compiled": {"gradient_checkpointing": True, "use_8bit_adam": True, "compile": True},
 }
 
 
@@ -107,7 +108,7 @@ def measure(options, stage, variant):
     if flags.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if flags.compile:
-        model.compile_models()
+        model.compile_models(channels_last=not flags.use_8bit_adam)
         codec.compile_encoder()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(flags, parameters, flags.learning_rate, accelerator.device)

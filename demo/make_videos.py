@@ -1,4 +1,5 @@
-"""Small moving scenes in DAVIS's and YouTube-VOS's folder layouts: a panning background with drifting shapes.
+"""Small moving scenes in DAVIS's and YouTube-VOS's folder layouts: drifting shapes before a panning background, whose
+soft colours and waves go on behind them, so that what a hole hides can be guessed from around it.
 
 python -m demo.make_videos --output_dir demo/data
 """
@@ -36,10 +37,12 @@ def make_videos(output_dir, seed=0, more=0):
 
 def make_scene(rng):
     """(frames, masks): FRAMES x (h, w, 3) uint8 RGB, and (h, w) bool of the nearest shape."""
-    coarse = rng.uniform(40, 215, (6, 12, 3)).astype(np.float32)
-    background = cv2.resize(coarse, (2 * WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-    stripes = 20 * np.sin(np.arange(2 * WIDTH) / rng.uniform(3, 9))[None, :, None]
-    background = np.clip(background + stripes, 0, 255)
+    colours = rng.uniform(40, 215, (2, 5, 3)).astype(np.float32)
+    background = cv2.resize(colours, (2 * WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+    y, x = np.mgrid[:HEIGHT, : 2 * WIDTH]
+    angle, wavelength = rng.uniform(0, np.pi), rng.uniform(12, 48)
+    waves = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / wavelength)
+    background = np.clip(background + waves[..., None] * rng.uniform(-40, 40, 3), 0, 255)
     pan = rng.uniform(0.5, 2)
     shapes = [
         {

@@ -1,4 +1,4 @@
-"""Random weights in the published layout: tiny (quickstart, tests), small (demo/learn.sh) or full-size.
+"""Random weights in the published layout: tiny (quickstart, tests), small or medium (demo/learn.sh), full-size.
 
 python -m demo.make_weights --output_dir demo/weights
 python -m demo.make_weights --output_dir demo/learn/weights --size small
@@ -33,6 +33,13 @@ SIZES = {
         "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
         "vae": {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 32},
         "sample_size": 8,
+    },
+    "medium": {  # the same on a GPU, on 64-pixel frames
+        "unet": {"block_out_channels": (64, 128, 256, 256), "attention_head_dim": 8, "cross_attention_dim": 32,
+                 "norm_num_groups": 8},
+        "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "vae": {"block_out_channels": (64, 128, 128), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64},
+        "sample_size": 16,
     },
     "full": {
         "unet": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8, "cross_attention_dim": 768,

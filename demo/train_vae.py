@@ -29,8 +29,12 @@ def load_frames(args):
     held_out = max(1, len(videos) // 10)
     parts = []
     for part in (videos[held_out:], videos[:held_out]):
-        frames = [read_frame(path) for video in part for path in video.frames]
-        parts.append(np.stack([Crop.of(*frame.shape[:2], args.resolution).resize(frame) for frame in frames]))
+        paths = [path for video in part for path in video.frames]
+        frames = np.empty((len(paths), args.resolution, args.resolution, 3), np.uint8)
+        for path, resized in zip(paths, frames, strict=True):
+            frame = read_frame(path)
+            Crop.of(*frame.shape[:2], args.resolution).resize(frame, out=resized)
+        parts.append(frames)
     return parts
 
 

@@ -36,10 +36,11 @@ class Inpainter(nn.Module):
         self.unet_main.enable_gradient_checkpointing()
         self.brushnet.enable_gradient_checkpointing()
 
-    def compile_models(self):
-        """torch.compile, each model as one graph; in cuDNN's own memory format, or convolutions would turn their inputs
-        and outputs round."""
-        self.to(memory_format=torch.channels_last)
+    def compile_models(self, channels_last=True):
+        """torch.compile, each model as one graph; in cuDNN's own memory format, or gradients would come in another one
+        than weights. 8-bit optimizers know one format only."""
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
         for model in (self.unet_main, self.brushnet):
             model.compile(fullgraph=True, dynamic=False)
 

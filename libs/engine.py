@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import re
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -74,6 +75,8 @@ def state_bytes(trained, frozen, engine, processes):
 
 
 def make_accelerator(args):
+    # accelerate has chosen each process's GPU before its first barrier, which is all that torch asks for.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     accelerator = Accelerator(
         # Several processes without a GPU (gloo): accelerate would let each of them train on its own.
         cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),

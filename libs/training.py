@@ -137,7 +137,7 @@ class Trainer:
             model.enable_gradient_checkpointing()
         fit_to_engine(accelerator, model)
         if args.compile:
-            model.compile_models()
+            model.compile_models(channels_last=not args.use_8bit_adam)
             self.codec.compile_encoder()
             log.info("compiling in the first step, which takes about five minutes then (COMPILE=0 turns it off)")
         log_parameters(model, args.checkpoints_total_limit)

@@ -9,10 +9,14 @@ then its downsampler; the mid block; each layer of an up block, then its upsampl
 """
 
 import math
+from functools import partial
 from itertools import repeat
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+# Nothing in a layer is random, so no random state has to be put back for the second time.
+checkpoint = partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 MAX_RECOMPUTED = 2**23  # values of a layer's input, across frames: 6 frames of 320 channels at 512x512's latents
 
@@ -42,11 +46,9 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
         pieces = math.ceil(sample.numel() / MAX_RECOMPUTED) if num_frames is None else 1
         pieces = min(pieces, sample.shape[0])
         if pieces == 1:
-            return checkpoint(layer, *modules, sample, *args, use_reentrant=False)
+            return checkpoint(layer, *modules, sample, *args)
         split = [arg.tensor_split(pieces) if torch.is_tensor(arg) else [arg] * pieces for arg in (sample, *args)]
-        return torch.cat(
-            [checkpoint(layer, *modules, *piece, use_reentrant=False) for piece in zip(*split, strict=True)]
-        )
+        return torch.cat([checkpoint(layer, *modules, *piece) for piece in zip(*split, strict=True)])
 
     def at_site(sample, feature=None):
         sample = sample if feature is None else sample + feature
