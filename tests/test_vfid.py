@@ -1,14 +1,19 @@
 """VFID: the network against the published layout and figures of the original's code, the distance against closed
-forms."""
+forms, and eval_DiffuEraser.py with random I3D weights."""
 
+import csv
 import json
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import DATA
 
+import eval_DiffuEraser
+from libs.rivals import RIVALS
+from libs.sampling import paste
 from libs.vfid import I3D, frechet_distance, load_i3d, max_pool, same_padding
 
 LAYOUT = json.loads((DATA / "published_layout/pytorch-i3d/keys.json").read_text())
@@ -157,3 +162,122 @@ def test_distance_of_a_set_and_itself_is_zero():
     assert frechet_distance(features, features) < 1e-10
     assert frechet_distance(features, features[::-1]) < 1e-10
     assert frechet_distance(features, [feature + 0.01 for feature in features]) == pytest.approx(0.1024, rel=1e-3)
+
+
+def read_means(folder):
+    with open(folder / "means.csv", newline="") as file:
+        return {row["method"]: row for row in csv.DictReader(file)}
+
+
+def test_eval(weights, videos, i3d_file, i3d, tmp_path, capsys):
+    """The column and means.csv: zero for the truth, the same for a folder and itself, and what the parts give."""
+    arguments = [
+        f"--frames={videos / 'DAVIS/JPEGImages/480p'}", "--videos", "buoy", "lantern", "--size=48x32",
+        f"--i3d_weights={i3d_file}", f"--output_dir={tmp_path}", "--rivals", "telea", "--num_inference_steps=1",
+        f"--base_model_name_or_path={weights / 'stable-diffusion-v1-5'}", f"--vae_path={weights / 'sd-vae-ft-mse'}",
+        f"--weights={weights / 'diffuEraser'}", f"--baseline={weights / 'diffuEraser'}",
+    ]  # fmt: skip
+    eval_DiffuEraser.main(arguments)
+    lines, means = capsys.readouterr().out.splitlines(), read_means(tmp_path)
+    assert "VFID is of 2 videos: compare it with that of as many only" in lines
+    head = next(i for i, line in enumerate(lines) if "PSNR" in line)
+    shown = {line[:20].split()[0]: line.split()[-1] for line in lines[head + 1 : head + 6]}
+    assert lines[head].split()[-1] == "VFID" and shown["the"] == "0.000" and shown["difference"] == "0.000"
+    assert shown["telea"] == f"{float(means['telea']['vfid']):.3f}"
+    model = weights / "diffuEraser"
+    assert float(means[str(model)]["vfid"]) == float(means[f"baseline {model}"]["vfid"]) > 1e-3  # noise in the holes
+    assert means["telea"]["videos"] == "2" and means["telea"]["frames"] == "52"
+    assert "vfid" not in (tmp_path / "scores.csv").read_text()
+
+    args = eval_DiffuEraser.build_parser().parse_args(arguments)
+    eval_DiffuEraser.split_mask_span(args)
+    features = []
+    for number, folder in enumerate(eval_DiffuEraser.find_videos(args)):
+        frames, holes = eval_DiffuEraser.load_video(folder, number, args)
+        filled = paste(frames, RIVALS["telea"](frames, holes), holes)
+        features.append([i3d.describe(video, folder.name) for video in (frames, filled)])
+    expected = frechet_distance(*zip(*features, strict=True))
+    assert expected > 1e-4 and float(means["telea"]["vfid"]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_eval_without_i3d_weights(videos, tmp_path, capsys):
+    eval_DiffuEraser.main([f"--frames={videos / 'DAVIS/JPEGImages/480p'}", "--videos", "buoy", "--size=32x32",
+                           "--rivals", "mean-colour", "--no_model", f"--output_dir={tmp_path}"])  # fmt: skip
+    assert "VFID" not in capsys.readouterr().out
+    row = read_means(tmp_path)["mean-colour"]
+    assert "vfid" not in row and row["videos"] == "1" and float(row["psnr"]) > 0
+
+
+def small(changes):
+    """A state dict of the published layout with changes (None: left out); zeros that take no room in a file."""
+    shapes = {key: shape for key, shape in {**LAYOUT, **changes}.items() if shape is not None}
+    return {key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}
+
+
+WRONG_FILES = {
+    "missing": (None, "cannot be read (No such file or directory)"),
+    "folder": (Path.mkdir, "cannot be read (Is a directory)"),
+    "noise": (lambda path: path.write_bytes(bytes(range(256)) * 20), "is no file of tensors"),
+    "cut": (None, "is no file of tensors or is cut short"),
+    "object": (lambda path: torch.save(Path("x"), path), "is no file of tensors"),
+    "tensor": (lambda path: torch.save(torch.zeros(3), path), "Conv3d_1a_7x7.bn.bias (and 286 more) is missing"),
+    "wrapped": (lambda path: torch.save({"state_dict": small({}), 0: 1}, path), "is (), not there"),
+    "flow": (lambda path: torch.save(small({"Conv3d_1a_7x7.conv3d.weight": [64, 2, 7, 7, 7]}), path),
+             "Conv3d_1a_7x7.conv3d.weight is (64, 2, 7, 7, 7), not (64, 3, 7, 7, 7)"),
+    "charades": (lambda path: torch.save(small({"logits.conv3d.weight": [157, 1024, 1, 1, 1],
+                                                "logits.conv3d.bias": [157]}), path),
+                 "logits.conv3d.bias (and 1 more) is (157,), not (400,)"),
+    "incomplete": (lambda path: torch.save(small({"Mixed_5c.b3b.bn.weight": None}), path),
+                   "Mixed_5c.b3b.bn.weight is missing, not (128,)"),
+    "surplus": (lambda path: torch.save(small({"Mixed_6a.b0.bn.weight": [4]}), path),
+                "Mixed_6a.b0.bn.weight is (4,), not there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_wrong_files_are_one_line_before_anything_else(videos, i3d_file, tmp_path, capsys, monkeypatch, case):
+    path = tmp_path / "i3d.pt"
+    make, expected = WRONG_FILES[case]
+    if case == "cut":
+        path.write_bytes(i3d_file.read_bytes()[: 2 * 2**20])
+    elif make:
+        make(path)
+    for name in ("make_methods", "load_video"):
+        monkeypatch.setattr(eval_DiffuEraser, name, lambda *_: pytest.fail("too late"))
+    with pytest.raises(SystemExit) as stop:
+        eval_DiffuEraser.main([f"--frames={videos / 'DAVIS/JPEGImages/480p'}", f"--i3d_weights={path}",
+                               f"--output_dir={tmp_path / 'out'}"])  # fmt: skip
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert (
+        stop.value.code == 1 and len(errors) == 1 and errors[0].startswith(f"error: {path}") and expected in errors[0]
+    )
+    assert "--i3d_weights needs the state dict i3d_rgb_imagenet.pt" in errors[0]
+
+
+def test_copies_that_were_saved_again_load(i3d, clips, tmp_path):
+    """Zipped, in half precision, with batch norm's counters."""
+    model = I3D()
+    model.load_state_dict(i3d.state_dict(), strict=False)
+    torch.save(model.half().state_dict(), tmp_path / "copy.pt")
+    feature = load_i3d(tmp_path / "copy.pt").cpu().describe(clips[9, 33, 47], "clip")
+    assert feature.dtype == np.float32 and np.abs(feature - i3d.describe(clips[9, 33, 47], "clip")).max() < 0.1
+
+
+def test_one_video_is_no_set(videos, i3d_file, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        eval_DiffuEraser.main([f"--frames={videos / 'DAVIS/JPEGImages/480p'}", "--videos", "buoy", "--no_model",
+                               f"--i3d_weights={i3d_file}", f"--output_dir={tmp_path}"])  # fmt: skip
+    assert "VFID needs two videos or more" in capsys.readouterr().err
+
+
+def test_videos_of_no_size_for_i3d(i3d, monkeypatch):
+    with pytest.raises(ValueError, match="tiny: 8 frames of 32x20 are one pixel to I3D"):
+        i3d.describe(np.zeros((8, 20, 32, 3), np.uint8), "tiny")
+    assert i3d.describe(np.zeros((8, 20, 33, 3), np.uint8), "wide").shape == (1024,)
+
+    def run_out_of_memory(videos):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(i3d, "forward", run_out_of_memory)
+    with pytest.raises(ValueError, match="huge: 9 frames of 40x20 need more GPU memory for VFID: lower --size"):
+        i3d.describe(np.zeros((9, 20, 40, 3), np.uint8), "huge")
