@@ -3,8 +3,9 @@
 python eval_DiffuEraser.py --frames dataset/DAVIS/JPEGImages/480p --videos dataset/DAVIS/ImageSets/2017/val.txt
 
 PSNR, SSIM and flow-warping error (E_warp, in thousandths) over the frame and in the hole, of the result with the known
-pixels pasted back, for every frame that has a hole. Without --masks each video gets a synthetic hole that follows from
-the seed. ProPainter's published evaluation takes --size 432x240 and masks of its own.
+pixels pasted back, for every frame that has a hole. With --i3d_weights also VFID, one number for all videos. Without
+--masks each video gets a synthetic hole that follows from the seed. ProPainter's published evaluation takes --size
+432x240 and masks of its own.
 """
 
 import argparse
@@ -22,11 +23,14 @@ from libs.pictures import contact_sheet, stack_sheets
 from libs.reporting import write_rows
 from libs.rivals import RIVALS
 from libs.sampling import paste
-from libs.scores import SCORES, Reference, average, table
+from libs.scores import Reference, average, table
 from libs.validation import draw_holes
+from libs.vfid import frechet_distance, load_i3d
 from libs.videos import read_mask, resize, stack
 from train_DiffuEraser_stage1 import Stage1
 from train_DiffuEraser_stage2 import Stage2
+
+TRUTH = "the video itself"
 
 
 def build_parser():
@@ -39,10 +43,9 @@ def build_parser():
     add("--baseline", metavar="DIR", help="another converted folder to compare with")
     add("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS), metavar="NAME",
         help=f"plain methods to compare with (default: {' '.join(RIVALS)})")  # fmt: skip
+    add("--i3d_weights", metavar="FILE", help="compute VFID too: i3d_rgb_imagenet.pt, the state dict of pytorch-i3d")
     add("--no_model", action="store_true", help="score the plain methods only: no weights are needed")
-    add(
-        "--output_dir", default="evaluation", metavar="DIR", help="scores.csv and contact sheets (default: %(default)s)"
-    )
+    add("--output_dir", default="evaluation", metavar="DIR", help="CSV files and contact sheets (default: %(default)s)")
     add_mask_span(add)
     add_inference_flags(parser)
     return parser
@@ -77,6 +80,13 @@ def read_names(entry):
     return Path(entry).read_text().split() if entry.endswith(".txt") and Path(entry).is_file() else [entry]
 
 
+def open_i3d(args, folders):
+    """The network of VFID; None where it was not asked for."""
+    if args.i3d_weights and len(folders) < 2:
+        raise InputError("--i3d_weights: VFID needs two videos or more, one was found: check --videos or leave it out")
+    return load_i3d(args.i3d_weights) if args.i3d_weights else None
+
+
 def load_video(folder, number, args):
     """(frames (f, h, w, 3), holes (f, h, w)) of a whole video."""
     if args.masks:
@@ -97,7 +107,7 @@ def load_video(folder, number, args):
 
 def make_methods(args):
     """{name: function of (frames, holes) that returns filled frames}; the models come last."""
-    methods = {"the video itself": lambda frames, holes: frames}
+    methods = {TRUTH: lambda frames, holes: frames}
     methods |= {name: RIVALS[name] for name in args.rivals}
     if not args.no_model:
         if args.baseline:
@@ -121,7 +131,9 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     split_mask_span(args)
     folders = find_videos(args)
+    i3d = open_i3d(args, folders)
     methods, scores, rows = make_methods(args), {}, []
+    features = {name: [] for name in methods}  # (1024,) of every video
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     for number, folder in enumerate(folders):
@@ -132,16 +144,24 @@ def main(argv=None):
             values = {"frames": reference.scored_frames, **reference.score(result)}
             scores.setdefault(name, []).append(values)
             rows.append({"method": name, "video": folder.name, **values})
+            if i3d:
+                features[name].append(i3d.describe(result, folder.name))
             sheets.append(contact_sheet(f"{folder.name}: {name}", frames, holes, result))
         imageio.imwrite(output_dir / f"{folder.name}.png", stack_sheets(sheets[1:]))
         print(f"{folder.name}: {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}", flush=True)
     write_rows(output_dir / "scores.csv", rows)
     means = {name: average(entries) for name, entries in scores.items()}
+    if i3d:
+        for name in methods:
+            means[name]["vfid"] = frechet_distance(features[TRUTH], features[name])
     if args.baseline and not args.no_model:
         *_, before, after = means.values()
-        means["difference"] = {"frames": after["frames"], **{name: after[name] - before[name] for name in SCORES}}
+        means["difference"] = {**{name: after[name] - before[name] for name in after}, "frames": after["frames"]}
+    write_rows(output_dir / "means.csv", [{"method": name, "videos": len(folders), **means[name]} for name in means])
     print("\n".join(table(means)))
-    print(f"per video: {output_dir / 'scores.csv'}; contact sheets: {output_dir}")
+    if i3d:
+        print(f"VFID is of {len(folders)} videos: compare it with that of as many only")
+    print(f"per video: {output_dir / 'scores.csv'}; this table: means.csv; contact sheets: {output_dir}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ SCORES = {  # name: (heading, decimals)
     "ssim_hole": ("SSIM hole", 4),
     "warp_hole": ("E_warp hole", 2),
 }
+SET_SCORES = {"vfid": ("VFID", 3)}  # of a set of videos, not of one: libs/vfid.py
 SMALLEST_FLOW = 12  # pixels: OpenCV's flow takes no smaller frames
 # Where the flow there and back differs by more than this, a pixel is hidden in the other frame (Sundaram, Brox and
 # Keutzer: Dense point trajectories by GPU-accelerated large displacement optical flow, ECCV 2010).
@@ -118,10 +119,12 @@ def average(rows):
 
 
 def table(rows):
-    """Lines of a small table: `rows` is {name: {"frames": n, score: value}}."""
+    """Lines of a small table: `rows` is {name: {"frames": n, score: value}}, SET_SCORES among them or not."""
     width = max(map(len, rows))
-    lines = [" " * width + "  frames" + "".join(f"{heading:>13}" for heading, _ in SCORES.values())]
+    first = next(iter(rows.values()))
+    columns = {score: column for score, column in (SCORES | SET_SCORES).items() if score in first}
+    lines = [" " * width + "  frames" + "".join(f"{heading:>13}" for heading, _ in columns.values())]
     for name, row in rows.items():
-        cells = (f"{row[score]:>13.{decimals}f}" for score, (_, decimals) in SCORES.items())
+        cells = (f"{row[score]:>13.{decimals}f}" for score, (_, decimals) in columns.items())
         lines.append(f"{name:<{width}}{row['frames']:>8}" + "".join(cells))
     return lines
