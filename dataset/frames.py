@@ -130,10 +130,11 @@ def find_broken(video):
     return None
 
 
-def scan_frames(args, memory, processes):
+def scan_frames(args, memory, processes, remember=True):
     """{folder: reason} of the videos with a broken frame; every frame is read, in `processes` processes.
 
-    What was found is remembered in the file `memory` for folders whose files keep their names, sizes and times.
+    What was found before is taken from the file `memory` for folders whose files keep their names, sizes and times; if
+    told to `remember`, what is new is added to it.
     """
     videos = list_videos(args)
     known = json.loads(Path(memory).read_text()) if Path(memory).is_file() else {}
@@ -144,7 +145,8 @@ def scan_frames(args, memory, processes):
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
             for video, reason in zip(new, pool.map(find_broken, new, chunksize=4), strict=True):
                 known[str(video.folder)] = [keys[str(video.folder)], reason]
-        write_json(memory, known)
+        if remember:
+            write_json(memory, known)
     return {video.folder: known[str(video.folder)][1] for video in videos if known[str(video.folder)][1]}
 
 

@@ -13,7 +13,7 @@ if [[ $has_gpu = 1 ]]; then
 else
   : "${SIZE:=small}" "${RESOLUTION:=32}" "${VAE_STEPS:=700}" "${LEARNING_RATE:=1e-3}"
   : "${STAGE1_STEPS:=2500}" "${STAGE1_CLIPS:=4}" "${STAGE1_FRAMES:=2}"
-  : "${STAGE2_STEPS:=600}" "${STAGE2_CLIPS:=2}" "${STAGE2_FRAMES:=8}"
+  : "${STAGE2_STEPS:=600}" "${STAGE2_CLIPS:=1}" "${STAGE2_FRAMES:=22}"
 fi
 run=${RUN:-demo/learn}
 mkdir -p "$run/data"

@@ -152,8 +152,8 @@ def register_hooks(accelerator, keys):
     accelerator.register_load_state_pre_hook(load_hook)
 
 
-def save_checkpoint(accelerator, run_dir, state, total_limit=None, keep_best=False):
-    """Write checkpoint-<step> beside its final name, rename it when it is on the disk, then prune: returns its path."""
+def save_checkpoint(accelerator, run_dir, state):
+    """Write checkpoint-<step> beside its final name, and rename it when it is on the disk: returns its path."""
     folder = Path(run_dir, f"checkpoint-{state.global_step}")
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
     if accelerator.is_main_process:
@@ -166,7 +166,6 @@ def save_checkpoint(accelerator, run_dir, state, total_limit=None, keep_best=Fal
         if accelerator.is_main_process:
             state.write(partial)
             replace_folder(partial, folder)
-            prune(run_dir, state.global_step, total_limit, keep_best)
     except Exception:  # whatever it is goes on to the caller; here it only must not leave anything behind
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
@@ -204,18 +203,20 @@ def replace_folder(partial, folder):
 
 
 def read_best(run_dir):
-    """{"checkpoint": name, "step": n, "held_out_loss": x} of the best checkpoint, or None."""
+    """{"checkpoint": name, "step": n, "held_out_loss": x, "clips": ...} of the best checkpoint, or None."""
     path = Path(run_dir, BEST_FILE)
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def mark_best(run_dir, step, held_out_loss):
+def mark_best(run_dir, step, held_out_loss, clips):
     """Note checkpoint-<step> as the best one if its held-out loss is lower than that of the one noted so far, which
-    counts only if it comes before: a run that was resumed from an earlier step has left it behind."""
+    counts only if it comes before (a run that was resumed from an earlier step has left it behind) and was measured on
+    the same `clips`, whatever tells them."""
     best = read_best(run_dir)
-    if not math.isfinite(held_out_loss) or (best and best["step"] < step and best["held_out_loss"] <= held_out_loss):
+    counts = best and best["step"] < step and best.get("clips", clips) == clips
+    if not math.isfinite(held_out_loss) or (counts and best["held_out_loss"] <= held_out_loss):
         return False
-    note = {"checkpoint": f"checkpoint-{step}", "step": step, "held_out_loss": held_out_loss}
+    note = {"checkpoint": f"checkpoint-{step}", "step": step, "held_out_loss": held_out_loss, "clips": clips}
     write_json(Path(run_dir, BEST_FILE), note)
     return True
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from dataset.finetune_dataset import PROMPT
 from dataset.frames import list_frames
 from dataset.utils import FULL_SPAN
+from libs.engine import DTYPES
 from libs.errors import InputError
 
 # Flags of the original scripts that are gone, and what to use instead.
@@ -143,7 +144,8 @@ def build_parser(stage):
     add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="forward passes per optimizer step")
     add("--num_train_epochs", type=int, default=10000, metavar="N", help="epochs, where --max_train_steps is not given")
     add("--max_train_steps", type=int, metavar="N", help="optimizer steps in all, the same number in every process")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="overrides accelerate's own setting")
+    add("--mixed_precision", choices=tuple(DTYPES), default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        help="overrides accelerate's own setting")  # fmt: skip
     add("--gradient_checkpointing", action="store_true", help="recompute layers in the backward pass: less memory")
     add("--compile", action="store_true", help="compile the layers in the first step: faster steps, less memory")
     add("--distributed_timeout", type=int, default=1800, metavar="SECONDS",
@@ -257,6 +259,15 @@ def parse_args(stage, argv=None):
     for name in ("max_train_steps", "checkpoints_total_limit"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name}={value}: at least 1 was needed, or leave the flag out")
+    require(
+        args.mixed_precision in DTYPES, f"mixed precision {args.mixed_precision}: one of {', '.join(DTYPES)} was needed"
+    )
+    for name in ("adam_beta1", "adam_beta2"):
+        value = getattr(args, name)
+        require(0 <= value < 1, f"--{name}={value}: a number from 0 to below 1 was needed")
+    for name in ("adam_epsilon", "adam_weight_decay"):
+        require(getattr(args, name) >= 0, f"--{name}={getattr(args, name)}: 0 or more was needed")
+    require(args.seed < 2**32, f"--seed={args.seed}: a number below 4294967296 was needed")
     nearest = max(8, round(args.resolution / 8) * 8)
     require(args.resolution % 8 == 0, f"--resolution={args.resolution}: a multiple of 8 was needed; use {nearest}")
     require(args.learning_rate > 0, f"--learning_rate={args.learning_rate}: a positive number was needed")

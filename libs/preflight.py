@@ -21,6 +21,7 @@ from libs.errors import InputError
 from libs.frozen import FrozenModels
 from libs.machine import compiling_lacks
 from libs.options import pair_by_name
+from libs.resuming import describe_run, go_on_from
 
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
 SHARD_BYTES = 4  # more with FSDP or DeepSpeed, which write the weights a second time, and what is frozen
@@ -61,8 +62,9 @@ class Found:
     frozen: FrozenModels
     opened: dict  # {model: OpenedWeights or None}
     dataset: FinetuneDataset
-    checkpoint: Path | None
-    skipped: list[str]  # a line for each newer checkpoint passed over
+    state: TrainerState  # where the run starts or goes on
+    checkpoint: Path | None  # to resume from
+    notes: list[str]  # newer checkpoints passed over, and what has changed since
 
 
 def inspect(args, stage):
@@ -77,11 +79,12 @@ def inspect(args, stage):
     preflight.check("output folder", check_output_dir, args)
     dataset = preflight.check("training data", open_dataset, args)
     preflight.check("validation", check_validation_videos, args)
-    checkpoint, skipped = preflight.check("checkpoints", checkpoint_to_resume, args, stage) or (None, [])
+    start = describe_run(args, stage, opened, dataset) if opened and dataset else None
+    state, checkpoint, notes = preflight.check("checkpoints", find_start, args, stage, start) or (start, None, [])
     if opened:
         preflight.check("disk space", check_disk_space, args, stage, opened)
         preflight.check("memory", check_memory, args, stage, opened)
-    return preflight, Found(frozen, opened, dataset, checkpoint, skipped)
+    return preflight, Found(frozen, opened, dataset, state, checkpoint, notes)
 
 
 def check_flags(args):
@@ -92,7 +95,7 @@ def check_flags(args):
         raise InputError(f"--report_to={name}: one of {', '.join(known)}, none was needed")
     if name not in (*(tracker.value for tracker in get_available_trackers()), "all", "none"):
         raise InputError(f"--report_to={name}: its package is not installed; pip install {name}, or --report_to=none")
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = args.mixed_precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise InputError("mixed precision fp16 needs a GPU, and none was found: use --mixed_precision=no")
     if args.use_8bit_adam:
@@ -175,7 +178,10 @@ def check_writable(folder, flag):
 def open_dataset(args):
     broken = {}
     if args.scan_data:
-        broken = scan_frames(args, Path(args.output_dir, "scan.json"), processes=len(os.sched_getaffinity(0)))
+        # Every process finds the same; the machine's cores are shared out, and one of them writes it down.
+        processes = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        first = int(os.environ.get("RANK", 0)) == 0
+        broken = scan_frames(args, Path(args.output_dir, "scan.json"), processes, remember=first)
     dataset = FinetuneDataset(args, broken=broken)
     videos = set(dataset.videos)
     frames = sum(len(video.frames) for video in videos)
@@ -219,8 +225,12 @@ def image_size(path):
         raise InputError(f"{path} is no readable image ({error}): fetch it again") from None
 
 
-def checkpoint_to_resume(args, stage):
-    """((folder or None, lines about newer ones passed over), words) for --resume_from_checkpoint."""
+def find_start(args, stage, start):
+    """((TrainerState, checkpoint or None, notes), words) for --resume_from_checkpoint.
+
+    Args:
+        start: a fresh run's state, or None where the checks before have failed.
+    """
     wanted, present = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
     if not wanted:
         if present:
@@ -228,13 +238,13 @@ def checkpoint_to_resume(args, stage):
                 f"--output_dir {args.output_dir} holds checkpoints of an earlier run, such as {present[-1][1].name}: "
                 "resume with --resume_from_checkpoint=latest, or choose another --output_dir"
             )
-        return (None, []), "a fresh start"
+        return (start, None, []), "a fresh start"
     if wanted == "latest":
         folder, skipped = find_latest(args.output_dir)
         if folder is None:
             if skipped:
                 raise InputError(f"none of the checkpoints in {args.output_dir} is complete; {skipped[0]}")
-            return (None, []), "none yet: a fresh start"
+            return (start, None, []), "none yet: a fresh start"
     else:
         folder, skipped = Path(wanted), []
         if not folder.is_dir():
@@ -249,7 +259,12 @@ def checkpoint_to_resume(args, stage):
         raise InputError(
             f"{newer[-1]} is newer than {folder}: remove it, or continue {folder.name} in another --output_dir"
         )
-    return (folder, skipped), f"resuming from {folder} at step {state.global_step}"
+    notes = [f"skipped: {line}" for line in skipped]
+    words = f"resuming from {folder} at step {state.global_step}"
+    if start is not None:
+        state, changes = go_on_from(folder, state, start, args.resume_anyway)
+        notes += changes
+    return (state, folder, notes), words
 
 
 def count_parameters(stage, opened):
@@ -265,7 +280,8 @@ def check_disk_space(args, stage, opened):
     needed = trained * ADAM_BYTES
     if engine_name() != "ddp":
         needed += trained * SHARD_BYTES + frozen * FROZEN_BYTES
-    free = shutil.disk_usage(args.output_dir).free
+    folder = Path(args.output_dir).resolve()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
     if free < needed:
         raise InputError(
             f"a checkpoint takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {args.output_dir}: free some "

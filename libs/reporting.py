@@ -167,6 +167,11 @@ class Meter:
         self.restart()
 
 
+def first_line(error):
+    """Of an error's message, for the log."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def peak_memory(device):
     """GiB: the most the GPU allocator held, or the process's resident memory on the CPU."""
     if device.type == "cuda":

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from dataclasses import replace
+from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
@@ -12,14 +12,12 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from dataset.finetune_dataset import PROMPTS, EpochSampler, TrainingClips
-from libs.checkpoints import TrainerState, find_latest, mark_best, register_hooks, save_checkpoint, saved_keys
+from libs.checkpoints import find_latest, mark_best, prune, register_hooks, save_checkpoint, saved_keys
 from libs.conversion import convert, fingerprint
 from libs.diffusion import batch_loss
 from libs.engine import (
     DTYPES,
-    engine_name,
     fit_to_engine,
-    is_lost_process,
     lost_processes_named,
     make_accelerator,
     require_agreement,
@@ -29,19 +27,19 @@ from libs.errors import InputError
 from libs.latent_cache import LatentCache
 from libs.options import parse_args
 from libs.preflight import eight_bit_adam, inspect
-from libs.reporting import Meter, flat_settings, log, log_on_main_process, log_parameters, log_start
+from libs.reporting import Meter, first_line, flat_settings, log, log_on_main_process, log_parameters, log_start
+from libs.resuming import BATCH_SETTINGS, global_batch, probe
 from libs.stopping import StopRequest
 from libs.validation import Validation
 from libs.weights import weight_files
 
-# What a checkpoint's position in the data and its optimizer state depend on: changes are refused on resuming.
-DECISIVE_SETTINGS = ("nframes", "resolution", "seed")
-# What may change as long as their product, the global batch, stays: a step then is the mean over the same clips.
-BATCH_SETTINGS = ("num_processes", "train_batch_size", "gradient_accumulation_steps")
-# What may change on the way, and is logged then.
-HARMLESS_SETTINGS = ("learning_rate", "lr_scheduler", "max_train_steps", "mixed_precision", "proportion_empty_prompts",
-                     "max_grad_norm", "gradient_checkpointing")  # fmt: skip
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # how accelerate, torch and safetensors report a full disk
+SCALER_FILE = "scaler.pt"  # accelerate's, of fp16 runs
+# Flags that may differ from machine to machine: where files lie, and what changes nothing in the result.
+LOCAL_FLAGS = {
+    "base_model_name_or_path", "vae_path", "tokenizer_name", "pretrained_stage1_path", "brushnet_model_name_or_path",
+    "pretrained_stage1", "motion_adapter_path", "davis_root", "ytvos_root", "validation_image", "validation_mask",
+    "output_dir", "resume_from_checkpoint", "latent_cache", "latent_cache_gb", "dataloader_num_workers",
+}  # fmt: skip
 MAX_BAD_LOSSES = 5  # in a row, before a run is stopped
 MIN_BROKEN = 5  # broken clips met, before their share means anything
 
@@ -78,7 +76,7 @@ def run(stage, argv=None):
         args = parse_args(stage, argv)
         preflight, found = inspect(args, stage)
         if args.check_only:
-            if int(os.environ.get("RANK", 0)) == 0:
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # every machine has its own files, and its own log
                 print(preflight.table(), flush=True)
             raise SystemExit(int(preflight.failed))
         train(args, stage, preflight, found, stop)
@@ -90,8 +88,8 @@ def train(args, stage, preflight, found, stop):
     accelerator = make_accelerator(args)
     with log_on_main_process(accelerator), lost_processes_named(args.output_dir):
         log_start(args, stage, accelerator, preflight, found.opened)
-        for line in found.skipped:
-            log.info("skipped: %s", line)
+        for line in found.notes:
+            log.info("%s", line)
         require_agreement(accelerator, what_must_agree(args, found))
         trainer = Trainer(args, stage, accelerator, found, stop)
         if found.checkpoint:
@@ -103,11 +101,17 @@ def train(args, stage, preflight, found, stop):
 
 
 def what_must_agree(args, found):
-    """{name: value} that all processes need in common; where files lie may differ from machine to machine."""
-    numbers = {f"--{name}": value for name, value in vars(args).items() if not isinstance(value, (str, list))}
-    files = {f"{name}'s fingerprint": fingerprint(weights.files) for name, weights in found.opened.items() if weights}
-    checkpoint = found.checkpoint.name if found.checkpoint else "none"
-    return {**numbers, **files, "clips an epoch": len(found.dataset), "the checkpoint to resume from": checkpoint}
+    """{name: value} that all processes need in common."""
+    flags = {f"--{name}": value for name, value in vars(args).items() if name not in LOCAL_FLAGS}
+    files = {name: weights.files for name, weights in found.opened.items() if weights}
+    files["VAE"] = weight_files(found.frozen.vae_folder, found.frozen.variant)
+    return {
+        **flags,
+        **{f"the {name}'s fingerprint": fingerprint(paths) for name, paths in files.items()},
+        "the list of validation videos": found.state.settings["validation_image"],
+        "the number of clips an epoch": len(found.dataset),
+        "the checkpoint to resume from": found.checkpoint.name if found.checkpoint else "none",
+    }
 
 
 class Trainer:
@@ -141,21 +145,8 @@ class Trainer:
             self.codec.compile_encoder()
             log.info("compiling in the first step, which takes about five minutes then (COMPILE=0 turns it off)")
         log_parameters(model, args.checkpoints_total_limit)
-        self.state = TrainerState(
-            stage=stage.number,
-            configs={name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")},
-            weights={name: [str(w.folder), fingerprint(w.files)] for name, w in opened.items() if w},
-            settings={
-                "engine": engine_name(),
-                "num_processes": accelerator.num_processes,
-                "clips": len(dataset),
-                **{
-                    name: getattr(args, name)
-                    for name in (*DECISIVE_SETTINGS, *BATCH_SETTINGS, *HARMLESS_SETTINGS)
-                    if hasattr(args, name)
-                },
-            },
-        )
+        self.state = found.state
+        self.state.configs = {name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")}
         register_hooks(accelerator, saved_keys(model))
 
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -214,44 +205,27 @@ class Trainer:
         )
 
     def resume(self, checkpoint):
-        """Go on where a checkpoint stands; refuses what would give its position or optimizer state another meaning."""
-        saved, now = TrainerState.read(checkpoint), self.state
-        refuse_other_engine(saved.settings, now.settings, checkpoint)
-        decisive = [
-            f"weights of {name} from {saved.weights[name][0]}, now from {now.weights[name][0]}"
-            for name in saved.weights.keys() & now.weights.keys()
-            if saved.weights[name][1] != now.weights[name][1]
-        ]
-        harmless = HARMLESS_SETTINGS
-        if global_batch(saved.settings) == global_batch(now.settings):
-            harmless += BATCH_SETTINGS
-        for name, value in now.settings.items():
-            before = saved.settings.get(name)
-            if before == value:
-                continue
-            if name in harmless:
-                log.info("changed since the checkpoint: %s from %s to %s", name, before, value)
-            else:
-                decisive.append(f"{name} {before}, now {value}")
-        if decisive and not self.args.resume_anyway:
-            raise InputError(
-                f"{checkpoint} was written with {'; '.join(decisive)}: go back to that, choose another --output_dir, "
-                "or give --resume_anyway"
-            )
-        self.accelerator.load_state(str(checkpoint))
-        self.accelerator.step = 0  # of accumulation: checkpoints are written between optimizer steps
+        """Load a checkpoint that the checks found fit; settings of the optimizer come from the flags, not from it."""
+        optimizer, accelerator = self.optimizer, self.accelerator
+        settings = ("betas", "eps", "weight_decay")
+        given = [{name: group[name] for name in settings} for group in optimizer.param_groups]
+        scaler = accelerator.scaler
+        if not Path(checkpoint, SCALER_FILE).is_file():  # it was written without fp16: there is none to load
+            accelerator.scaler = None
+        accelerator.load_state(str(checkpoint))
+        accelerator.scaler = scaler
+        accelerator.step = 0  # of accumulation: checkpoints are written between optimizer steps
         # The schedule's state brings the old learning rate back; the flag decides.
-        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["initial_lr"] = base_lr
         schedule = self.lr_scheduler.scheduler
         schedule.base_lrs = list(self.base_lrs)
-        for group, base_lr, factor in zip(self.optimizer.param_groups, self.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = base_lr * factor(schedule.last_epoch)
-        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        for group, values, base_lr, factor in zip(
+            optimizer.param_groups, given, self.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group.update(values, initial_lr=base_lr, lr=base_lr * factor(schedule.last_epoch))
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
         self.last_checkpoint = checkpoint
-        self.state = replace(saved, weights=now.weights, settings=now.settings)
-        log.info("resumed from %s at step %d, epoch %d", checkpoint, saved.global_step,
-                 saved.clips_done // len(self.clips))  # fmt: skip
+        log.info("resumed from %s at step %d, epoch %d", checkpoint, self.state.global_step,
+                 self.state.clips_done // len(self.clips))  # fmt: skip
 
     def train(self):
         """Step until the last step, or until a signal asks to stop."""
@@ -321,9 +295,10 @@ class Trainer:
         self.clips_met += len(batch["videos"])
         self.broken_met += len(batch["broken"])
         for line in batch["broken"]:
-            if line not in self.broken_seen:
-                self.broken_seen.add(line)
-                log.info("left out, another clip in its place: %s", line)
+            video = line.partition(": ")[0]
+            if video not in self.broken_seen:
+                self.broken_seen.add(video)
+                log.error("left out, another clip in its place: %s", line)  # also where another process met it
         share = self.broken_met / (self.clips_met + self.broken_met)
         if self.broken_met >= MIN_BROKEN and share > self.args.max_broken_share:
             raise InputError(
@@ -353,7 +328,8 @@ class Trainer:
         args, start = self.args, time.perf_counter()
         bad, _ = self.meter.bad_streak()
         if self.sum_over_processes(bad):
-            reason = f"no checkpoint at step {self.state.global_step}: the last {bad} losses are not finite"
+            losses = f"the last {bad} losses" if bad else "losses of another process"
+            reason = f"no checkpoint at step {self.state.global_step}: {losses} are not finite"
             if must:
                 raise InputError(
                     f"{reason}; the last good one is {self.last_checkpoint}: resume with a lower --learning_rate"
@@ -361,19 +337,22 @@ class Trainer:
             log.info(reason)
             return
         try:
-            self.last_checkpoint = save_checkpoint(
-                self.accelerator, args.output_dir, self.state, args.checkpoints_total_limit, args.keep_best_checkpoint
-            )
-        except WRITE_ERRORS as error:
-            if is_lost_process(error):
+            self.last_checkpoint = save_checkpoint(self.accelerator, args.output_dir, self.state)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_write_error(error):
                 raise
             # Other processes wait for this one: then only ending is left.
             reason = f"checkpoint of step {self.state.global_step} could not be written ({first_line(error)})"
             if must or self.accelerator.num_processes > 1:
                 raise InputError(f"{reason}: free some space and run the same command to resume") from None
             log.info("%s: free some space; the next one is tried after %d steps", reason, args.checkpointing_steps)
-        else:
-            log.info("saved %s in %.0f s", self.last_checkpoint, time.perf_counter() - start)
+            return
+        log.info("saved %s in %.0f s", self.last_checkpoint, time.perf_counter() - start)
+        if self.accelerator.is_main_process:
+            try:
+                prune(args.output_dir, self.state.global_step, args.checkpoints_total_limit, args.keep_best_checkpoint)
+            except OSError as error:
+                log.info("older checkpoints could not be deleted (%s)", error)
 
     def mark_best(self):
         """Note the checkpoint just written as the best one, if its held-out loss is the lowest so far."""
@@ -383,7 +362,7 @@ class Trainer:
         if held_out is None or not saved or not self.accelerator.is_main_process:
             return
         try:
-            if mark_best(self.args.output_dir, self.state.global_step, held_out):
+            if mark_best(self.args.output_dir, self.state.global_step, held_out, probe(self.state.settings)):
                 log.info("%s is the best checkpoint so far, by held-out loss", self.last_checkpoint.name)
         except OSError as error:
             log.info("the best checkpoint could not be noted (%s)", error)
@@ -408,28 +387,11 @@ def optimize(accelerator, model, optimizer, loss, max_grad_norm):
     return grad_norm
 
 
-def refuse_other_engine(saved, now, checkpoint):
-    """Every engine has its own form of optimizer state; DeepSpeed's also depends on the number of processes."""
-    before, engine = saved["engine"], now["engine"]
-    if before != engine:
-        raise InputError(
-            f"{checkpoint} holds optimizer state of {before}, this run's engine is {engine}: choose the same "
-            "ACCELERATE_CONFIG, or convert the checkpoint and start another run from the converted folder"
-        )
-    if engine == "deepspeed" and saved["num_processes"] != now["num_processes"]:
-        raise InputError(
-            f"{checkpoint} was written by {saved['num_processes']} processes, now there are {now['num_processes']}: "
-            "DeepSpeed needs the same number; FSDP would take any"
-        )
-
-
-def global_batch(settings):
-    """Clips in a step of all processes together."""
-    return math.prod(settings[name] for name in BATCH_SETTINGS)
-
-
-def first_line(error):
-    return str(error).strip().splitlines()[0]
+def is_write_error(error):
+    """Whether a checkpoint failed for the disk's sake; torch's writers raise plain RuntimeErrors then."""
+    return isinstance(error, (OSError, SafetensorError)) or any(
+        name in str(error) for name in ("PytorchStreamWriter", "inline_container", "iostream")
+    )
 
 
 def make_optimizer(args, parameters, learning_rate, device):

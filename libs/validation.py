@@ -23,7 +23,7 @@ from dataset.utils import create_random_shape_with_random_motion
 from libs.diffusion import batch_loss
 from libs.options import pair_by_name
 from libs.pictures import contact_sheet, show_in_trackers, stack_sheets
-from libs.reporting import HELD_OUT_FILE, SCORES_FILE, append_row, log
+from libs.reporting import HELD_OUT_FILE, SCORES_FILE, append_row, first_line, log
 from libs.rivals import telea
 from libs.sampling import Pipeline, paste
 from libs.scores import SCORES, Reference, average, table
@@ -208,8 +208,7 @@ class Validation:
         except FAILURES as error:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # so that training does not meet the fragments of what did not fit
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            log.error("validation at step %d failed, training goes on: %s", step, reason[0])
+            log.error("validation at step %d failed, training goes on: %s", step, first_line(error))
             return None
 
     def samples_folder(self, step):

@@ -21,7 +21,11 @@ from dataset.finetune_dataset import EpochSampler
 from libs.conversion import convert
 from libs.engine import require_agreement
 from libs.errors import InputError
-from libs.training import BATCH_SETTINGS, global_batch
+from libs.options import parse_args
+from libs.preflight import inspect
+from libs.resuming import BATCH_SETTINGS, global_batch
+from libs.training import what_must_agree
+from train_DiffuEraser_stage1 import Stage1
 
 FINAL = "unet_main/diffusion_pytorch_model.safetensors"
 
@@ -65,14 +69,33 @@ def test_every_clip_once_per_epoch(length, processes, batch, accumulation):
         assert sorted(keys) == sorted(key for part in parts for keys in part[own] for key in keys)
 
 
-def test_processes_that_disagree_are_named(monkeypatch):
+def test_machines_that_disagree_are_named(flags, videos, tmp_path, monkeypatch):
+    """Where files lie may differ; what the result depends on may not."""
+
     class Accelerator:
         num_processes = 2
 
-    monkeypatch.setattr("libs.engine.gather_object", lambda facts: [*facts, {"clips an epoch": 44}])
-    require_agreement(Accelerator, {"clips an epoch": 44})
-    with pytest.raises(InputError, match="clips an epoch is 43 in process 0 and 44 in process 1: all machines need"):
-        require_agreement(Accelerator, {"clips an epoch": 43})
+    def facts(**overrides):
+        args = parse_args(Stage1, flags(1, **overrides))
+        return what_must_agree(args, inspect(args, Stage1)[1])
+
+    def compare(there):
+        monkeypatch.setattr("libs.engine.gather_object", lambda here: [*here, there])
+        require_agreement(Accelerator, facts())
+
+    (tmp_path / "elsewhere").symlink_to(videos)
+    compare(facts(davis_root=tmp_path / "elsewhere/DAVIS", output_dir=tmp_path / "mine", dataloader_num_workers=1))
+    validation = [f"['{videos}/DAVIS/{kind}/480p/buoy']" for kind in ("JPEGImages", "Annotations")]
+    for difference, message in (
+        ({"davis_root": ""}, "the number of clips an epoch is 44 in process 0 and 4 in process 1: all machines need"),
+        ({"lr_scheduler": "cosine"}, "--lr_scheduler is constant in process 0 and cosine in process 1"),
+        (
+            {"validation_image": validation[0], "validation_mask": validation[1]},
+            "--validation_prompt is [] in process 0 and",
+        ),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            compare(facts(**difference))
 
 
 @pytest.mark.parametrize(("local_rank", "line"), [(0, "error in process 8: /nowhere/JPEGImages"), (1, "")])

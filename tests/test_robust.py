@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPOSITORY, equal_files
 from PIL import Image
 
@@ -226,6 +227,9 @@ def test_changed_settings_on_resuming(train, tmp_path, capsys, weights):
         ({"davis_root": ""}, "clips 44, now 4"),
         ({"pretrained_stage1_path": None}, "weights of unet_main from"),
     ):
+        with pytest.raises(SystemExit) as stop:
+            train(1, max_train_steps=2, resume_from_checkpoint="latest", check_only=True, **change)
+        assert stop.value.code == 1 and message in capsys.readouterr().out
         with pytest.raises(SystemExit):
             train(1, max_train_steps=2, resume_from_checkpoint="latest", **change)
         error = capsys.readouterr().err
@@ -235,7 +239,44 @@ def test_changed_settings_on_resuming(train, tmp_path, capsys, weights):
     assert "changed since the checkpoint: learning_rate from 0.001 to 3e-05" in output and "lr 3e-05" in output
     train(1, max_train_steps=3, resume_from_checkpoint="latest", learning_rate=3e-5, seed=7, resume_anyway=True)
     assert steps_of(capsys.readouterr().out) == [3]
-    assert len(json.loads((tmp_path / "run/config.json").read_text())) == 3 + 5
+    assert len(json.loads((tmp_path / "run/config.json").read_text())) == 3
+
+
+def test_the_optimizer_follows_its_flags_on_resuming(train, tmp_path, capsys):
+    train(1, max_train_steps=1)
+    train(1, max_train_steps=2, resume_from_checkpoint="latest", adam_weight_decay=0, adam_beta1=0.5)
+    output = capsys.readouterr().out
+    assert "changed since the checkpoint: adam_beta1 from 0.9 to 0.5" in output
+    state = torch.load(tmp_path / "run/checkpoint-2/optimizer.bin", weights_only=True)
+    assert [(group["betas"], group["weight_decay"]) for group in state["param_groups"]] == [((0.5, 0.999), 0)]
+
+
+def test_optimizer_state_of_another_form_is_refused(train, tmp_path, capsys, monkeypatch):
+    train(1, max_train_steps=1)
+    file = tmp_path / "run/checkpoint-1/trainer_state.json"
+    file.write_text(file.read_text().replace('"use_8bit_adam": false', '"use_8bit_adam": true'))
+    with pytest.raises(SystemExit):
+        train(1, max_train_steps=2, resume_from_checkpoint="latest", resume_anyway=True)
+    error = capsys.readouterr().err
+    assert "holds optimizer state of 8-bit AdamW, this run's is fp32 AdamW: add --use_8bit_adam, or convert" in error
+
+
+def test_fp16_may_be_turned_on_and_off(train, tmp_path, capsys, monkeypatch):
+    """With the gradient scaler that only fp16 has: a checkpoint without its state, then one with it."""
+    train(1, max_train_steps=1)
+    make = libs.training.make_accelerator
+
+    def make_with_scaler(args):
+        accelerator = make(args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        return accelerator
+
+    monkeypatch.setattr(libs.training, "make_accelerator", make_with_scaler)
+    train(1, max_train_steps=2, resume_from_checkpoint="latest")
+    assert torch.load(tmp_path / "run/checkpoint-2/scaler.pt", weights_only=True)["scale"] == 2.0
+    monkeypatch.undo()
+    train(1, max_train_steps=3, resume_from_checkpoint="latest")
+    assert steps_of(capsys.readouterr().out) == [1, 2, 3]
 
 
 def test_check_only(train, tmp_path, capsys):
@@ -248,4 +289,8 @@ def test_check_only(train, tmp_path, capsys):
         train(2, check_only=True, davis_root="/no/DAVIS", pretrained_stage1="/no/weights")
     table = capsys.readouterr().out
     assert stop.value.code == 1 and table.count("FAILED") == 2
+    with pytest.raises(SystemExit) as stop:
+        train(1, check_only=True, output_dir="/proc/run")
+    table = capsys.readouterr().out
+    assert stop.value.code == 1 and "/proc/run cannot be written to" in table
     assert not list(Path(tmp_path, "run").glob("checkpoint-*"))

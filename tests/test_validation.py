@@ -111,16 +111,41 @@ def long_videos(folder):
 
 
 def test_best_checkpoint(tmp_path):
-    """The lowest held-out loss so far is noted; a run resumed from an earlier step forgets what came after."""
-    assert mark_best(tmp_path, 10, 0.5) and not mark_best(tmp_path, 20, 0.6) and mark_best(tmp_path, 30, 0.4)
-    assert read_best(tmp_path) == {"checkpoint": "checkpoint-30", "step": 30, "held_out_loss": 0.4}
-    assert mark_best(tmp_path, 20, 0.45) and not mark_best(tmp_path, 25, float("nan"))
+    """The lowest held-out loss so far is noted; a run resumed from an earlier step forgets what came after, and losses
+    on other clips do not compare."""
+
+    def mark(step, loss, clips="these"):
+        return mark_best(tmp_path, step, loss, clips)
+
+    assert mark(10, 0.5) and not mark(20, 0.6) and mark(30, 0.4)
+    note = {"checkpoint": "checkpoint-30", "step": 30, "held_out_loss": 0.4, "clips": "these"}
+    assert read_best(tmp_path) == note
+    assert mark(40, 0.7, "others") and mark(10, 0.3) and mark(20, 0.2) and not mark(25, float("nan"))
     for step in (10, 20, 30, 40):
         (tmp_path / f"checkpoint-{step}").mkdir()
     prune(tmp_path, 40, 1, keep_best=True)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-40"]
     prune(tmp_path, 40, 1)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-40"]
+
+
+def test_other_validation_videos_start_the_held_out_loss_anew(validated, videos, tmp_path, capsys):
+    validated(max_train_steps=1, learning_rate=1e-30)
+    best = json.loads((tmp_path / "run/best_checkpoint.json").read_text())
+    capsys.readouterr()
+    davis = videos / "DAVIS"
+    validated(
+        max_train_steps=2,
+        resume_from_checkpoint="latest",
+        learning_rate=1e-30,
+        validation_image=[str(davis / "JPEGImages/480p/lantern")],
+        validation_mask=[str(davis / "Annotations/480p/lantern")],
+    )
+    output = capsys.readouterr().out
+    assert "validation_image from ['buoy', 'lantern'] to ['lantern']" in output
+    assert "the held-out loss is measured on other clips from here on, and starts anew" in output
+    assert "1.000 of its start" in output and "checkpoint-2 is the best checkpoint so far" in output
+    assert json.loads((tmp_path / "run/best_checkpoint.json").read_text())["clips"] != best["clips"]
 
 
 def test_the_run_notes_its_best_checkpoint(validated, tmp_path, capsys):
