@@ -13,10 +13,14 @@ mkdir -p "$run"
 "$python" -m demo.make_weights --output_dir demo/weights
 "$python" -m demo.make_videos --output_dir demo/data
 
-# What the scripts read from the environment, at sizes for a CPU and at a learning rate for random weights.
+# What the scripts read from the environment, at sizes for a CPU and at a learning rate for random weights. What a user
+# has set for another run is not meant here.
+unset ACCELERATE_CONFIG CHECKPOINTS_TOTAL_LIMIT GRADIENT_ACCUMULATION_STEPS LOW_MEMORY MACHINE_RANK MAIN_ADDRESS MAIN_PORT \
+  MIXED_PRECISION MOTION_ADAPTER NFRAMES NUM_MACHINES NUM_PROCESSES PRETRAINED_STAGE1_PATH SEED SLURM_NODEID TRAIN_BATCH_SIZE
 export PYTHON=$python WEIGHTS=demo/weights DAVIS_ROOT=demo/data/DAVIS YTVOS_ROOT=demo/data/YTBV
 export RESOLUTION=64 DATALOADER_NUM_WORKERS=0 LEARNING_RATE=1e-3 CHECKPOINTING_STEPS=50 VALIDATION_STEPS=100
-export RESUME_FROM_CHECKPOINT= PRETRAINED_STAGE1=$run/finetuned-stage1
+export RESUME_FROM_CHECKPOINT= PRETRAINED_STAGE1=$run/finetuned-stage1 LATENT_CACHE=$run/latent-cache
+export COMPILE=0 # it would take longer than the run
 
 LOG=$run/finetune-stage1.log OUTPUT_DIR=$run/finetune-stage1 MAX_TRAIN_STEPS=100 bash finetune_stage1.sh --probe_clips=8
 "$python" save_checkpoint_stage1.py --input_dir "$run/finetune-stage1" --output_dir "$run/finetuned-stage1"

@@ -21,11 +21,11 @@ def one_line_errors(main):
         except InputError as error:
             # A loader worker's error arrives with its traceback as text; its last line is the error.
             line = str(error).strip().splitlines()[-1].removeprefix("libs.errors.InputError: ")
-            rank = int(os.environ.get("RANK", 0))
-            if rank == 0:
-                print(f"error: {line}", file=sys.stderr, flush=True)
-            elif PartialState._shared_state:  # before training every process finds the same: one says so
-                print(f"error in process {rank}: {line}", file=sys.stderr, flush=True)
+            rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+            # Before training all processes find the same: one on every machine says so, as each has its own log.
+            if local_rank == 0 or PartialState._shared_state:
+                who = f"error in process {rank}" if rank else "error"
+                print(f"{who}: {line}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
 
     return wrapped

@@ -8,35 +8,50 @@ WEIGHTS=${WEIGHTS:-weights}
 DAVIS_ROOT=${DAVIS_ROOT-dataset/DAVIS}
 YTVOS_ROOT=${YTVOS_ROOT-dataset/YTBV}
 OUTPUT_DIR=${OUTPUT_DIR:-finetune-stage$stage}
-MACHINE_RANK=${MACHINE_RANK:-${SLURM_NODEID:-0}}
+
+# What the user's own engine configuration says of KEY; nothing where there is no such file, line or value.
+configured() {
+  [[ -f "${ACCELERATE_CONFIG:-}" ]] || return 0
+  sed -nE "s/^$1: *['\"]?([^'\"[:space:]]+).*/\1/p" "$ACCELERATE_CONFIG" | grep -vx null || true
+}
+
+MACHINE_RANK=${MACHINE_RANK:-${SLURM_NODEID:-$(configured machine_rank)}}
+MACHINE_RANK=${MACHINE_RANK:-0}
 [[ "$MACHINE_RANK" = 0 ]] && machine= || machine=-machine$MACHINE_RANK # the first machine's log is the run's
 LOG=${LOG:-finetune-stage$stage$machine.log}
 
-# The first two held-out DAVIS videos that have masks, as Python lists.
+# The first two held-out DAVIS videos that have masks: sets `images` and `masks`.
 find_validation_videos() {
   local names=() name
   images=() masks=()
   [[ -f "$DAVIS_ROOT/ImageSets/2017/val.txt" ]] && mapfile -t names <"$DAVIS_ROOT/ImageSets/2017/val.txt"
   for name in "${names[@]//$'\r'/}"; do
     if [[ -n "$name" && -d "$DAVIS_ROOT/JPEGImages/480p/$name" && -d "$DAVIS_ROOT/Annotations/480p/$name" ]]; then
-      images+=("'$DAVIS_ROOT/JPEGImages/480p/$name'")
-      masks+=("'$DAVIS_ROOT/Annotations/480p/$name'")
+      images+=("$DAVIS_ROOT/JPEGImages/480p/$name")
+      masks+=("$DAVIS_ROOT/Annotations/480p/$name")
     fi
     [[ ${#images[@]} -lt 2 ]] || break
   done
 }
 
-join() { local IFS=,; echo "[$*]"; }
+python_list() { "$PYTHON" -c 'import sys; print(sys.argv[1:])' "$@"; }
 
 fail() {
   echo "error: $*" >&2
   exit 1
 }
 
-# Sets `engine`: the arguments that tell accelerate its configuration, and how many processes it starts where.
+# Sets `engine`: the arguments that tell accelerate its configuration, and how many processes it starts where. Variables
+# come before the user's own configuration, and that before the defaults: one process, or all GPUs where a configuration
+# was chosen that leaves their number open.
 choose_engine() {
-  local per_machine=${NUM_PROCESSES:-1} machines=${NUM_MACHINES:-1} config=${ACCELERATE_CONFIG:-}
-  local processes=$((per_machine * machines)) alone=configs/accelerate/one_gpu.yaml
+  local config=${ACCELERATE_CONFIG:-} alone=configs/accelerate/one_gpu.yaml machines processes= per_machine=1
+  machines=${NUM_MACHINES:-$(configured num_machines)}
+  machines=${machines:-1}
+  [[ -n "$config" && $gpus -gt 1 ]] && per_machine=$gpus
+  [[ -n "${NUM_PROCESSES:-}" ]] || processes=$(configured num_processes)
+  processes=${processes:-$((${NUM_PROCESSES:-$per_machine} * machines))}
+  per_machine=$((processes / machines))
   if [[ -z "$config" ]]; then
     config=one_gpu
     [[ "$processes" -gt 1 ]] && config=multi_gpu
@@ -51,13 +66,15 @@ choose_engine() {
   grep -q '^distributed_type: \(FSDP\|DEEPSPEED\)' "$config" && can_compile=0 # their layers gather weights as they go
   engine=(--config_file="$config" --num_processes="$processes" --num_machines="$machines" --dynamo_backend=no)
   if [[ "$machines" -gt 1 ]]; then
-    [[ -n "${MAIN_ADDRESS:-}" ]] || fail "NUM_MACHINES=$machines needs MAIN_ADDRESS, the first machine's name or address"
+    local address=${MAIN_ADDRESS:-$(configured main_process_ip)}
+    [[ -n "$address" ]] || fail "NUM_MACHINES=$machines needs MAIN_ADDRESS, the first machine's name or address"
     [[ "$MACHINE_RANK" -lt "$machines" ]] ||
       fail "MACHINE_RANK=$MACHINE_RANK: a number from 0 to $((machines - 1)) was needed, another on every machine"
-    engine+=(--machine_rank="$MACHINE_RANK" --main_process_ip="$MAIN_ADDRESS")
+    engine+=(--machine_rank="$MACHINE_RANK" --main_process_ip="$address")
   fi
   if [[ "$config" != "$alone" ]]; then # port 0: any that is free, so that two runs may share a machine
-    engine+=(--main_process_port="${MAIN_PORT:-$([[ "$machines" = 1 ]] && echo 0 || echo 29500)}")
+    local port=${MAIN_PORT:-$(configured main_process_port)}
+    engine+=(--main_process_port="${port:-$([[ "$machines" = 1 ]] && echo 0 || echo 29500)}")
   fi
   if [[ $has_gpu = 0 ]]; then
     [[ "$config" = "$alone" ]] && engine+=(--cpu)
@@ -66,9 +83,10 @@ choose_engine() {
 }
 
 launch() {
-  local has_gpu can_compile
-  read -r has_gpu can_compile < <("$PYTHON" -m libs.machine)
-  local precision=${MIXED_PRECISION:-$([[ $has_gpu = 1 ]] && echo fp16 || echo no)}
+  local has_gpu can_compile gpus
+  read -r has_gpu can_compile gpus < <("$PYTHON" -m libs.machine)
+  local precision=${MIXED_PRECISION:-$(configured mixed_precision)}
+  precision=${precision:-$([[ $has_gpu = 1 ]] && echo fp16 || echo no)}
 
   local engine
   choose_engine
@@ -102,14 +120,14 @@ launch() {
   local images masks note=
   find_validation_videos
   if [[ ${#images[@]} -gt 0 ]]; then
-    options+=(--validation_image="$(join "${images[@]}")" --validation_mask="$(join "${masks[@]}")")
+    options+=(--validation_image="$(python_list "${images[@]}")" --validation_mask="$(python_list "${masks[@]}")")
   else
     [[ " $* " == *" --validation_image"* ]] ||
       note="validation is off: ${DAVIS_ROOT:-DAVIS_ROOT, which is empty,} has no ImageSets/2017/val.txt that names videos with Annotations/480p/;"
     note=${note:+"$note add them, or pass --validation_image and --validation_mask"}
   fi
 
-  local command=(accelerate launch "${engine[@]}" --mixed_precision="$precision" --quiet
+  local command=(accelerate launch "${engine[@]}" --mixed_precision="$precision"
     "train_DiffuEraser_stage$stage.py" "${options[@]}" "$@")
   if [[ " $* " == *" --check_only "* ]]; then
     exec "$PYTHON" -m libs.launcher "${command[@]:2}"
@@ -118,7 +136,7 @@ launch() {
   [[ -f "$LOG" ]] && lines_before=$(wc -l <"$LOG")
   {
     echo "===== $(date '+%Y-%m-%d %H:%M:%S') stage $stage"
-    echo "command: ${command[*]}"
+    echo "command:$(printf ' %q' "${command[@]}")"
     [[ -n "$note" ]] && echo "$note"
   } >>"$LOG"
   echo "stage $stage: training, log in $LOG (tail -f $LOG), checkpoints in $OUTPUT_DIR/${note:+; $note}"

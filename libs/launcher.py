@@ -5,6 +5,7 @@ torchrun's own report is a traceback of the launcher, longer than the trainer's 
 
 import logging
 import signal
+import subprocess
 import sys
 
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -19,14 +20,23 @@ def main(argv=None):
         launch_command(launch_command_parser().parse_args(argv))
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
-        if first.exitcode < 0:
-            name = signal.Signals(-first.exitcode).name
-            cause = "out of memory, or killed by hand" if name == "SIGKILL" else "see the lines above"
-            fail(f"process {rank} was ended by {name} ({cause}): run the same command to resume")
-        raise SystemExit(1) from None
+        end_as(f"process {rank}", first.exitcode)
+    except subprocess.CalledProcessError as error:
+        end_as("the trainer", error.returncode)
     except (ConnectionError, DistError, RendezvousError) as error:
         reason = str(error).strip().splitlines()[0]
         fail(f"the machines did not find each other ({reason}): check MAIN_ADDRESS, MAIN_PORT and that all are started")
+
+
+def end_as(who, exitcode):
+    """End with a line that names the signal, where one ended a process: the trainers say everything else themselves."""
+    if exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        cause = "see the lines above"
+        if name == "SIGKILL":
+            cause = "the system killed it, most often for lack of memory: lower DATALOADER_NUM_WORKERS, or give it more"
+        fail(f"{who} was ended by {name} ({cause}): run the same command to resume")
+    raise SystemExit(1) from None
 
 
 def fail(line):

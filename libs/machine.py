@@ -23,4 +23,4 @@ def compiling_lacks():
 
 
 if __name__ == "__main__":
-    print(int(torch.cuda.is_available()), int(compiling_lacks() is None))
+    print(int(torch.cuda.is_available()), int(compiling_lacks() is None), torch.cuda.device_count())

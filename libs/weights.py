@@ -12,6 +12,7 @@ from safetensors import safe_open
 from libs.errors import InputError
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
+OWN_FOLDERS = ("weights", "converted_weights")  # paths below them are never looked up on the Hub
 
 
 class StrictLoading:
@@ -82,8 +83,12 @@ def resolve_folder(path, subfolder=None, revision=None):
     if folder.is_dir():
         return folder
     name = str(path)
-    if Path(path).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.exists():
-        raise InputError(f"{folder} is not a folder: a folder of weights was needed; check the path")
+    is_name = name.count("/") == 1 and not name.startswith((".", "/", "~", *(f"{own}/" for own in OWN_FOLDERS)))
+    if not is_name or Path(path).exists() or Path(name).parent.exists():
+        raise InputError(
+            f"{folder.absolute()} is not a folder: a folder of weights was needed; check the path, or see in README.md "
+            "how to download or convert it"
+        )
     patterns = [f"{subfolder}/*"] if subfolder else None
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns), subfolder or "")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -19,6 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 REALDATA = REPOSITORY.parent / "shared" / "realdata"
 
 torch.set_num_threads(1)
+os.environ["LATENT_CACHE"] = ""  # the shell scripts' default lies in the checkout
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,17 @@ def test_machines_that_disagree_are_named(flags, videos, tmp_path, monkeypatch):
             compare(facts(**difference))
 
 
+@pytest.mark.parametrize(("local_rank", "line"), [(0, "error in process 8: /nowhere/JPEGImages"), (1, "")])
+def test_every_machine_says_what_is_wrong(train, monkeypatch, capsys, local_rank, line):
+    """One process of each machine does, into the machine's own log."""
+    monkeypatch.setenv("RANK", str(8 + local_rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    with pytest.raises(SystemExit):
+        train(1, davis_root="/nowhere")
+    error = capsys.readouterr().err
+    assert error.startswith(line) and error.count("\n") == bool(line)
+
+
 def losses(log):
     return [float(loss) for loss in re.findall(r"step \d+/\d+  loss ([\d.]+)", log)]
 
@@ -107,7 +118,7 @@ def run_fsdp(processes, stage, flags):
     command = [
         sys.executable, "-m", "libs.launcher", "--config_file=configs/accelerate/fsdp.yaml", "--num_machines=1",
         f"--num_processes={processes}", "--num_cpu_threads_per_process=1", "--main_process_port=0",
-        "--mixed_precision=no", "--quiet", "tests/fsdp_on_cpu.py", str(stage), *flags,
+        "--mixed_precision=no", "tests/fsdp_on_cpu.py", str(stage), *flags,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)

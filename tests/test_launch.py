@@ -1,18 +1,22 @@
 """What users type: the shell scripts, `accelerate launch`, the converters, in processes of their own."""
 
+import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from conftest import REALDATA, REPOSITORY, equal_files
+from conftest import REALDATA, REPOSITORY, equal_files, wait_for_line
 from safetensors.torch import load_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+STAGE_SCRIPTS = ("finetune_stage1.sh", "finetune_stage2.sh")
 
 
 @pytest.fixture
@@ -26,6 +30,7 @@ def environment(weights, videos, tmp_path):
         "YTVOS_ROOT": str(videos / "YTBV"),
         "OUTPUT_DIR": str(tmp_path / "run"),
         "LOG": str(tmp_path / "run.log"),
+        "LATENT_CACHE": str(tmp_path / "latents"),
         "RESOLUTION": "32",
         "NFRAMES": "3",
         "MAX_TRAIN_STEPS": "2",
@@ -110,6 +115,99 @@ def test_a_failing_run(environment, tmp_path, name):
     log = Path(environment["LOG"])
     assert "Traceback" not in failed.stderr + failed.stdout + (log.read_text() if log.exists() else "")
     assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_trainer(environment, processes):
+    """As the system kills it when memory runs out: one line that says so, and nothing else in the log."""
+    log = Path(environment["LOG"])
+    environment |= {"MAX_TRAIN_STEPS": "5000", "DATALOADER_NUM_WORKERS": "0", "OMP_NUM_THREADS": "1"}
+    environment |= {"NUM_PROCESSES": str(processes)}
+    script = subprocess.Popen(
+        ["bash", "finetune_stage1.sh", "--logging_steps=1", "--report_to=none"],
+        cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_for_line(log, "step 2/5000")
+        below = psutil.Process(script.pid).children(recursive=True)
+        trainers = [process for process in below if "libs.launcher" not in process.cmdline()]
+        trainers[-1].kill()
+        _, error = script.communicate(timeout=60)
+    finally:
+        for process in below:
+            if process.is_running():
+                process.kill()
+    assert script.returncode == 1
+    last = error.splitlines()[-1]
+    who = "the trainer" if processes == 1 else r"process \d"
+    assert re.match(rf"error: {who} was ended by SIGKILL \(the system killed it, .*DATALOADER_NUM_WORKERS", last), error
+    said = log.read_text().splitlines()
+    assert said[-1] == last and not [line for line in said if not re.match(r"\d{4}-|=====|command:|error", line)]
+
+
+def test_paths_with_quotes(environment, tmp_path, videos):
+    """Validation videos whose path has an apostrophe; the logged command can be pasted."""
+    davis = tmp_path / 'the user\'s "DAVIS"'
+    davis.symlink_to(videos / "DAVIS")
+    result = run(["bash", "finetune_stage1.sh"], environment, DAVIS_ROOT=davis, MAX_TRAIN_STEPS=1)
+    assert result.returncode == 0, result.stderr
+    command = re.search("^command: (.*)", Path(environment["LOG"]).read_text(), re.M)[1]
+    flags = dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)
+    assert "--output_dir=" in command and flags["--davis_root"] == str(davis)
+    for name in ("--validation_image", "--validation_mask"):
+        folders = ast.literal_eval(flags[name])
+        assert len(folders) == 2 and all(Path(folder).is_dir() for folder in folders)
+
+
+OWN_CONFIG = """compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+machine_rank: 0
+main_process_ip: null
+mixed_precision: 'bf16'
+num_machines: 1
+num_processes: 4
+"""
+ENGINES = [  # (GPUs, variables, what accelerate is told)
+    (8, {}, "one_gpu.yaml --num_processes=1 --num_machines=1 "),
+    (8, {"NUM_PROCESSES": "2"}, "multi_gpu.yaml --num_processes=2 --num_machines=1 "),
+    (8, {"ACCELERATE_CONFIG": "configs/accelerate/fsdp.yaml"}, "fsdp.yaml --num_processes=8 --num_machines=1 "),
+    (1, {"ACCELERATE_CONFIG": "configs/accelerate/fsdp.yaml"}, "fsdp.yaml --num_processes=1 --num_machines=1 "),
+    (8, {"ACCELERATE_CONFIG": "own.yaml"}, "own.yaml --num_processes=4 --num_machines=1 "),
+    (8, {"ACCELERATE_CONFIG": "own.yaml"}, " --mixed_precision=bf16 "),
+    (8, {"ACCELERATE_CONFIG": "own.yaml", "NUM_PROCESSES": "2"}, "own.yaml --num_processes=2 --num_machines=1 "),
+    (8, {"NUM_MACHINES": "2", "MAIN_ADDRESS": "a", "NUM_PROCESSES": "8"}, "multi_node.yaml --num_processes=16 "),
+]
+
+
+@pytest.mark.parametrize(("gpus", "variables", "told"), ENGINES)
+def test_the_engine(environment, tmp_path, gpus, variables, told):
+    """Variables come before the user's own configuration, and that before the defaults."""
+    stand_in = tmp_path / "python"  # says how many GPUs there are, and what the launcher is told
+    stand_in.write_text(
+        f"""#!/usr/bin/env bash
+case "$2" in
+  libs.machine) echo 1 1 {gpus} ;;
+  libs.launcher) echo "$@" ;;
+  *) exec {sys.executable} "$@" ;;
+esac
+"""
+    )
+    stand_in.chmod(0o755)
+    if variables.get("ACCELERATE_CONFIG") == "own.yaml":
+        own = tmp_path / "own.yaml"
+        own.write_text(OWN_CONFIG)
+        variables = {**variables, "ACCELERATE_CONFIG": own}
+    result = run(["bash", "finetune_stage1.sh", "--check_only"], environment, PYTHON=stand_in, **variables)
+    assert result.returncode == 0 and told in result.stdout, result.stdout + result.stderr
+
+
+def test_the_quickstart_sets_or_unsets_every_variable():
+    """What a user has exported for another run has no influence on it."""
+    scripts = "".join(Path(REPOSITORY, name).read_text() for name in ("libs/launch.sh", *STAGE_SCRIPTS))
+    read = set(re.findall(r"\$\{([A-Z][A-Z_0-9]+):?-", scripts)) - {"OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"}
+    assert len(read) > 25
+    quickstart = Path(REPOSITORY, "quickstart.sh").read_text()
+    assert not read - set(re.findall(r"[A-Z][A-Z_0-9]+", quickstart))
 
 
 def test_validation_is_off_without_masks(environment, tmp_path, videos):

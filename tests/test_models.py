@@ -11,7 +11,7 @@ from libs.brushnet_CA import BrushNetModel
 from libs.errors import InputError
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
-from libs.weights import shapes_of
+from libs.weights import resolve_folder, shapes_of
 
 LAYOUT = DATA / "published_layout"
 PUBLISHED = {
@@ -98,6 +98,14 @@ def test_wrong_class_and_missing_files(tiny, tmp_path):
         UNet2DConditionModel.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="is not a folder"):
         UNet2DConditionModel.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("path", ["weights/sd-vae-ft-mse", "converted_weights/finetuned-stage1", "./a/b", "a/b/c"])
+def test_own_folders_are_not_looked_up_on_the_hub(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("libs.weights.snapshot_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    with pytest.raises(InputError, match=f"^{tmp_path / path}/unet is not a folder: .* README.md how to download"):
+        resolve_folder(path, "unet")
 
 
 def test_parts_of_a_motion_folder(tiny, tmp_path):
