@@ -1,8 +1,11 @@
 """eval_DiffuEraser.py and run_diffueraser.py as users call them, on converted folders of both stages."""
 
 import csv
+import re
+import subprocess
 
 import cv2
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -82,7 +85,7 @@ def test_run_of_stage_1_in_odd_sizes(train, models, clip, tmp_path, capsys):
         ({"video": "nothing.mp4"}, "nothing.mp4 does not exist"),
         ({"mask": "nothing"}, "nothing does not exist"),
         ({"video": "noise.mp4"}, "noise.mp4 is no video that can be decoded"),
-        ({"video": "short.mp4"}, "short.mp4 ends early"),
+        ({"video": "blank.mp4"}, "blank.mp4 has no frame that can be decoded"),
         ({"mask": "small.png"}, "small.png is 20x20"),
         ({"mask": "empty.png"}, "marks nothing"),
         ({"mask": "three"}, "has 3 masks"),
@@ -94,8 +97,8 @@ def test_run_of_stage_1_in_odd_sizes(train, models, clip, tmp_path, capsys):
 def test_bad_clips_are_one_line(weights, models, clip, capsys, tmp_path, changes, expected):
     noise = np.random.default_rng(0)
     (clip / "noise.mp4").write_bytes(noise.bytes(5000))
-    write_mp4(clip / "short.mp4", moving_video(60, 50, 66)[0], 12)
-    cut_short(clip / "short.mp4")
+    write_mp4(clip / "blank.mp4", moving_video(60, 50, 66)[0], 12)
+    cut_short(clip / "blank.mp4", share=0)
     Image.fromarray(np.full((20, 20), 255, np.uint8)).save(clip / "small.png")
     Image.fromarray(np.zeros((50, 66), np.uint8)).save(clip / "empty.png")
     write_frames(clip / "three", np.full((3, 50, 66, 3), 255, np.uint8))
@@ -110,11 +113,40 @@ def test_bad_clips_are_one_line(weights, models, clip, capsys, tmp_path, changes
     assert not (tmp_path / "out").exists()
 
 
-def cut_short(path):
-    """Move the index to the front, so that the file still opens, and drop the end of its pictures."""
+def cut_short(path, share=0.5):
+    """Blank what follows the first `share` of the pictures; the index stays, so that the file still opens."""
     content = path.read_bytes()
-    index = content.rindex(b"moov") - 4
-    path.write_bytes(content[: index // 2] + bytes(index - index // 2) + content[index:])
+    pictures, index = content.index(b"mdat") + 4, content.rindex(b"moov") - 4
+    end = pictures + int(share * (index - pictures))
+    path.write_bytes(content[:end] + bytes(index - end) + content[index:])
+
+
+def test_a_video_that_ends_early_is_said(weights, models, clip, tmp_path, capsys):
+    """The frames that are there are used; masks of the promised length do not fit them."""
+    frames, holes = moving_video(60, 50, 66)
+    write_mp4(clip / "short.mp4", frames, 12)
+    cut_short(clip / "short.mp4", share=0.7)
+    write_frames(clip / "sixty", np.repeat(holes[..., None], 3, axis=3))
+    settings = [f"--video={clip / 'short.mp4'}", f"--weights={weights / 'diffuEraser'}", "--nframes=32", *models,
+                "--num_inference_steps=1", f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        run_diffueraser.main([*settings, f"--mask={clip / 'sixty'}"])
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: ") and re.search(r"short\.mp4 ends early: (\d+) frames .* promises 60", warning)
+    decoded = int(re.search(r"early: (\d+) frames", warning)[1])
+    assert 5 < decoded < 60 and f"has 60 masks, {clip / 'short.mp4'} has {decoded} frames" in error
+    run_diffueraser.main([*settings, f"--mask={clip / 'mask.png'}"])
+    assert capsys.readouterr().err.splitlines() == [warning]
+    assert len(read_result(tmp_path / "out")) == decoded
+
+
+def test_a_video_cut_without_encoding_is_read(clip, capsys):
+    """Its index counts the frames before the cut, which are there but not shown."""
+    write_mp4(clip / "whole.mp4", moving_video(60, 50, 66)[0], 12)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-ss", "0.7", "-i", clip / "whole.mp4", "-c", "copy"]
+    subprocess.run([*command, clip / "cut.mp4"], check=True)
+    frames, _ = read_video(clip / "cut.mp4")
+    assert 40 < len(frames) < 60 and "cut.mp4 ends early" in capsys.readouterr().err
 
 
 def read_scores(path):
