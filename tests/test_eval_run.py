@@ -92,6 +92,12 @@ def test_run_of_stage_1_in_odd_sizes(train, models, clip, tmp_path, capsys):
         ({"weights": "clip"}, "has no unet_main/"),
         ({"nframes": 64}, "takes 32 frames at most"),
         ({"overlap": 40}, "--overlap=40"),
+        ({"nframes": 0}, "--nframes=0: 1 or more"),
+        ({"num_inference_steps": -3}, "--num_inference_steps=-3: 1 or more"),
+        ({"resolution": -5}, "--resolution=-5: 8 or more"),
+        ({"fps": -1}, "--fps=-1.0: a positive number"),
+        ({"fps": "nan"}, "--fps=nan: a positive number"),
+        ({"seed": -1}, "--seed=-1: 0 or more"),
     ],
 )
 def test_bad_clips_are_one_line(weights, models, clip, capsys, tmp_path, changes, expected):
@@ -110,7 +116,44 @@ def test_bad_clips_are_one_line(weights, models, clip, capsys, tmp_path, changes
                               *(f"--{name}={value}" for name, value in given.items())])  # fmt: skip
     errors = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 1 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_no_result_is_lost(weights, models, clip, capsys, monkeypatch):
+    """A folder that cannot be written is found before any model loads."""
+    monkeypatch.setattr(run_diffueraser, "load_pipeline", None)
+    with pytest.raises(SystemExit):
+        run_diffueraser.main([f"--video={clip / 'frames'}", f"--mask={clip / 'masks'}", "--output_dir=/proc/x",
+                              f"--weights={weights / 'diffuEraser'}", *models])  # fmt: skip
+    assert capsys.readouterr().err.startswith("error: --output_dir /proc/x cannot be written to")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--size=8x8"], "argument --size: 16x16 or more was needed, not '8x8'"),
+        (["--size=0x0"], "16x16 or more was needed, not '0x0'"),
+        (["--size=100x15"], "16x16 or more was needed"),
+        (["--no_model", "--rivals"], "leave nothing to score"),
+        (["--nframes=0"], "--nframes=0: 1 or more"),
+        (["--num_inference_steps=-3"], "--num_inference_steps=-3: 1 or more"),
+        (["--output_dir=/proc/x"], "--output_dir /proc/x cannot be written to"),
+    ],
+)
+def test_bad_evaluations_are_one_line(videos, tmp_path, capsys, monkeypatch, arguments, expected):
+    monkeypatch.setattr(eval_DiffuEraser, "load_pipeline", None)
+    with pytest.raises(SystemExit) as stop:
+        eval_DiffuEraser.main([f"--frames={videos / 'DAVIS/JPEGImages/480p'}", f"--output_dir={tmp_path}", *arguments])
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
+
+
+def test_frames_too_small_for_the_flow(tmp_path, capsys):
+    """OpenCV would end the process without a word."""
+    write_frames(tmp_path / "frames/tiny", moving_video(3, 15, 100)[0])
+    with pytest.raises(SystemExit):
+        eval_DiffuEraser.main([f"--frames={tmp_path / 'frames'}", "--no_model", f"--output_dir={tmp_path / 'out'}"])
+    assert "tiny is 100x15: 16x16 or more was needed; use --size" in capsys.readouterr().err
 
 
 def cut_short(path, share=0.5):
