@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from dataset.frames import list_frames, read_frames
 from libs.errors import InputError, one_line_errors
-from libs.inference import add_inference_flags, load_pipeline
+from libs.inference import add_inference_flags, check_inference_flags, load_pipeline
 from libs.options import Parser, add_mask_span, pair_by_name, split_mask_span
 from libs.pictures import contact_sheet, stack_sheets
+from libs.preflight import check_writable
 from libs.reporting import write_rows
 from libs.rivals import RIVALS
 from libs.sampling import paste
-from libs.scores import Reference, average, table
+from libs.scores import SMALLEST_FLOW, Reference, average, table
 from libs.validation import draw_holes
 from libs.vfid import frechet_distance, load_i3d
 from libs.videos import read_mask, resize, stack
@@ -57,6 +58,8 @@ def size(text):
         width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"WIDTHxHEIGHT such as 432x240 was needed, not {text!r}") from None
+    if min(width, height) < SMALLEST_FLOW:
+        raise argparse.ArgumentTypeError(f"{SMALLEST_FLOW}x{SMALLEST_FLOW} or more was needed, not {text!r}")
     return width, height
 
 
@@ -102,6 +105,10 @@ def load_video(folder, number, args):
         frames = np.stack(read_frames(list_frames(folder)))
         holes = draw_holes(*frames.shape[:3], args, number)
     width, height = args.size or (frames.shape[2], frames.shape[1])
+    if min(width, height) < SMALLEST_FLOW:
+        raise InputError(
+            f"{folder} is {width}x{height}: {SMALLEST_FLOW}x{SMALLEST_FLOW} or more was needed; use --size"
+        )
     return resize(frames, holes, height, width)
 
 
@@ -130,12 +137,15 @@ def fill_with(args, weights):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     split_mask_span(args)
+    check_inference_flags(args)
+    if args.no_model and not args.rivals:
+        raise InputError("--no_model and an empty --rivals leave nothing to score: leave one of them out")
     folders = find_videos(args)
+    output_dir = Path(args.output_dir)
+    check_writable(output_dir, "--output_dir")
     i3d = open_i3d(args, folders)
     methods, scores, rows = make_methods(args), {}, []
     features = {name: [] for name in methods}  # (1024,) of every video
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     for number, folder in enumerate(folders):
         frames, holes = load_video(folder, number, args)
         reference, sheets = Reference(frames, holes), []

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from dataset.frames import size_of
 from libs.errors import InputError, one_line_errors
-from libs.inference import add_inference_flags, load_pipeline
-from libs.options import Parser
+from libs.inference import add_inference_flags, check_inference_flags, load_pipeline
+from libs.options import Parser, at_least, require
+from libs.preflight import check_writable
 from libs.sampling import paste
 from libs.validation import MASK_DILATIONS
 from libs.videos import dilate, read_masks, read_video, resize, upscale, write_frames, write_mp4
@@ -20,6 +21,7 @@ from train_DiffuEraser_stage1 import Stage1
 from train_DiffuEraser_stage2 import Stage2
 
 DEFAULT_FPS = 24.0  # of folders of frames
+SMALLEST_SIDE = 8  # pixels, one of the latents
 
 
 def build_parser():
@@ -72,15 +74,17 @@ def remove_object(pipeline, prompt_embeds, frames, holes, args):
 @one_line_errors
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    for name in ("mask_dilation", "soft_edge"):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name}={getattr(args, name)}: 0 or more was needed")
+    at_least(0, args, "mask_dilation", "soft_edge")
+    at_least(SMALLEST_SIDE, args, "resolution")
+    require(args.fps is None or 0 < args.fps < np.inf, f"--fps={args.fps}: a positive number was needed")
+    check_inference_flags(args)
     frames, holes, fps = read_clip(args)
+    output_dir = Path(args.output_dir)
+    check_writable(output_dir, "--output_dir")
     pipeline, prompt_embeds, stage = load_pipeline(args, (Stage1, Stage2), args.weights)
     print(f"{len(frames)} frames of {size_of(frames[0])}, stage {stage}, {len(pipeline.windows(len(frames)))} windows "
           f"of {min(pipeline.nframes, len(frames))} frames on {pipeline.device.type}")  # fmt: skip
     result = remove_object(pipeline, prompt_embeds, frames, holes, args)
-    output_dir = Path(args.output_dir)
     write_frames(output_dir / "frames", result)
     write_mp4(output_dir / "result.mp4", result, fps)
     print(f"{output_dir / 'result.mp4'} and {output_dir / 'frames'}")

@@ -42,13 +42,24 @@ def read_frame(path):
         raise BrokenFrame(f"{path} is empty")
     if content.startswith(b"version https://git-lfs"):
         raise BrokenFrame(f"{path} is a Git LFS pointer, not an image: run git lfs pull")
-    # OpenCV fills the rest of a truncated JPEG with grey; a whole one ends with its end-of-image marker.
-    if content.startswith(b"\xff\xd8") and not content.rstrip(b"\0").endswith(b"\xff\xd9"):
+    if content.startswith(b"\xff\xd8") and not has_end_marker(content):  # OpenCV would fill the rest with grey
         raise BrokenFrame(f"{path} is cut short ({len(content)} bytes)")
     frame = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
     if frame is None:
         raise BrokenFrame(f"{path} is no readable image ({len(content)} bytes)")
     return frame
+
+
+def has_end_marker(jpeg):
+    """Whether a JPEG's picture is whole, whatever follows it: cameras append previews, videos and data of their own.
+
+    The marker is looked for behind the leading segments, one of which may hold a thumbnail with a marker of its own;
+    in the picture's data it cannot occur by chance, as an ff there is followed by 00 or a restart marker.
+    """
+    place = 2
+    while jpeg[place : place + 1] == b"\xff" and jpeg[place + 1 : place + 2] != b"\xda":  # start of the picture's data
+        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+    return jpeg.find(b"\xff\xd9", place) >= 0
 
 
 def read_frames(paths):

@@ -25,6 +25,7 @@ from libs.checkpoints import (
 )
 from libs.errors import InputError, one_line_errors
 from libs.model_card import write_model_card
+from libs.options import Parser
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import UNetMotionModel
 from libs.weights import WEIGHTS_NAME, compare_shapes, read_tensors, shapes_of
@@ -78,16 +79,19 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
         for name in parts:
             replace_folder(partial / name, output_dir / name)
         partial.rmdir()
-        write_model_card(output_dir, stage, step, checkpoint.parent)
     except (InputError, OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if created and output_dir.exists():
+        if created and output_dir.exists() and not any(output_dir.iterdir()):
             output_dir.rmdir()
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"output_dir {output_dir} could not be written ({error}): free some space, or change it"
         ) from None
+    try:
+        write_model_card(output_dir, stage, step, checkpoint.parent)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # or the run's files are not what they should be
+        print(f"{output_dir}/README.md could not be written ({error}); both models are whole", flush=True)
 
 
 def find_checkpoint(input_dir):
@@ -245,8 +249,9 @@ def write_model(folder, cls, config, tensors, marker):
 @one_line_errors
 def main(stage, argv=None, **defaults):
     """The command line of both converters: every path constant is also an option of its name."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=f"Convert a stage {stage} checkpoint into unet_main/ and brushnet/.",
+        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, value in defaults.items():

@@ -1,6 +1,5 @@
 """What is only read: tokenizer, text encoder, noise scheduler and VAE, loaded without a word from the libraries."""
 
-import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +12,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dataset.finetune_dataset import tokenize
 from libs.diffusion import Codec, frames_at_once
 from libs.errors import InputError
-from libs.weights import read_config, resolve_folder, weight_files
+from libs.weights import read_config, read_json, read_shapes, resolve_folder, weight_files
+
+TEXT_ENCODER_NAMES = ("model", "pytorch_model")  # transformers' own, of safetensors and .bin
 
 
 @contextmanager
@@ -32,7 +33,10 @@ def quiet_libraries():
 
 
 class FrozenModels:
-    """The folders of the frozen models; checked when made, read by the methods."""
+    """The folders of the frozen models; checked when made, read by the methods.
+
+    Raises: InputError for a file that is missing, cut short or no JSON; of weights the headers are read.
+    """
 
     def __init__(self, args):
         base, revision = args.base_model_name_or_path, args.revision
@@ -41,17 +45,21 @@ class FrozenModels:
             self.tokenizer_folder = resolve_folder(args.tokenizer_name, None, revision)
         else:
             self.tokenizer_folder = resolve_folder(base, "tokenizer", revision)
-        require_file(self.tokenizer_folder, "vocab.json", "tokenizer.json")
+        check_tokenizer(self.tokenizer_folder)
         self.text_encoder_folder = resolve_folder(base, "text_encoder", revision)
-        self.text_config = json.loads(require_file(self.text_encoder_folder, "config.json").read_text())
-        require_file(self.text_encoder_folder, "model*.safetensors", "pytorch_model*.bin")
+        self.text_config = read_json(Path(self.text_encoder_folder, "config.json"))
+        if "hidden_size" not in self.text_config:
+            raise InputError(
+                f"{self.text_encoder_folder}/config.json has no hidden_size: a CLIP text encoder was needed"
+            )
+        read_shapes(weight_files(self.text_encoder_folder, self.variant, TEXT_ENCODER_NAMES))
         self.scheduler_folder = resolve_folder(base, "scheduler", revision)
-        require_file(self.scheduler_folder, "scheduler_config.json")
+        read_json(Path(self.scheduler_folder, "scheduler_config.json"))
         self.vae_folder = resolve_folder(args.vae_path, None, revision)
         if not Path(self.vae_folder, "config.json").is_file() and Path(self.vae_folder, "vae").is_dir():
             self.vae_folder = Path(self.vae_folder, "vae")
         self.vae_config = read_config(self.vae_folder, "AutoencoderKL")
-        weight_files(self.vae_folder, self.variant)
+        read_shapes(weight_files(self.vae_folder, self.variant))
         self.noise_scheduler = self.load_noise_scheduler()
 
     def load_noise_scheduler(self):
@@ -95,12 +103,17 @@ class FrozenModels:
         return Codec(vae.to(device), frames_at_once(nframes), cache)
 
 
-def require_file(folder, *patterns):
-    """The first file in `folder` that matches one of the patterns."""
-    for pattern in patterns:
-        for path in sorted(Path(folder).glob(pattern)):
-            return path
-    raise InputError(f"{folder} has no {patterns[0]}: fetch the folder again, or check the path")
+def check_tokenizer(folder):
+    """tokenizer_config.json, which gives a prompt's length, and tokenizer.json or the older vocab.json + merges.txt."""
+    vocabulary = ["tokenizer.json"] if Path(folder, "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
+    for name in ("tokenizer_config.json", *vocabulary):
+        if not Path(folder, name).is_file():
+            raise InputError(f"{folder} has no {name}: fetch the folder again, or check the path")
+    for path in sorted(Path(folder).glob("*.json")):
+        read_json(path)
+    merges = Path(folder, vocabulary[-1])
+    if merges.read_bytes().startswith(b"version https://git-lfs"):
+        raise InputError(f"{merges} is a Git LFS pointer, not a vocabulary: run git lfs pull")
 
 
 def refuse_missing(report, folder):

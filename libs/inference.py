@@ -11,6 +11,7 @@ from libs.conversion import UNET_CLASSES
 from libs.engine import DTYPES
 from libs.errors import InputError
 from libs.frozen import FrozenModels
+from libs.options import at_least
 from libs.sampling import Pipeline
 from libs.weights import read_config
 
@@ -38,6 +39,12 @@ def add_inference_flags(parser):
     add("--prompt", default=PROMPT, help="what to fill the hole with (default: %(default)s)")
     add("--seed", type=int, default=42, help="the result's noise follows from it (default: 42)")
     add("--mixed_precision", choices=DTYPES, help="weights and arithmetic (default: fp16 on a GPU, else no)")
+
+
+def check_inference_flags(args):
+    """Raises InputError for numbers that no weights make right."""
+    at_least(1, args, "nframes", "num_inference_steps")
+    at_least(0, args, "overlap", "seed")
 
 
 def load_pipeline(args, stages, weights):

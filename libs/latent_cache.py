@@ -6,7 +6,9 @@ kept. Loader workers read the cache, the trainer adds what was missing.
 
 import hashlib
 import os
+import re
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,8 @@ from libs.reporting import log
 
 MAX_WAITING = 64  # batches whose frames wait for a slow disk; further ones are not kept
 CHECKSUM_BYTES = 4
+PARTIAL = re.compile(r"[0-9a-f]{32}\.\d+")  # key and process; no other file is ever deleted
+STALE_SECONDS = 86400  # of a partial file: writing one takes no second, but clocks of machines may differ by hours
 
 
 class LatentCache:
@@ -32,16 +36,32 @@ class LatentCache:
             vae: fingerprint of the VAE's weights.
             shape: (2c, h, w) of the moments.
             dtype: their type, the VAE's own.
-            limit_gb: size above which nothing is added; every one of `num_processes` adds its share at most.
+            limit_gb: size of all files above which nothing is added; every one of `num_processes` adds its share of
+                what is left at most.
         """
         self.folder, self.shape, self.dtype = Path(folder), tuple(shape), dtype
         self.meaning = f"{vae} {self.shape} {dtype}"  # the shape tells the resolution of the square crop
         self.bytes_per_frame = torch.Size(shape).numel() * dtype.itemsize
         self.folder.mkdir(parents=True, exist_ok=True)
-        held = sum(1 for _ in self.folder.glob("*/*"))
-        self.room = max(0, int(limit_gb * 1e9 / self.bytes_per_frame) - held) // num_processes
+        self.room = max(0, int(limit_gb * 1e9) - self.measure()) // num_processes  # bytes
         self.writer = None
         self.places = threading.BoundedSemaphore(MAX_WAITING)
+
+    def measure(self):
+        """Bytes held, of any resolution, VAE and precision; what killed runs left half-written is deleted."""
+        total = 0
+        for subfolder in filter(Path.is_dir, self.folder.iterdir()):
+            with os.scandir(subfolder) as entries:
+                for entry in entries:
+                    try:
+                        stat = entry.stat()
+                        if PARTIAL.fullmatch(entry.name) and time.time() - stat.st_mtime > STALE_SECONDS:
+                            os.unlink(entry)
+                        else:
+                            total += stat.st_size
+                    except FileNotFoundError:  # another run has renamed or deleted it
+                        pass
+        return total
 
     def key(self, path):
         stat = os.stat(path)
@@ -74,9 +94,10 @@ class LatentCache:
 
     def add(self, keys, moments):
         """Keep `moments` (n, 2c, h, w) under n keys, in the background: neither GPU nor disk are waited for."""
-        if self.room < len(keys) or not self.places.acquire(blocking=False):
+        size = len(keys) * (self.bytes_per_frame + CHECKSUM_BYTES)
+        if self.room < size or not self.places.acquire(blocking=False):
             return
-        self.room -= len(keys)
+        self.room -= size
         on_gpu = moments.is_cuda
         host = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=on_gpu).copy_(moments, non_blocking=on_gpu)
         copied = torch.cuda.Event() if on_gpu else None

@@ -40,7 +40,12 @@ def write_model_card(folder, stage, step, run_dir):
         lines += ["", "## Settings", "", f"- data: {data}"]
         lines += [f"- {name}: {settings[name]}" for name in SETTINGS if settings.get(name) is not None]
         lines += score_lines(Path(run_dir, settings["logging_dir"]), str(step))
-    path.write_text("\n".join(lines) + "\n")
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text("\n".join(lines) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def score_lines(folder, step):

@@ -311,6 +311,13 @@ def pair_by_name(images, masks, flags=("--validation_image", "--validation_mask"
     return [(path, by_name[path.stem]) for path in frames]
 
 
+def at_least(least, args, *names):
+    """Refuse flags below a number; those that were left out are None."""
+    for name in names:
+        value = getattr(args, name)
+        require(value is None or value >= least, f"--{name}={value}: {least} or more was needed")
+
+
 def require(condition, message):
     if not condition:
         raise InputError(message)

@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import math
+import struct
 from collections import defaultdict
 from html import escape
 from pathlib import Path
@@ -27,6 +28,7 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 34
 SAMPLES = 6  # validations shown, spread evenly over the run
 SAMPLE_SIDE = 240  # of a sample's longer side
 MOST_DOTS = 60  # points of a line that get a dot each
+UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, struct.error)  # what PIL raises for files cut short
 SMOOTHING = 0.9  # of the loss's running mean
 BLUE, PALE, RED, GREEN = "#1f5fa8", "#b9cfe6", "#b8372b", "#3d7f3d"
 STYLE = """
@@ -232,17 +234,20 @@ def samples(folder, videos):
     for n, video in enumerate(videos, start=1):
         cells = []
         for _, path in validations:
-            gif = path / f"{n}.gif"
-            cells.append(f"<td>{animation(gif)}</td>" if gif.is_file() else '<td class="muted">none</td>')
+            image = animation(path / f"{n}.gif")
+            cells.append(f"<td>{image}</td>" if image else '<td class="muted">none</td>')
         rows.append(f"<tr><th>{escape(Path(video).name)}</th>{''.join(cells)}</tr>")
     return f'<div class="samples"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def animation(path):
-    """A GIF as an <img> of its own, shrunk: a page of many stays a few megabytes."""
-    with Image.open(path) as gif:
-        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(gif)]
-        duration = gif.info.get("duration", 125)
+    """A GIF as an <img> of its own, shrunk: a page of many stays a few megabytes. Nothing where it cannot be read."""
+    try:
+        with Image.open(path) as gif:
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(gif)]
+            duration = gif.info.get("duration", 125)
+    except UNREADABLE:
+        return ""
     for frame in frames:
         frame.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
     content = io.BytesIO()
@@ -255,8 +260,14 @@ def embed(content, kind, attributes):
 
 
 def newest_sheet(folder):
-    sheets = [path / CONTACT_SHEET for _, path in list_samples(folder) if (path / CONTACT_SHEET).is_file()]
-    return embed(sheets[-1].read_bytes(), "png", 'class="sheet"') if sheets else ""
+    for _, path in reversed(list_samples(folder)):
+        try:
+            content = (path / CONTACT_SHEET).read_bytes()
+            Image.open(io.BytesIO(content)).load()
+        except UNREADABLE:  # missing, or being written
+            continue
+        return embed(content, "png", 'class="sheet"')
+    return ""
 
 
 def checkpoints(run_dir, held_out):
@@ -290,7 +301,7 @@ def settings_tables(starts):
 
 @one_line_errors
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("run_dir", help="a run's output folder, such as finetune-stage1")
     parser.add_argument("--output", metavar="FILE", help="where to write (default: report.html in that folder)")
     options = parser.parse_args(argv)

@@ -1,6 +1,7 @@
 """What the log says: one line per event, from the main process."""
 
 import csv
+import io
 import json
 import logging
 import math
@@ -85,12 +86,16 @@ def flat_settings(args):
 
 
 def append_row(path, row):
-    """Add a {column: value} to a CSV file, which gets its header with the first one."""
+    """Add a {column: value} to a CSV file, which gets its header with the first one.
+
+    A last row without a newline, of a process that was killed or a disk that was full, is dropped.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.is_file()
+    content = path.read_bytes() if path.is_file() else b""
     with open(path, "a", newline="") as file:
+        file.truncate(content.rfind(b"\n") + 1)
         writer = csv.DictWriter(file, row)
-        if new:
+        if b"\n" not in content:
             writer.writeheader()
         writer.writerow(row)
 
@@ -103,15 +108,18 @@ def write_rows(path, rows):
 
 
 def read_rows(path):
-    """[{column: text}] of such a file; what a resumed run did again replaces what was done before."""
+    """[{column: text}] of such a file; what a resumed run did again replaces what was done before.
+
+    Rows that are not whole are left out: one is being written, or its process was killed.
+    """
     rows = []
-    if not Path(path).is_file():
-        return rows
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            if rows and int(row["step"]) < int(rows[-1]["step"]):
-                rows = [earlier for earlier in rows if int(earlier["step"]) < int(row["step"])]
-            rows.append(row)
+    content = Path(path).read_bytes().decode() if Path(path).is_file() else ""
+    for row in csv.DictReader(io.StringIO(content[: content.rfind("\n") + 1])):
+        if None in row or None in row.values():  # more values than columns, or fewer
+            continue
+        if rows and int(row["step"]) < int(rows[-1]["step"]):
+            rows = [earlier for earlier in rows if int(earlier["step"]) < int(row["step"])]
+        rows.append(row)
     return rows
 
 

@@ -3,7 +3,8 @@
 Frames are (f, h, w, 3) uint8 RGB in 0..255; holes (f, h, w) uint8, non-zero = hole. PSNR and SSIM are scikit-image's,
 with the settings of the evaluation that ProPainter published (https://github.com/sczhou/ProPainter:
 scripts/evaluate_propainter.py, core/metrics.py): frame by frame at a data range of 255, SSIM with a uniform window of
-65 pixels on three channels, known pixels pasted back, averaged over all frames of all videos. (Its frames: 432x240.)
+65 pixels on three channels, known pixels pasted back. (Its frames: 432x240.) They are averaged over the frames that
+have a hole, of all videos; that evaluation takes all frames, which is the same where its masks leave none without one.
 """
 
 from itertools import pairwise
@@ -22,7 +23,7 @@ SCORES = {  # name: (heading, decimals)
     "warp_hole": ("E_warp hole", 2),
 }
 SET_SCORES = {"vfid": ("VFID", 3)}  # of a set of videos, not of one: libs/vfid.py
-SMALLEST_FLOW = 12  # pixels: OpenCV's flow takes no smaller frames
+SMALLEST_FLOW = 16  # pixels: OpenCV's flow crashes in wide frames that are less high
 # Where the flow there and back differs by more than this, a pixel is hidden in the other frame (Sundaram, Brox and
 # Keutzer: Dense point trajectories by GPU-accelerated large displacement optical flow, ECCV 2010).
 OCCLUSION_SLOPE, OCCLUSION_OFFSET = 0.01, 0.5
@@ -77,7 +78,7 @@ def track(first, second):
     Dense Inverse Search flow (https://arxiv.org/abs/1603.03590), OpenCV's.
     """
     height, width = first.shape[:2]
-    if max(height, width) < SMALLEST_FLOW:
+    if min(height, width) < SMALLEST_FLOW:
         raise ValueError(f"frames of {width}x{height} are too small for optical flow")
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in (first, second)]

@@ -1,6 +1,7 @@
 """Reading and writing whole videos and their masks."""
 
 import os
+import sys
 from pathlib import Path
 
 import cv2
@@ -21,7 +22,12 @@ MP4_QUALITY = 8  # of imageio's 0-10
 
 
 def read_video(path):
-    """(frames (f, h, w, 3) uint8 RGB, frames per second or None) of a folder of frames, an image, or a video file."""
+    """(frames (f, h, w, 3) uint8 RGB, frames per second or None) of a folder of frames, an image, or a video file.
+
+    A file with fewer frames than it promises is read as far as it goes, with a line on stderr.
+
+    Raises: InputError where nothing can be read, or frames differ in size.
+    """
     path = Path(path)
     if path.is_dir():
         paths = list_frames(path)
@@ -45,8 +51,12 @@ def read_video(path):
             frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
     finally:
         capture.release()
-    if len(frames) < promised or not frames:
-        raise InputError(f"{path} ends early: {len(frames)} of {promised} frames can be decoded; fetch it again")
+    if not frames:
+        raise InputError(f"{path} has no frame that can be decoded: fetch it again, or convert it with ffmpeg")
+    # No error: the number is an estimate, too high in files that were cut without re-encoding or whose rate varies.
+    if len(frames) < promised:
+        print(f"warning: {path} ends early: {len(frames)} frames can be decoded, it promises {promised}; going on with "
+              f"{len(frames)}, fetch it again if its end is missing", file=sys.stderr, flush=True)  # fmt: skip
     return np.stack(frames), fps
 
 
@@ -117,9 +127,11 @@ def upscale(frames, height, width):
 
 
 def write_gif(path, frames):
-    """Write (f, h, w, 3) uint8 frames as a looping GIF of 8 fps."""
+    """Write (f, h, w, 3) uint8 frames as a looping GIF of 8 fps; renamed when whole, as a report may look on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.mimsave(path, list(frames), duration=1000 / GIF_FPS, loop=0)
+    partial = path.with_name(path.name + ".partial")
+    imageio.mimsave(partial, list(frames), format="gif", duration=1000 / GIF_FPS, loop=0)
+    partial.replace(path)
 
 
 def write_frames(folder, frames):

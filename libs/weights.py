@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import snapshot_download
@@ -100,31 +101,43 @@ def resolve_folder(path, subfolder=None, revision=None):
 def read_config(folder, *class_names):
     """The config.json of `folder`, which must be of one of the classes named."""
     path = Path(folder, "config.json")
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is missing: a folder with a {class_names[0]}'s config and weights was needed"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
+    if not path.is_file():
+        raise InputError(f"{path} is missing: a folder with a {class_names[0]}'s config and weights was needed")
+    config = read_json(path)
     found = config.get("_class_name")
     if found not in class_names:
         raise InputError(f"{folder} holds a {found}: a {' or '.join(class_names)} was needed; check the path")
     return config
 
 
-def weight_files(folder, variant=None):
-    """The file, or the files of a sharded model, that hold a folder's weights; safetensors before .bin."""
-    stem = f"{WEIGHTS_NAME}.{variant}" if variant else WEIGHTS_NAME
-    index_suffix = f"index.{variant}.json" if variant else "index.json"
-    for extension in ("safetensors", "bin"):
-        file, index = Path(folder, f"{stem}.{extension}"), Path(folder, f"{WEIGHTS_NAME}.{extension}.{index_suffix}")
+def read_json(path):
+    """The object of a JSON file."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): fetch it again") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): fetch it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is a JSON {type(content).__name__}, not an object: fetch it again")
+    return content
+
+
+def weight_files(folder, variant=None, names=(WEIGHTS_NAME, WEIGHTS_NAME)):
+    """The file, or the files of a sharded model, that hold a folder's weights; safetensors before .bin.
+
+    Args:
+        names: of the safetensors and the .bin file, without variant and extension.
+    """
+    dot_variant = f".{variant}" if variant else ""
+    for name, extension in zip(names, ("safetensors", "bin"), strict=True):
+        file = Path(folder, f"{name}{dot_variant}.{extension}")
+        index = Path(folder, f"{name}.{extension}.index{dot_variant}.json")
         if file.is_file():
             return [file]
         if index.is_file():
-            return [Path(folder, name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    raise InputError(f"{folder} has no {stem}.safetensors: a folder with a model's weights was needed")
+            return [Path(folder, shard) for shard in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    raise InputError(f"{folder} has no {names[0]}{dot_variant}.safetensors: a folder with a model's weights was needed")
 
 
 def open_weights(file):
@@ -137,13 +150,23 @@ def open_weights(file):
         raise InputError(f"{file} is no complete safetensors file ({error}): fetch or convert it again") from None
 
 
+def load_bin(file, device):
+    """The state dict of a .bin file, with the project's errors; its tensors stay on the disk until they are used."""
+    try:
+        # Files of torch before 1.6 are no zip archives and cannot be mapped.
+        return torch.load(file, map_location=device, weights_only=True, mmap=is_zipfile(file))
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing: fetch it again") from None
+    except Exception as error:  # those of pickle, zipfile and torch have no class in common
+        raise InputError(f"{file} is no complete file of tensors ({type(error).__name__}): fetch it again") from None
+
+
 def read_shapes(files):
     """{key: shape} of weight files; of safetensors only the headers are read."""
     shapes = {}
     for file in files:
         if file.suffix == ".bin":
-            state_dict = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-            shapes.update({key: tuple(tensor.shape) for key, tensor in state_dict.items()})
+            shapes.update({key: tuple(tensor.shape) for key, tensor in load_bin(file, "meta").items()})
         else:
             with open_weights(file) as weights:
                 shapes.update({key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()})
@@ -154,7 +177,7 @@ def read_tensors(files):
     """Yield (key, tensor) of weight files, one tensor in memory at a time."""
     for file in files:
         if file.suffix == ".bin":
-            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+            yield from load_bin(file, "cpu").items()
         else:
             with open_weights(file) as weights:
                 for key in weights.keys():

@@ -17,7 +17,6 @@ from demo.make_weights import make_weights
 
 DATA = Path(__file__).parent / "data"
 REPOSITORY = Path(__file__).parents[1]
-REALDATA = REPOSITORY.parent / "shared" / "realdata"
 
 torch.set_num_threads(1)
 os.environ["LATENT_CACHE"] = ""  # the shell scripts' default lies in the checkout

@@ -4,17 +4,36 @@ import importlib
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import reset_accelerate
 from PIL import Image
+from safetensors.torch import load_file
 
+TOKENIZER, TEXT_ENCODER = "stable-diffusion-v1-5/tokenizer", "stable-diffusion-v1-5/text_encoder"
+VAE = "sd-vae-ft-mse/diffusion_pytorch_model.safetensors"
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5\n"
 SCHEDULER = "stable-diffusion-v1-5/scheduler/scheduler_config.json"
 STAGES = {1: "train_DiffuEraser_stage1", 2: "train_DiffuEraser_stage2"}
 
 
 def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def cut(path):
+    """Without its last bytes, as an interrupted download leaves it."""
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def text_encoder_as_bin(ctx):
+    """The older form of the same weights, cut short."""
+    folder = ctx.weights / TEXT_ENCODER
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    cut(folder / "pytorch_model.bin")
 
 
 def empty_davis(ctx):
@@ -87,6 +106,29 @@ CASES = {
     "tokenizer_without_vocabulary": (
         1, lambda c: (c.weights / "stable-diffusion-v1-5/tokenizer/vocab.json").unlink(), {},
         "tokenizer has no vocab.json"),
+    "tokenizer_without_merges": (
+        1, lambda c: (c.weights / TOKENIZER / "merges.txt").unlink(), {}, "tokenizer has no merges.txt"),
+    "tokenizer_merges_lfs_pointer": (
+        1, lambda c: (c.weights / TOKENIZER / "merges.txt").write_text(LFS_POINTER), {}, "merges.txt is a Git LFS"),
+    "tokenizer_vocabulary_broken": (
+        1, lambda c: (c.weights / TOKENIZER / "vocab.json").write_text(LFS_POINTER), {}, "vocab.json is not JSON"),
+    "tokenizer_map_broken": (
+        1, lambda c: (c.weights / TOKENIZER / "special_tokens_map.json").write_text("{"), {}, "map.json is not JSON"),
+    "tokenizer_without_config": (
+        1, lambda c: (c.weights / TOKENIZER / "tokenizer_config.json").unlink(), {}, "has no tokenizer_config.json"),
+    "vae_cut_short": (1, lambda c: cut(c.weights / VAE), {}, "sd-vae-ft-mse/.* is no complete safetensors file"),
+    "vae_lfs_pointer": (
+        1, lambda c: (c.weights / VAE).write_text(LFS_POINTER), {}, "sd-vae-ft-mse/.* is no complete safetensors file"),
+    "text_encoder_cut_short": (
+        1, lambda c: cut(c.weights / TEXT_ENCODER / "model.safetensors"), {}, "model.safetensors is no complete"),
+    "text_encoder_bin_cut_short": (1, text_encoder_as_bin, {}, "pytorch_model.bin is no complete file of tensors"),
+    "text_encoder_config_broken": (
+        1, lambda c: (c.weights / TEXT_ENCODER / "config.json").write_text("{"), {}, "config.json is not JSON"),
+    "text_encoder_config_of_no_model": (
+        1, lambda c: (c.weights / TEXT_ENCODER / "config.json").write_text("{}"), {}, "config.json has no hidden_size"),
+    "scheduler_broken": (1, lambda c: (c.weights / SCHEDULER).write_text("{"), {}, "scheduler_config.json is not JSON"),
+    "scheduler_no_object": (1, lambda c: (c.weights / SCHEDULER).write_text("[]"), {}, "is a JSON list, not an object"),
+    "scheduler_missing": (1, lambda c: (c.weights / SCHEDULER).unlink(), {}, "scheduler_config.json cannot be read"),
     "prediction_type": (
         1, lambda c: edit_json(c.weights / SCHEDULER, prediction_type="sample"), {},
         "prediction_type 'sample': epsilon or v_prediction"),
@@ -158,3 +200,21 @@ def test_bad_input(name, weights, videos, flags, tmp_path, capsys):
     assert stop.value.code == 1
     assert captured.err.count("\n") == 1, captured.err
     assert re.search(f"^error: .*{message}", captured.err), captured.err
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if re.match("vae|text_encoder|tokenizer|scheduler", name)])
+def test_frozen_models_are_checked_before_any_loads(name, weights, flags, tmp_path, capsys):
+    """--check_only, which loads nothing, finds them too."""
+    stage, damage, overrides, message = CASES[name]
+    ctx = SimpleNamespace(weights=tmp_path / "copy")
+    shutil.copytree(weights, ctx.weights)
+    if damage:
+        damage(ctx)
+    base, vae = ctx.weights / "stable-diffusion-v1-5", ctx.weights / "sd-vae-ft-mse"
+    settings = {"base_model_name_or_path": base, "vae_path": vae, **overrides, "check_only": True}
+    reset_accelerate()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(STAGES[stage]).main(flags(stage, **settings))
+    reset_accelerate()
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert stop.value.code == 1 and len(failed) == 1 and re.search(f"^frozen models +FAILED +.*{message}", failed[0])

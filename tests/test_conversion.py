@@ -9,6 +9,7 @@ from conftest import equal_files
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+import libs.conversion
 from libs.brushnet_CA import BrushNetModel
 from libs.conversion import convert, main
 from libs.errors import InputError
@@ -65,6 +66,48 @@ def test_model_card(train, videos, tmp_path, monkeypatch):
     (tmp_path / "c1" / "README.md").write_text("mine")
     convert(1, tmp_path / "run", tmp_path / "c1")
     assert (tmp_path / "c1" / "README.md").read_text() == "mine"
+
+
+def test_a_model_card_that_cannot_be_written(train, tmp_path, monkeypatch, capsys):
+    """The disk is full after both models, or the run's files are not whole: one line, and the models stay."""
+    train(1, max_train_steps=1)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(libs.conversion, "write_model_card", fail)
+        convert(1, tmp_path / "run", tmp_path / "c1")
+    lines = capsys.readouterr().out.splitlines()
+    assert "README.md could not be written ([Errno 28] No space left on device); both models are whole" in lines[-1]
+    (tmp_path / "run/config.json").write_text("{}")
+    convert(1, tmp_path / "run", tmp_path / "c1")
+    assert "README.md could not be written" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "c1").iterdir()) == ["brushnet", "unet_main"]
+
+
+def test_a_full_disk_between_the_models(train, tmp_path, monkeypatch):
+    """One line, and the folder is not removed with the model that is there."""
+    train(1, max_train_steps=1)
+    replace = libs.conversion.replace_folder
+
+    def fail_second(partial, folder):
+        if folder.name == "brushnet":
+            raise OSError(28, "No space left on device")
+        replace(partial, folder)
+
+    monkeypatch.setattr(libs.conversion, "replace_folder", fail_second)
+    with pytest.raises(InputError, match=r"could not be written .*No space left on device.*: free some space"):
+        convert(1, tmp_path / "run", tmp_path / "c1")
+    assert [path.name for path in (tmp_path / "c1").iterdir()] == ["unet_main"]
+
+
+@pytest.mark.parametrize("argument", ["--input=x", "--input_dri=x", "x"])
+def test_a_mistyped_option_is_one_line(argument, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(1, [argument], input_dir="run", output_dir="out", model_config=None)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error == f"error: unrecognized arguments: {argument}; --help lists the options\n"
 
 
 @pytest.mark.parametrize("prefix", ["", "module."], ids=["one_process", "ddp"])

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
 from dataset.finetune_dataset import EpochSampler, FinetuneDataset, TrainingClips, to_tensors
+from dataset.frames import BrokenFrame, read_frame
 from libs.errors import InputError
 
 
@@ -94,10 +95,19 @@ def test_centre_crop_at_the_short_side(videos, tmp_path):
 
 
 def test_every_frame_shows_a_hole(videos):
-    dataset = FinetuneDataset(settings(videos, mask_span=(0.3, 0.4)))
+    """Masks of a tenth of the sides are often outside of the crop, or next to nothing: they are drawn anew."""
+    dataset = FinetuneDataset(settings(videos, mask_span=(0.1, 0.2)))
     for index in range(len(dataset)):
         shares = (dataset.clip(index, 0).holes > 0).mean(axis=(1, 2))
         assert shares.min() >= 0.01
+
+
+def test_masks_that_are_always_too_small(videos):
+    dataset = FinetuneDataset(settings(videos, mask_span=(0.01, 0.02)))
+    with pytest.raises(
+        InputError, match=r"1000 masks in a row covered less than 1% .* 160x96 frame: widen --mask_span"
+    ):
+        dataset.clip(0, 0)
 
 
 def test_empty_prompts(videos):
@@ -135,3 +145,41 @@ def test_frames_of_odd_names_only(videos, tmp_path):
     Path(folder, "Thumbs.db").write_text("")
     dataset = FinetuneDataset(settings(videos, davis_root="", ytvos_root=tmp_path / "YTBV"))
     assert len(dataset.videos[0].frames) == 5
+
+
+@pytest.fixture
+def jpeg(tmp_path):
+    """Bytes of a camera's JPEG: its Exif segment holds a thumbnail, which is a whole JPEG in itself."""
+    rng = np.random.default_rng(0)
+    picture, thumbnail = rng.integers(0, 256, (96, 128, 3), np.uint8), rng.integers(0, 256, (12, 16, 3), np.uint8)
+    whole, small = (cv2.imencode(".jpg", image)[1].tobytes() for image in (picture, thumbnail))
+    exif = b"Exif\0\0" + small
+    return whole[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + whole[2:]
+
+
+TRAILERS = {"none": b"", "zeros": bytes(512), "phone": b"SEFT" * 100_000, "preview": b"\xff\xd8 cut short"}
+
+
+@pytest.mark.parametrize("trailer", TRAILERS.values(), ids=TRAILERS)
+def test_whole_jpegs_with_anything_behind_them(tmp_path, jpeg, trailer):
+    Path(tmp_path, "a.jpg").write_bytes(jpeg + trailer)
+    assert read_frame(tmp_path / "a.jpg").shape == (96, 128, 3)
+
+
+@pytest.mark.parametrize("kept", [0.99, 0.5, 0.15, 0.02], ids=["marker", "half", "behind_the_thumbnail", "in_it"])
+@pytest.mark.parametrize("padding", [b"", bytes(512)], ids=["cut", "zero_filled"])
+def test_jpegs_cut_short(tmp_path, jpeg, kept, padding):
+    """Also right behind the thumbnail, whose own end marker is no end of the picture."""
+    Path(tmp_path, "a.jpg").write_bytes(jpeg[: int(kept * len(jpeg))].removesuffix(b"\xff\xd9") + padding)
+    with pytest.raises(BrokenFrame, match="is cut short"):
+        read_frame(tmp_path / "a.jpg")
+
+
+def test_progressive_jpegs(tmp_path):
+    noise = Image.effect_noise((128, 96), 90).convert("RGB")
+    noise.save(tmp_path / "a.jpg", progressive=True)
+    assert read_frame(tmp_path / "a.jpg").shape == (96, 128, 3)
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(BrokenFrame, match="is cut short"):
+        read_frame(tmp_path / "a.jpg")

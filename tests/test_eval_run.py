@@ -1,8 +1,11 @@
 """eval_DiffuEraser.py and run_diffueraser.py as users call them, on converted folders of both stages."""
 
 import csv
+import re
+import subprocess
 
 import cv2
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -82,20 +85,26 @@ def test_run_of_stage_1_in_odd_sizes(train, models, clip, tmp_path, capsys):
         ({"video": "nothing.mp4"}, "nothing.mp4 does not exist"),
         ({"mask": "nothing"}, "nothing does not exist"),
         ({"video": "noise.mp4"}, "noise.mp4 is no video that can be decoded"),
-        ({"video": "short.mp4"}, "short.mp4 ends early"),
+        ({"video": "blank.mp4"}, "blank.mp4 has no frame that can be decoded"),
         ({"mask": "small.png"}, "small.png is 20x20"),
         ({"mask": "empty.png"}, "marks nothing"),
         ({"mask": "three"}, "has 3 masks"),
         ({"weights": "clip"}, "has no unet_main/"),
         ({"nframes": 64}, "takes 32 frames at most"),
         ({"overlap": 40}, "--overlap=40"),
+        ({"nframes": 0}, "--nframes=0: 1 or more"),
+        ({"num_inference_steps": -3}, "--num_inference_steps=-3: 1 or more"),
+        ({"resolution": -5}, "--resolution=-5: 8 or more"),
+        ({"fps": -1}, "--fps=-1.0: a positive number"),
+        ({"fps": "nan"}, "--fps=nan: a positive number"),
+        ({"seed": -1}, "--seed=-1: 0 or more"),
     ],
 )
 def test_bad_clips_are_one_line(weights, models, clip, capsys, tmp_path, changes, expected):
     noise = np.random.default_rng(0)
     (clip / "noise.mp4").write_bytes(noise.bytes(5000))
-    write_mp4(clip / "short.mp4", moving_video(60, 50, 66)[0], 12)
-    cut_short(clip / "short.mp4")
+    write_mp4(clip / "blank.mp4", moving_video(60, 50, 66)[0], 12)
+    cut_short(clip / "blank.mp4", share=0)
     Image.fromarray(np.full((20, 20), 255, np.uint8)).save(clip / "small.png")
     Image.fromarray(np.zeros((50, 66), np.uint8)).save(clip / "empty.png")
     write_frames(clip / "three", np.full((3, 50, 66, 3), 255, np.uint8))
@@ -107,14 +116,80 @@ def test_bad_clips_are_one_line(weights, models, clip, capsys, tmp_path, changes
                               *(f"--{name}={value}" for name, value in given.items())])  # fmt: skip
     errors = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 1 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
 
 
-def cut_short(path):
-    """Move the index to the front, so that the file still opens, and drop the end of its pictures."""
+def test_no_result_is_lost(weights, models, clip, capsys, monkeypatch):
+    """A folder that cannot be written is found before any model loads."""
+    monkeypatch.setattr(run_diffueraser, "load_pipeline", None)
+    with pytest.raises(SystemExit):
+        run_diffueraser.main([f"--video={clip / 'frames'}", f"--mask={clip / 'masks'}", "--output_dir=/proc/x",
+                              f"--weights={weights / 'diffuEraser'}", *models])  # fmt: skip
+    assert capsys.readouterr().err.startswith("error: --output_dir /proc/x cannot be written to")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--size=8x8"], "argument --size: 16x16 or more was needed, not '8x8'"),
+        (["--size=0x0"], "16x16 or more was needed, not '0x0'"),
+        (["--size=100x15"], "16x16 or more was needed"),
+        (["--no_model", "--rivals"], "leave nothing to score"),
+        (["--nframes=0"], "--nframes=0: 1 or more"),
+        (["--num_inference_steps=-3"], "--num_inference_steps=-3: 1 or more"),
+        (["--output_dir=/proc/x"], "--output_dir /proc/x cannot be written to"),
+    ],
+)
+def test_bad_evaluations_are_one_line(videos, tmp_path, capsys, monkeypatch, arguments, expected):
+    monkeypatch.setattr(eval_DiffuEraser, "load_pipeline", None)
+    with pytest.raises(SystemExit) as stop:
+        eval_DiffuEraser.main([f"--frames={videos / 'DAVIS/JPEGImages/480p'}", f"--output_dir={tmp_path}", *arguments])
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
+
+
+def test_frames_too_small_for_the_flow(tmp_path, capsys):
+    """OpenCV would end the process without a word."""
+    write_frames(tmp_path / "frames/tiny", moving_video(3, 15, 100)[0])
+    with pytest.raises(SystemExit):
+        eval_DiffuEraser.main([f"--frames={tmp_path / 'frames'}", "--no_model", f"--output_dir={tmp_path / 'out'}"])
+    assert "tiny is 100x15: 16x16 or more was needed; use --size" in capsys.readouterr().err
+
+
+def cut_short(path, share=0.5):
+    """Blank what follows the first `share` of the pictures; the index stays, so that the file still opens."""
     content = path.read_bytes()
-    index = content.rindex(b"moov") - 4
-    path.write_bytes(content[: index // 2] + bytes(index - index // 2) + content[index:])
+    pictures, index = content.index(b"mdat") + 4, content.rindex(b"moov") - 4
+    end = pictures + int(share * (index - pictures))
+    path.write_bytes(content[:end] + bytes(index - end) + content[index:])
+
+
+def test_a_video_that_ends_early_is_said(weights, models, clip, tmp_path, capsys):
+    """The frames that are there are used; masks of the promised length do not fit them."""
+    frames, holes = moving_video(60, 50, 66)
+    write_mp4(clip / "short.mp4", frames, 12)
+    cut_short(clip / "short.mp4", share=0.7)
+    write_frames(clip / "sixty", np.repeat(holes[..., None], 3, axis=3))
+    settings = [f"--video={clip / 'short.mp4'}", f"--weights={weights / 'diffuEraser'}", "--nframes=32", *models,
+                "--num_inference_steps=1", f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        run_diffueraser.main([*settings, f"--mask={clip / 'sixty'}"])
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: ") and re.search(r"short\.mp4 ends early: (\d+) frames .* promises 60", warning)
+    decoded = int(re.search(r"early: (\d+) frames", warning)[1])
+    assert 5 < decoded < 60 and f"has 60 masks, {clip / 'short.mp4'} has {decoded} frames" in error
+    run_diffueraser.main([*settings, f"--mask={clip / 'mask.png'}"])
+    assert capsys.readouterr().err.splitlines() == [warning]
+    assert len(read_result(tmp_path / "out")) == decoded
+
+
+def test_a_video_cut_without_encoding_is_read(clip, capsys):
+    """Its index counts the frames before the cut, which are there but not shown."""
+    write_mp4(clip / "whole.mp4", moving_video(60, 50, 66)[0], 12)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-ss", "0.7", "-i", clip / "whole.mp4", "-c", "copy"]
+    subprocess.run([*command, clip / "cut.mp4"], check=True)
+    frames, _ = read_video(clip / "cut.mp4")
+    assert 40 < len(frames) < 60 and "cut.mp4 ends early" in capsys.readouterr().err
 
 
 def read_scores(path):

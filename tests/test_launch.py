@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import REALDATA, REPOSITORY, equal_files, wait_for_line
+from conftest import REPOSITORY, equal_files, wait_for_line
 from safetensors.torch import load_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -262,15 +262,15 @@ def test_two_processes_train_as_one_with_the_whole_batch(environment, tmp_path):
     assert equal_files(kept, whole)
 
 
-@pytest.mark.skipif(not REALDATA.is_dir(), reason="real videos lie beside some checkouts only")
+@pytest.mark.skipif("REAL_VIDEOS" not in os.environ, reason="REAL_VIDEOS names no folder with DAVIS/ and YTBV/")
 @pytest.mark.parametrize("stage", [1, 2])
 def test_real_videos(environment, weights, stage):
     """Both stages from the shell scripts on real footage, validation on held-out videos included."""
     result = run(
         ["bash", f"finetune_stage{stage}.sh", "--probe_clips=2"],
         environment,
-        DAVIS_ROOT=REALDATA / "DAVIS",
-        YTVOS_ROOT=REALDATA / "YTBV",
+        DAVIS_ROOT=Path(os.environ["REAL_VIDEOS"], "DAVIS"),
+        YTVOS_ROOT=Path(os.environ["REAL_VIDEOS"], "YTBV"),
         PRETRAINED_STAGE1=weights / "diffuEraser",
         MOTION_ADAPTER=weights / "diffuEraser/unet_main",
         RESOLUTION=64,

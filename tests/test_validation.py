@@ -1,10 +1,13 @@
 """Held-out loss, scores and pictures while training, and the report page made of them."""
 
+import base64
 import csv
 import json
+import re
 import sys
 import types
 
+import imageio
 import numpy as np
 import pytest
 from conftest import equal_files, moving_video
@@ -19,7 +22,7 @@ from libs.pictures import contact_sheet, show_in_trackers
 from libs.report import ticks, write_report
 from libs.reporting import append_row, read_rows
 from libs.sampling import Pipeline
-from libs.videos import write_frames
+from libs.videos import write_frames, write_gif
 from train_DiffuEraser_stage1 import Stage1
 
 
@@ -166,6 +169,27 @@ def test_rows_of_a_resumed_run(tmp_path):
     assert read_rows(tmp_path / "none.csv") == []
 
 
+@pytest.mark.parametrize("kept", [0, 3, 15, 20, 24], ids=["all_torn", "header", "step_only", "columns", "no_newline"])
+def test_a_torn_row_is_dropped(tmp_path, kept):
+    """A file cut anywhere has its whole rows and those that come later."""
+    path = tmp_path / "x.csv"
+    for step in (10, 20):
+        append_row(path, {"step": step, "loss": 0.125})
+    whole = path.read_bytes()
+    assert whole == b"step,loss\r\n10,0.125\r\n20,0.125\r\n"
+    path.write_bytes(whole[:kept])
+    before = read_rows(path)
+    append_row(path, {"step": 30, "loss": 0.25})
+    assert read_rows(path) == [*before, {"step": "30", "loss": "0.25"}]
+    assert before == [{"step": "10", "loss": "0.125"}][: kept >= 21]
+
+
+def test_rows_that_are_not_whole(tmp_path):
+    """As older versions left them in the middle of a file."""
+    (tmp_path / "x.csv").write_text("step,loss\n10,1.0\n20\n30,0.4,40,0.3\n50,0.2\n")
+    assert [row["step"] for row in read_rows(tmp_path / "x.csv")] == ["10", "50"]
+
+
 def test_contact_sheet():
     """Five rows of labelled tiles; the difference is black where the result is the input."""
     frames, holes = moving_video(9, 40, 60)
@@ -197,11 +221,40 @@ def test_report_page(validated, tmp_path, capsys):
     libs.report.main([str(tmp_path / "run")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "run/report.html")
     page = (tmp_path / "run/report.html").read_text()
+    assert not re.search(r"\bnan\b", re.sub('base64,[^"]*', "", page))
     assert page.count("<svg") == 8 and page.count("data:image/webp") == 4 and page.count("data:image/png") == 1
     assert "checkpoint-2" in page and "best" in page and "learning_rate" in page and "of its start" in page
-    assert "http" not in page and "nan" not in page.replace("nanmean", "")
+    assert "http" not in page
     with pytest.raises(InputError, match=r"has no config\.json"):
         write_report(tmp_path)
+
+    samples = tmp_path / "run/logs-finetune-stage1/samples"
+    gif = samples / "sample-2/1.gif"
+    gif.write_bytes(gif.read_bytes()[:-500])  # a killed run of an older version; a sheet is being written
+    (samples / "sample-1/1.gif").write_bytes(b"")
+    (samples / "sample-2/contact_sheet.png").write_bytes(b"")
+    page = write_report(tmp_path / "run").read_text()
+    assert page.count("data:image/webp") == 2 and page.count('<td class="muted">none</td>') == 2
+    (sheet,) = re.findall('data:image/png;base64,([^"]*)', page)
+    assert base64.b64decode(sheet) == (samples / "sample-1/contact_sheet.png").read_bytes()
+    (samples / "sample-1/contact_sheet.png").unlink()
+    assert "data:image/png" not in write_report(tmp_path / "run").read_text()
+
+
+def test_a_gif_is_whole_or_not_there(tmp_path, monkeypatch):
+    """Whoever looks while it is written finds the old one."""
+    write_gif(tmp_path / "1.gif", moving_video(3, 20, 30)[0])
+    before, save = (tmp_path / "1.gif").read_bytes(), imageio.mimsave
+
+    def look(*args, **kwargs):
+        save(*args, **kwargs)
+        assert (tmp_path / "1.gif").read_bytes() == before
+
+    monkeypatch.setattr(imageio, "mimsave", look)
+    write_gif(tmp_path / "1.gif", moving_video(5, 20, 30)[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["1.gif"]
+    with Image.open(tmp_path / "1.gif") as gif:
+        assert gif.n_frames == 5 and gif.info["loop"] == 0
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 40), (11.44, 11.69), (0, 1e-5), (0, 123456), (0.5, 0.5), (0, 0)])
