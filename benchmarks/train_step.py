@@ -73,7 +73,6 @@ VARIANTS = {  # flags of the trainer
     "checkpointed": {"gradient_checkpointing": True},
     "compiled": {"compile": True},
     "low_memory": {"gradient_checkpointing": True, "use_8bit_adam": True},
-    "low_memory_compiled": {"gradient_checkpointing": True, "use_8bit_adam": True, "compile": True},
 }
 
 

@@ -1,6 +1,8 @@
 """Contracts of the four model classes: published layout, strict loading, the branch, recomputation."""
 
+import argparse
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from libs.brushnet_CA import BrushNetModel
 from libs.errors import InputError
+from libs.frozen import FrozenModels
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from libs.weights import resolve_folder, shapes_of
@@ -87,6 +90,35 @@ def test_loading_is_strict(tiny, tmp_path, damage, message):
     save_file(tensors, path)
     with pytest.raises(InputError, match=message):
         UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["bin", "sharded", "sharded_bin", "variant"])
+def test_forms_of_weight_files(tiny, tmp_path, form):
+    """What diffusers writes: .bin instead of safetensors, several shards with an index, an fp16 variant."""
+    unet, _ = tiny
+    folder = tmp_path / form
+    settings = {
+        "bin": {"safe_serialization": False},
+        "sharded": {"max_shard_size": "1MB"},
+        "sharded_bin": {"max_shard_size": "1MB", "safe_serialization": False},
+        "variant": {"variant": "fp16"},
+    }[form]
+    unet.save_pretrained(folder, **settings)
+    assert ("sharded" in form) == (len([path for path in folder.iterdir() if path.suffix != ".json"]) > 1)
+    loaded = UNet2DConditionModel.from_pretrained(folder, variant=settings.get("variant"))
+    for key, tensor in unet.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor)
+
+
+def test_a_vae_in_a_subfolder(weights, tmp_path):
+    """As in Stable Diffusion's own repository."""
+    shutil.copytree(weights / "sd-vae-ft-mse", tmp_path / "vae")
+    settings = {"tokenizer_name": None, "revision": None, "variant": None}
+    args = argparse.Namespace(
+        base_model_name_or_path=str(weights / "stable-diffusion-v1-5"), vae_path=str(tmp_path), **settings
+    )
+    frozen = FrozenModels(args)
+    assert frozen.vae_folder == tmp_path / "vae" and frozen.load_codec("cpu", torch.float32, 1).scale == 8
 
 
 def test_wrong_class_and_missing_files(tiny, tmp_path):

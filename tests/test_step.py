@@ -1,12 +1,18 @@
 """The training step: batches, seeds, and targets."""
 
+import argparse
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import fill_by_formula, parity_case
 from diffusers import DDPMScheduler
 
+import libs.training
+from dataset.finetune_dataset import to_tensors
 from libs.brushnet_CA import BrushNetModel
-from libs.diffusion import Draws, diffusion_loss
+from libs.diffusion import Codec, Draws, batch_loss, diffusion_loss
+from libs.training import make_optimizer
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from train_DiffuEraser_stage1 import FrameInpainter
@@ -72,3 +78,88 @@ def test_velocity_prediction():
     a = scheduler.alphas_cumprod[300]
     velocity = a.sqrt() * noise - (1 - a).sqrt() * latents
     torch.testing.assert_close(loss, (model(noisy, *inputs[2:]) - velocity).square().mean().float())
+
+
+class KnownPosterior(torch.nn.Module):
+    """A VAE of 8 pixels per latent: posterior means are pixels averaged over 8x8, the standard deviation is 0.5."""
+
+    config = SimpleNamespace(block_out_channels=(1, 1, 1, 1), latent_channels=3, scaling_factor=0.2)
+    dtype = torch.float32
+
+    def encode(self, pixels):
+        means = torch.nn.functional.avg_pool2d(pixels, 8)
+        log_variances = torch.full_like(means, 2 * torch.tensor(0.5).log())
+        return SimpleNamespace(latent_dist=SimpleNamespace(parameters=torch.cat([means, log_variances], dim=1)))
+
+
+def test_a_batch_reaches_the_model_as_it_should():
+    """Latents are scaled posterior samples, masked frames' too; each clip has its own prompt, draws and timestep."""
+    f, prompt_embeds, scheduler = 2, torch.randn(2, 7, 16), DDPMScheduler()
+    batch = {
+        "frames": torch.randint(0, 256, (2, f, 16, 24, 3), dtype=torch.uint8),
+        "holes": torch.zeros((2, f, 16, 24), dtype=torch.uint8),
+        "prompts": [1, 0],
+        "noise_seeds": [5, 6],
+    }
+    batch["holes"][:, :, 8:, :8] = 255
+    seen = []
+
+    def model(*inputs):
+        seen.extend(inputs)
+        return torch.zeros_like(inputs[0])
+
+    loss = batch_loss(model, Codec(KnownPosterior(), f), scheduler, prompt_embeds, batch, torch.device("cpu"))
+    noisy_latents, conditioning, timesteps, encoder_hidden_states = seen
+    draws = Draws.from_seeds([5, 6], (f, 3, 2, 3), 1000, torch.device("cpu"))
+    pixel_values, masked, _ = (tensor.flatten(0, 1) for tensor in to_tensors(batch["frames"], batch["holes"]))
+
+    def sample(pixels, noise):
+        return 0.2 * (torch.nn.functional.avg_pool2d(pixels, 8) + 0.5 * noise)
+
+    latents = sample(pixel_values, draws.latents)
+    frame_timesteps = draws.timesteps.repeat_interleave(f)
+    torch.testing.assert_close(noisy_latents, scheduler.add_noise(latents, draws.noise, frame_timesteps))
+    torch.testing.assert_close(conditioning[:, :3], sample(masked, draws.conditioning))
+    assert (conditioning[:, 3:] == torch.tensor([[1.0, 1, 1], [0, 1, 1]])).all()
+    assert torch.equal(timesteps, draws.timesteps) and torch.equal(encoder_hidden_states, prompt_embeds[[1, 0]])
+    torch.testing.assert_close(loss, draws.noise.square().mean())
+
+
+def test_the_optimizer_is_adamw_with_the_flags_settings():
+    flags = argparse.Namespace(
+        adam_beta1=0.8, adam_beta2=0.9, adam_weight_decay=0.1, adam_epsilon=1e-3, use_8bit_adam=False
+    )
+    parameter = torch.nn.Parameter(torch.tensor([2.0]))
+    optimizer = make_optimizer(flags, [parameter], 0.5, torch.device("cpu"))
+    mean = square = 0
+    expected = 2.0
+    for step, gradient in enumerate((3.0, -1.0), start=1):
+        parameter.grad = torch.tensor([gradient])
+        optimizer.step()
+        mean, square = 0.8 * mean + 0.2 * gradient, 0.9 * square + 0.1 * gradient**2
+        update = mean / (1 - 0.8**step) / ((square / (1 - 0.9**step)) ** 0.5 + 1e-3)
+        expected = expected * (1 - 0.5 * 0.1) - 0.5 * update
+    assert parameter.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_rate_warm_up_and_clipping_reach_the_optimizer(train, monkeypatch, capsys):
+    """scale_lr multiplies by the global batch; gradients that arrive are no longer than the limit."""
+    norms = []
+    make = libs.training.make_optimizer
+
+    def watch(*args):
+        optimizer = make(*args)
+        optimizer.register_step_pre_hook(lambda optimizer, *_: norms.append(norm_of(optimizer)))
+        return optimizer
+
+    def norm_of(optimizer):
+        return torch.stack([p.grad.norm() for p in optimizer.param_groups[0]["params"] if p.grad is not None]).norm()
+
+    monkeypatch.setattr(libs.training, "make_optimizer", watch)
+    train(
+        1, max_train_steps=3, learning_rate=1e-5, scale_lr=True, train_batch_size=2, gradient_accumulation_steps=2,
+        lr_scheduler="linear", lr_warmup_steps=2, max_grad_norm=1e-3,
+    )  # fmt: skip
+    output = capsys.readouterr().out
+    assert [f"lr {rate}  " in output for rate in ("2e-05", "4e-05", "0")] == [True] * 3  # after steps 1, 2 and 3
+    assert len(norms) == 3 and all(norm == pytest.approx(1e-3, rel=1e-2) for norm in norms)

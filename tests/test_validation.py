@@ -7,6 +7,7 @@ import re
 import sys
 import types
 
+import cv2
 import imageio
 import numpy as np
 import pytest
@@ -93,6 +94,30 @@ def test_a_failed_validation_costs_nothing_else(validated, train, tmp_path, caps
     for name in ("run", "again"):
         final = "unet_main/diffusion_pytorch_model.safetensors"
         assert equal_files(tmp_path / "plain" / final, tmp_path / name / final)
+
+
+def test_what_is_sampled(train, videos, monkeypatch, tmp_path):
+    """Objects are dilated four times; 50 and 20 steps of UniPC; GIFs of 8 frames per second."""
+    davis, calls = videos / "DAVIS", []
+
+    def fill(self, frames, holes, prompt_embeds, seed):
+        calls.append((self.num_inference_steps, type(self.sampler).__name__, holes))
+        return frames
+
+    monkeypatch.setattr(Pipeline, "fill", fill)
+    images, masks = (davis / kind / "480p/buoy" for kind in ("JPEGImages", "Annotations"))
+    for stage, steps in ((1, 50), (2, 20)):
+        calls.clear()
+        train(
+            stage, max_train_steps=1, validation_steps=1, probe_clips=0, resolution=96,
+            validation_image=[str(images)], validation_mask=[str(masks)], output_dir=tmp_path / str(stage),
+        )  # fmt: skip
+        assert {call[:2] for call in calls} == {(steps, "UniPCMultistepScheduler")} and len(calls) == 2
+        first = np.asarray(Image.open(sorted(masks.iterdir())[0])).astype(np.uint8)
+        cross = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.uint8)
+        assert np.array_equal(calls[0][2][0] > 0, cv2.dilate(first, cross, iterations=4) > 0)
+        gif = Image.open(tmp_path / f"{stage}/logs-finetune-stage{stage}/samples/sample-1/1.gif")
+        assert gif.n_frames == 3 and gif.info["duration"] == pytest.approx(1000 / 8, abs=5)
 
 
 def test_time_limit(validated, tmp_path, capsys):
