@@ -225,9 +225,12 @@ class Validation:
 
         def sample(i):
             video = self.videos[i]
-            removed = pipeline.fill(video.frames, video.object_holes, video.prompt_embeds, self.args.seed)
+            # Both before anything else that may fail in one process: a sharded model's layers need all of them.
+            removed, filled = (
+                pipeline.fill(video.frames, holes, video.prompt_embeds, self.args.seed)
+                for holes in (video.object_holes, video.synthetic_holes)
+            )
             write_gif(self.samples_folder(step) / f"{i + 1}.gif", removed)
-            filled = pipeline.fill(video.frames, video.synthetic_holes, video.prompt_embeds, self.args.seed)
             result = paste(video.frames, filled, video.synthetic_holes)
             scores = video.score(result)
             sheets = [

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import cv2
 import imageio
@@ -129,7 +130,7 @@ def upscale(frames, height, width):
 def write_gif(path, frames):
     """Write (f, h, w, 3) uint8 frames as a looping GIF of 8 fps; renamed when whole, as a report may look on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two processes may sample the same video
     imageio.mimsave(partial, list(frames), format="gif", duration=1000 / GIF_FPS, loop=0)
     partial.replace(path)
 

@@ -120,6 +120,20 @@ def test_what_is_sampled(train, videos, monkeypatch, tmp_path):
         assert gif.n_frames == 3 and gif.info["duration"] == pytest.approx(1000 / 8, abs=5)
 
 
+def test_two_processes_may_write_the_same_gif(tmp_path, monkeypatch):
+    """Where there are more processes than videos, several sample the same one."""
+    frames, write = np.zeros((2, 8, 8, 3), np.uint8), imageio.mimsave
+
+    def write_while_another_does(path, *args, **settings):
+        write(path, *args, **settings)
+        monkeypatch.setattr(imageio, "mimsave", write)
+        write_gif(tmp_path / "1.gif", frames)
+
+    monkeypatch.setattr(imageio, "mimsave", write_while_another_does)
+    write_gif(tmp_path / "1.gif", frames)
+    assert [path.name for path in tmp_path.iterdir()] == ["1.gif"]
+
+
 def test_time_limit(validated, tmp_path, capsys):
     validated(max_train_steps=1, validation_minutes=1e-9)
     output = capsys.readouterr().out
