@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from dataset.frames import list_frames, read_frames
 from libs.errors import InputError, one_line_errors
+from libs.files import check_writable
 from libs.inference import add_inference_flags, check_inference_flags, load_pipeline
 from libs.options import Parser, add_mask_span, pair_by_name, split_mask_span
 from libs.pictures import contact_sheet, stack_sheets
-from libs.preflight import check_writable
 from libs.reporting import write_rows
 from libs.rivals import RIVALS
 from libs.sampling import paste

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from dataset.frames import size_of
 from libs.errors import InputError, one_line_errors
+from libs.files import check_writable
 from libs.inference import add_inference_flags, check_inference_flags, load_pipeline
 from libs.options import Parser, at_least, require
-from libs.preflight import check_writable
 from libs.sampling import paste
 from libs.validation import MASK_DILATIONS
 from libs.videos import dilate, read_masks, read_video, resize, upscale, write_frames, write_mp4

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from libs.brushnet_CA import BrushNetModel
 from libs.diffusion import Inpainter
-from libs.errors import one_line_errors
 from libs.training import Stage, run
 from libs.unet_2d_condition import UNet2DConditionModel
 
@@ -15,22 +14,8 @@ from libs.unet_2d_condition import UNet2DConditionModel
 class FrameInpainter(Inpainter):
     """UNet2D and BrushNet, every frame on its own."""
 
-    def forward(self, noisy_latents, conditioning, timesteps, encoder_hidden_states):
-        num_frames = noisy_latents.shape[0] // timesteps.shape[0]
-        timesteps = timesteps.repeat_interleave(num_frames)  # (b,) -> (N,)
-        encoder_hidden_states = encoder_hidden_states.repeat_interleave(num_frames, dim=0)
-        down, mid, up = self.brushnet(
-            noisy_latents, timesteps, encoder_hidden_states, brushnet_cond=conditioning, return_dict=False
-        )
-        return self.unet_main(
-            noisy_latents,
-            timesteps,
-            encoder_hidden_states,
-            down_block_add_samples=down,
-            mid_block_add_sample=mid,
-            up_block_add_samples=up,
-            return_dict=False,
-        )[0]
+    def call_unet(self, noisy_latents, per_clip, per_frame, num_frames, features):
+        return self.unet_main(noisy_latents, *per_frame, **features, return_dict=False)
 
 
 class Stage1(Stage):
@@ -75,7 +60,6 @@ class Stage1(Stage):
         return FrameInpainter(unet, brushnet)
 
 
-@one_line_errors
 def main(argv=None):
     run(Stage1, argv)
 

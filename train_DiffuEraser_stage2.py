@@ -5,11 +5,8 @@ Only the motion modules are trained; UNet2D's layers and BrushNet are frozen, in
 
 from pathlib import Path
 
-import torch
-
 from libs.brushnet_CA import BrushNetModel
 from libs.diffusion import Inpainter
-from libs.errors import one_line_errors
 from libs.training import Stage, run
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
@@ -18,28 +15,11 @@ from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 class ClipInpainter(Inpainter):
     """UNetMotion over whole clips; BrushNet, frozen, on every frame on its own."""
 
+    trains_brushnet = False
     _no_split_modules = (*Inpainter._no_split_modules, "AnimateDiffTransformer3D")
 
-    def forward(self, noisy_latents, conditioning, timesteps, encoder_hidden_states):
-        num_frames = noisy_latents.shape[0] // timesteps.shape[0]
-        with torch.no_grad():
-            down, mid, up = self.brushnet(
-                noisy_latents,
-                timesteps.repeat_interleave(num_frames),  # (b,) -> (N,)
-                encoder_hidden_states.repeat_interleave(num_frames, dim=0),
-                brushnet_cond=conditioning,
-                return_dict=False,
-            )
-        return self.unet_main(
-            noisy_latents,
-            timesteps,
-            encoder_hidden_states,
-            num_frames=num_frames,
-            down_block_add_samples=down,
-            mid_block_add_sample=mid,
-            up_block_add_samples=up,
-            return_dict=False,
-        )[0]
+    def call_unet(self, noisy_latents, per_clip, per_frame, num_frames, features):
+        return self.unet_main(noisy_latents, *per_clip, num_frames=num_frames, **features, return_dict=False)
 
 
 def freeze(model, frozen_dtype):
@@ -90,7 +70,6 @@ class Stage2(Stage):
         return freeze(ClipInpainter(unet_main, opened["brushnet"].load(frozen_dtype)), frozen_dtype)
 
 
-@one_line_errors
 def main(argv=None):
     run(Stage2, argv)
 

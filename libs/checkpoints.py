@@ -166,10 +166,9 @@ def save_checkpoint(accelerator, run_dir, state):
         if accelerator.is_main_process:
             state.write(partial)
             replace_folder(partial, folder)
-    except Exception:  # whatever it is goes on to the caller; here it only must not leave anything behind
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
-        raise
+    finally:
+        if accelerator.is_main_process:  # there only if something went wrong: a full disk needs the space
+            shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     return folder
 

@@ -18,11 +18,9 @@ MAX_FRAMES_AT_ONCE = 11  # through the VAE's encoder, where 11 frames of 512x512
 
 
 class Inpainter(nn.Module):
-    """UNet and BrushNet as the one module that accelerate prepares; a stage's subclass says how they are called.
+    """UNet and BrushNet as the one module that accelerate prepares; a stage's subclass says how the UNet is called."""
 
-    Its forward takes noisy_latents (N, 4, h, w), conditioning (N, 5, h, w), timesteps (b,) and encoder_hidden_states
-    (b, n, d), and returns the prediction (N, 4, h, w).
-    """
+    trains_brushnet = True
 
     # What FSDP gathers and frees as one: the layers that the walk calls. Blocks are never called themselves.
     _no_split_modules = ("ResnetBlock2D", "Transformer2DModel")
@@ -31,6 +29,30 @@ class Inpainter(nn.Module):
         super().__init__()
         self.unet_main = unet_main
         self.brushnet = brushnet
+
+    def forward(self, noisy_latents, conditioning, timesteps, encoder_hidden_states):
+        """The prediction (N, 4, h, w).
+
+        Args:
+            noisy_latents: (N, 4, h, w).
+            conditioning: (N, 5, h, w).
+            timesteps: (b,), one per clip; encoder_hidden_states (b, n, d).
+        """
+        num_frames = noisy_latents.shape[0] // timesteps.shape[0]
+        per_frame = timesteps.repeat_interleave(num_frames), encoder_hidden_states.repeat_interleave(num_frames, dim=0)
+        with torch.set_grad_enabled(self.trains_brushnet and torch.is_grad_enabled()):
+            down, mid, up = self.brushnet(noisy_latents, *per_frame, brushnet_cond=conditioning, return_dict=False)
+        features = {"down_block_add_samples": down, "mid_block_add_sample": mid, "up_block_add_samples": up}
+        return self.call_unet(noisy_latents, (timesteps, encoder_hidden_states), per_frame, num_frames, features)[0]
+
+    def call_unet(self, noisy_latents, per_clip, per_frame, num_frames, features):
+        """The UNet's prediction, as a tuple of one.
+
+        Args:
+            per_clip, per_frame: (timesteps, encoder_hidden_states), b or N of each.
+            features: BrushNet's, under the names of the UNet's arguments.
+        """
+        raise NotImplementedError
 
     def enable_gradient_checkpointing(self):
         self.unet_main.enable_gradient_checkpointing()

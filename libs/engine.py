@@ -75,8 +75,6 @@ def state_bytes(trained, frozen, engine, processes):
 
 
 def make_accelerator(args):
-    # accelerate has chosen each process's GPU before its first barrier, which is all that torch asks for.
-    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     accelerator = Accelerator(
         # Several processes without a GPU (gloo): accelerate would let each of them train on its own.
         cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
@@ -97,6 +95,8 @@ def make_accelerator(args):
             param_dtype=DTYPES[accelerator.mixed_precision], reduce_dtype=torch.float32
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # DeepSpeed's barriers when it saves name no device, so that torch takes the current one, rightly, and says so.
+        warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context", UserWarning)
         accelerator.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=args.train_batch_size, gradient_clipping=args.max_grad_norm
         )

@@ -2,16 +2,42 @@
 
 import json
 import os
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
+
+from libs.errors import InputError
+
+
+@contextmanager
+def written_whole(path):
+    """Gives a path beside `path` to write to, which is flushed and renamed then: whoever reads finds the old content or
+    the new one. Several processes may write the same file."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+    try:
+        yield partial
+        flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path, content):
-    """Write beside the file's name, flush, then rename: whoever reads it finds the old content or the new one."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    flush(partial)
-    partial.replace(path)
+    """What can be JSON, indented, as a whole."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=1))
+
+
+def check_writable(folder, flag):
+    """Make `folder` if need be. Raises InputError, naming the flag, where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {folder} cannot be written to ({error.strerror}): choose another") from None
 
 
 def flush(path):

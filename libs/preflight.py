@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from libs.checkpoints import TrainerState, find_latest, list_checkpoints
 from libs.conversion import refuse_source_weights
 from libs.engine import check_engine, engine_name, state_bytes
 from libs.errors import InputError
+from libs.files import check_writable
 from libs.frozen import FrozenModels
 from libs.machine import compiling_lacks
 from libs.options import pair_by_name
@@ -164,15 +164,6 @@ def check_output_dir(args):
     refuse_source_weights(folder, [pretrained_stage1] if pretrained_stage1 else [], flag="--output_dir")
     check_writable(folder, "--output_dir")
     return None, str(folder)
-
-
-def check_writable(folder, flag):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"{flag} {folder} cannot be written to ({error.strerror}): choose another") from None
 
 
 def open_dataset(args):

@@ -23,7 +23,7 @@ from libs.engine import (
     require_agreement,
     whole,
 )
-from libs.errors import InputError
+from libs.errors import InputError, one_line_errors
 from libs.latent_cache import LatentCache
 from libs.options import parse_args
 from libs.preflight import eight_bit_adam, inspect
@@ -69,6 +69,7 @@ class Stage:
         """The Inpainter in training mode, what is frozen in `frozen_dtype`."""
 
 
+@one_line_errors
 def run(stage, argv=None):
     """Train one stage: what `accelerate launch train_DiffuEraser_stage<n>.py` does."""
     stop = StopRequest()

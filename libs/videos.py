@@ -3,7 +3,6 @@
 import os
 import sys
 from pathlib import Path
-from uuid import uuid4
 
 import cv2
 import imageio
@@ -11,6 +10,7 @@ import numpy as np
 
 from dataset.frames import list_frames, read_frame, size_of
 from libs.errors import InputError
+from libs.files import written_whole
 
 # OpenCV's ffmpeg speaks on stderr of its own; what goes wrong is told below.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -130,9 +130,8 @@ def upscale(frames, height, width):
 def write_gif(path, frames):
     """Write (f, h, w, 3) uint8 frames as a looping GIF of 8 fps; renamed when whole, as a report may look on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two processes may sample the same video
-    imageio.mimsave(partial, list(frames), format="gif", duration=1000 / GIF_FPS, loop=0)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        imageio.mimsave(partial, list(frames), format="gif", duration=1000 / GIF_FPS, loop=0)
 
 
 def write_frames(folder, frames):
