@@ -22,7 +22,7 @@ from demo.make_weights import SCHEDULER, SIZES
 from libs.brushnet_CA import BrushNetModel
 from libs.diffusion import Codec, batch_loss, frames_at_once
 from libs.engine import DTYPES
-from libs.training import make_optimizer, optimize
+from libs.optimizer import make_optimizer, optimize
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from train_DiffuEraser_stage1 import FrameInpainter

@@ -45,10 +45,10 @@ export NFRAMES=$STAGE1_FRAMES TRAIN_BATCH_SIZE=$STAGE1_CLIPS
 LOG=$run/start.log OUTPUT_DIR=$run/start MAX_TRAIN_STEPS=1 LEARNING_RATE=1e-12 VALIDATION_STEPS=0 \
   bash finetune_stage1.sh --report_to=none
 LOG=$run/stage1.log OUTPUT_DIR=$run/stage1 MAX_TRAIN_STEPS=$STAGE1_STEPS \
-  VALIDATION_STEPS=$((STAGE1_STEPS / 2)) bash finetune_stage1.sh "${flags[@]}"
+  VALIDATION_STEPS=$STAGE1_STEPS bash finetune_stage1.sh "${flags[@]}"
 NFRAMES=$STAGE2_FRAMES TRAIN_BATCH_SIZE=$STAGE2_CLIPS PRETRAINED_STAGE1=$run/stage1 \
   LOG=$run/stage2.log OUTPUT_DIR=$run/stage2 MAX_TRAIN_STEPS=$STAGE2_STEPS \
-  VALIDATION_STEPS=$((STAGE2_STEPS / 2)) bash finetune_stage2.sh "${flags[@]}"
+  VALIDATION_STEPS=$STAGE2_STEPS bash finetune_stage2.sh "${flags[@]}"
 for stage in 1 2; do "$PYTHON" -m libs.report "$run/stage$stage"; done
 
 evaluate() { # WEIGHTS BASELINE and further arguments

@@ -1,7 +1,5 @@
 """What is checked before any weights load: in one line where something is wrong, or, with --check_only, as a table."""
 
-import importlib
-import importlib.util
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from libs.errors import InputError
 from libs.files import check_writable
 from libs.frozen import FrozenModels
 from libs.machine import compiling_lacks
+from libs.optimizer import eight_bit_adam
 from libs.options import pair_by_name
 from libs.resuming import describe_run, go_on_from
 
@@ -103,14 +102,6 @@ def check_flags(args):
     if args.compile and (lacking := compiling_lacks()):
         raise InputError(f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)")
     return None, f"{args.nframes} frames of {args.resolution} px, mixed precision {precision}, tracker {name}"
-
-
-def eight_bit_adam():
-    """The AdamW with 8-bit state of whichever library is installed."""
-    for name in ("bitsandbytes.optim", "torchao.optim"):
-        if importlib.util.find_spec(name.split(".")[0]):
-            return importlib.import_module(name).AdamW8bit
-    raise InputError("--use_8bit_adam needs bitsandbytes or torchao: pip install bitsandbytes, or drop the flag")
 
 
 def open_frozen_models(args):

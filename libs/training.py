@@ -21,12 +21,12 @@ from libs.engine import (
     lost_processes_named,
     make_accelerator,
     require_agreement,
-    whole,
 )
 from libs.errors import InputError, one_line_errors
 from libs.latent_cache import LatentCache
+from libs.optimizer import make_optimizer, optimize
 from libs.options import parse_args
-from libs.preflight import eight_bit_adam, inspect
+from libs.preflight import inspect
 from libs.reporting import Meter, first_line, flat_settings, log, log_on_main_process, log_parameters, log_start
 from libs.resuming import BATCH_SETTINGS, global_batch, probe
 from libs.stopping import StopRequest
@@ -377,32 +377,8 @@ class Trainer:
         log.info("done at step %d: %s/unet_main and %s/brushnet", step, args.output_dir, args.output_dir)
 
 
-def optimize(accelerator, model, optimizer, loss, max_grad_norm):
-    """Backward, clip, and the optimizer's step where gradients are complete; returns their norm before clipping."""
-    accelerator.backward(loss)
-    grad_norm = None
-    if accelerator.sync_gradients:
-        grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
-    optimizer.step()
-    optimizer.zero_grad()
-    return grad_norm
-
-
 def is_write_error(error):
     """Whether a checkpoint failed for the disk's sake; torch's writers raise plain RuntimeErrors then."""
     return isinstance(error, (OSError, SafetensorError)) or any(
         name in str(error) for name in ("PytorchStreamWriter", "inline_container", "iostream")
     )
-
-
-def make_optimizer(args, parameters, learning_rate, device):
-    settings = {
-        "lr": learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if args.use_8bit_adam:
-        return eight_bit_adam()(parameters, **settings)
-    # Fused: one kernel, and fp16's scaler needs no look at the gradients from the host.
-    return torch.optim.AdamW(parameters, fused=device.type == "cuda", **settings)

@@ -12,7 +12,7 @@ import libs.training
 from dataset.finetune_dataset import to_tensors
 from libs.brushnet_CA import BrushNetModel
 from libs.diffusion import Codec, Draws, batch_loss, diffusion_loss
-from libs.training import make_optimizer
+from libs.optimizer import make_optimizer
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from train_DiffuEraser_stage1 import FrameInpainter

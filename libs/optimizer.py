@@ -1,0 +1,63 @@
+"""The optimizer and its step."""
+
+import importlib.util
+
+import torch
+
+from libs.engine import whole
+from libs.errors import InputError
+
+
+def make_optimizer(args, parameters, learning_rate, device):
+    settings = {
+        "lr": learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.use_8bit_adam:
+        return eight_bit_adam()(parameters, **settings)
+    # Fused: one kernel, and fp16's scaler needs no look at the gradients from the host.
+    return torch.optim.AdamW(parameters, fused=device.type == "cuda", **settings)
+
+
+def eight_bit_adam():
+    """The class of AdamW with 8-bit state, of whichever library is installed. Raises InputError where neither is."""
+    if importlib.util.find_spec("bitsandbytes"):
+        return bitsandbytes_adam()
+    if importlib.util.find_spec("torchao"):
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit
+    raise InputError("--use_8bit_adam needs bitsandbytes or torchao: pip install bitsandbytes, or drop the flag")
+
+
+def bitsandbytes_adam():
+    """bitsandbytes' AdamW8bit without its wait for the GPU after every tensor, of which stage 1 has 1,424."""
+    from bitsandbytes.optim import AdamW8bit
+
+    class AdamW8bitWithoutWaiting(AdamW8bit):
+        @torch.no_grad()
+        def step(self, closure=None):
+            loss = None if closure is None else torch.enable_grad()(closure)()
+            for group_index, group in enumerate(self.param_groups):
+                for index, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, group_index, index)
+                    self.update_step(group, parameter, group_index, index)
+            return loss
+
+    return AdamW8bitWithoutWaiting
+
+
+def optimize(accelerator, model, optimizer, loss, max_grad_norm):
+    """Backward, clip, and the optimizer's step where gradients are complete; returns their norm before clipping."""
+    accelerator.backward(loss)
+    grad_norm = None
+    if accelerator.sync_gradients:
+        grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
