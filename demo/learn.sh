@@ -35,7 +35,8 @@ for root in ${YTVOS_ROOT:+"$YTVOS_ROOT"} "$run/drawn/YTBV"; do
 done
 
 export WEIGHTS=$run/weights DAVIS_ROOT=$data/DAVIS YTVOS_ROOT=$data/YTBV PRETRAINED_STAGE1_PATH=
-export RESOLUTION LEARNING_RATE RESUME_FROM_CHECKPOINT= CHECKPOINTING_STEPS=100000 COMPILE=0 LATENT_CACHE=$run/latents
+export RESOLUTION LEARNING_RATE RESUME_FROM_CHECKPOINT= CHECKPOINTING_STEPS=100000 COMPILE=0
+export LATENT_CACHE= # frames this small are encoded as fast as they are looked up
 "$PYTHON" -m demo.train_vae --weights "$WEIGHTS" --davis_root "$DAVIS_ROOT" --ytvos_root "$YTVOS_ROOT" \
   --resolution "$RESOLUTION" --batch_size 16 --steps "$VAE_STEPS"
 

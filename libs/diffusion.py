@@ -14,7 +14,7 @@ from torch import nn
 
 from dataset.finetune_dataset import to_tensors
 
-MAX_FRAMES_AT_ONCE = 11  # through the VAE's encoder, where 11 frames of 512x512 take 4 GiB
+MAX_FRAMES_AT_ONCE = 11  # of 512x512 through the VAE's encoder, where they take 4 GiB
 
 
 class Inpainter(nn.Module):
@@ -127,9 +127,10 @@ class Codec:
         return torch.cat([self.vae.decode(latent).sample.float().clamp(-1, 1) for latent in latents.split(1)])
 
 
-def frames_at_once(nframes):
-    """How many of a clip's frames are encoded together: slices of equal size, as few as MAX_FRAMES_AT_ONCE allows."""
-    return math.ceil(nframes / math.ceil(nframes / MAX_FRAMES_AT_ONCE))
+def frames_at_once(frames, resolution=512):
+    """How many of so many square frames are encoded together: slices of equal size, as few as memory allows."""
+    most = max(1, MAX_FRAMES_AT_ONCE * 512**2 // resolution**2)
+    return math.ceil(frames / math.ceil(frames / most))
 
 
 @dataclass

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UniPCMultistepScheduler
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dataset.finetune_dataset import tokenize
-from libs.diffusion import Codec, frames_at_once
+from libs.diffusion import Codec
 from libs.errors import InputError
 from libs.weights import read_config, read_json, read_shapes, resolve_folder, weight_files
 
@@ -94,13 +94,13 @@ class FrozenModels:
         input_ids = torch.stack([tokenize(tokenizer, prompt) for prompt in prompts])
         return text_encoder(input_ids)[0].to(device)
 
-    def load_codec(self, device, dtype, nframes, cache=None):
+    def load_codec(self, device, dtype, frames_at_once, cache=None):
         with quiet_libraries():
             vae, report = AutoencoderKL.from_pretrained(
                 self.vae_folder, variant=self.variant, torch_dtype=dtype, output_loading_info=True
             )
         refuse_missing(report, self.vae_folder)
-        return Codec(vae.to(device), frames_at_once(nframes), cache)
+        return Codec(vae.to(device), frames_at_once, cache)
 
 
 def check_tokenizer(folder):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from dataset.finetune_dataset import PROMPTS, EpochSampler, TrainingClips
 from libs.checkpoints import find_latest, mark_best, prune, register_hooks, save_checkpoint, saved_keys
 from libs.conversion import convert, fingerprint
-from libs.diffusion import batch_loss
+from libs.diffusion import batch_loss, frames_at_once
 from libs.engine import (
     DTYPES,
     fit_to_engine,
@@ -131,7 +131,8 @@ class Trainer:
         embeds = frozen.encode_prompts(prompts, self.device)
         self.prompt_embeds, validation_embeds = embeds[: len(PROMPTS)], embeds[len(PROMPTS) :]
         cache = self.open_latent_cache(frozen, half) if args.latent_cache else None
-        self.codec = frozen.load_codec(self.device, half, args.nframes, cache)
+        encoded_together = frames_at_once(args.train_batch_size * args.nframes, args.resolution)
+        self.codec = frozen.load_codec(self.device, half, encoded_together, cache)
         self.noise_scheduler = frozen.noise_scheduler
         self.validation = Validation(
             args, stage, accelerator, dataset, frozen, self.codec, self.prompt_embeds, validation_embeds

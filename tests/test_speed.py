@@ -134,6 +134,8 @@ def test_frames_are_encoded_in_slices_of_one_size():
     assert moments.shape == (7, 8, 8, 8) and sizes == [3, 3, 3]
     torch.testing.assert_close(moments, vae.encode(pixels).latent_dist.parameters)
     assert [frames_at_once(n) for n in (1, 10, 11, 12, 22, 24)] == [1, 10, 11, 6, 11, 8]
+    sizes = [(256, 64), (2, 1024), (3, 1024), (1, 4096)]
+    assert [frames_at_once(n, resolution) for n, resolution in sizes] == [256, 2, 2, 1]
 
 
 def test_large_layers_are_recomputed_piece_by_piece(monkeypatch):
