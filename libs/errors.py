@@ -4,6 +4,7 @@ import os
 import sys
 from functools import wraps
 
+import torch
 from accelerate.state import PartialState
 
 
@@ -18,9 +19,11 @@ def one_line_errors(main):
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except InputError as error:
-            # A loader worker's error arrives with its traceback as text; its last line is the error.
-            line = str(error).strip().splitlines()[-1].removeprefix("libs.errors.InputError: ")
+        except (InputError, torch.OutOfMemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                line = out_of_memory(error)
+            else:  # a loader worker's error arrives with its traceback as text; its last line is the error
+                line = str(error).strip().splitlines()[-1].removeprefix("libs.errors.InputError: ")
             rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
             # Before training all processes find the same: one on every machine says so, as each has its own log.
             if local_rank == 0 or PartialState._shared_state:
@@ -29,3 +32,12 @@ def one_line_errors(main):
             raise SystemExit(1) from None
 
     return wrapped
+
+
+def out_of_memory(error):
+    """The line for torch's OutOfMemoryError: its first sentences, without the allocator's own figures."""
+    found = ". ".join(str(error).split(". ")[:3])  # what failed, how much was asked for, how much the GPU has
+    return (
+        f"{found}: use fewer frames at once (--nframes), smaller ones (--resolution, --size) or, to train, "
+        "LOW_MEMORY=1 in another output folder"
+    )

@@ -281,12 +281,13 @@ def check_memory(args, stage, opened):
     frames = args.train_batch_size * args.nframes * (args.resolution / 512) ** 2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
     activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]
+    about = "more than" if args.mixed_precision == "no" else "about"  # what was measured was half precision
     if not torch.cuda.is_available():
-        return None, f"about {fixed + activations:.1f} GiB; no GPU was found"
+        return None, f"{about} {fixed + activations:.1f} GiB; no GPU was found"
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     if fixed > total:
         raise InputError(
             f"weights, gradients and optimizer state take {fixed:.0f} GiB, the GPU has {total:.0f}: use "
             "--use_8bit_adam, or several GPUs with ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"
         )
-    return None, f"about {fixed + activations:.0f} GiB, the GPU has {total:.0f}"
+    return None, f"{about} {fixed + activations:.0f} GiB, the GPU has {total:.0f}"

@@ -146,6 +146,6 @@ def write_mp4(path, frames, fps):
     path.parent.mkdir(parents=True, exist_ok=True)
     even = all(side % 2 == 0 for side in frames.shape[1:3])
     imageio.mimsave(
-        path, list(frames), fps=fps, codec="libx264", quality=MP4_QUALITY, macro_block_size=1,
+        path, list(frames), format="FFMPEG", fps=fps, codec="libx264", quality=MP4_QUALITY, macro_block_size=1,
         pixelformat="yuv420p" if even else "yuv444p",  # 4:2:0 halves both sides
     )  # fmt: skip

@@ -155,7 +155,6 @@ CASES = {
     "tracker": (1, None, {"report_to": "abacus"}, "--report_to=abacus: one of"),
     "tracker_not_installed": (1, None, {"report_to": "wandb"}, "--report_to=wandb: its package is not installed"),
     "fp16_without_gpu": (1, None, {"mixed_precision": "fp16"}, "fp16 needs a GPU"),
-    "eight_bit_adam": (1, None, {"use_8bit_adam": True}, "needs bitsandbytes or torchao"),
     "compile_without_gpu": (1, None, {"compile": True}, "--compile needs a GPU, which was not found"),
     "latent_cache_is_a_file": (
         1, lambda c: (c.folder / "cache").write_text(""), lambda c: {"latent_cache": c.folder / "cache"},

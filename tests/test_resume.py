@@ -35,8 +35,9 @@ def losses(output):
             7,
         ),
         (1, {"train_batch_size": 22, "nframes": 1}, 5, 2),  # at an epoch's end
+        (1, {"use_8bit_adam": True, "gradient_checkpointing": True}, 4, 2),
     ],
-    ids=["stage1", "stage2_schedule", "accumulation_workers_epoch", "at_epoch_end"],
+    ids=["stage1", "stage2_schedule", "accumulation_workers_epoch", "at_epoch_end", "low_memory"],
 )
 def test_resume_is_exact(train, tmp_path, capsys, stage, settings, steps, stop):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

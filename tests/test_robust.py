@@ -261,6 +261,24 @@ def test_optimizer_state_of_another_form_is_refused(train, tmp_path, capsys, mon
     assert "holds optimizer state of 8-bit AdamW, this run's is fp32 AdamW: add --use_8bit_adam, or convert" in error
 
 
+def test_out_of_memory_is_one_line(train, tmp_path, capsys, monkeypatch):
+    message = (
+        "CUDA out of memory. Tried to allocate 26.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which 6.12 MiB is "
+        "free. Including non-PyTorch memory, this process has 79.16 GiB memory in use.\nSee the documentation"
+    )
+
+    def loss(self, batch):
+        raise torch.OutOfMemoryError(message)
+
+    monkeypatch.setattr(libs.training.Trainer, "loss", loss)
+    with pytest.raises(SystemExit) as stop:
+        train(1)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1
+    assert error.startswith("error: CUDA out of memory. Tried to allocate 26.00 MiB. GPU 0 has a total capacity of")
+    assert "6.12 MiB is free: use fewer frames at once (--nframes), " in error and "LOW_MEMORY=1" in error
+
+
 def test_fp16_may_be_turned_on_and_off(train, tmp_path, capsys, monkeypatch):
     """With the gradient scaler that only fp16 has: a checkpoint without its state, then one with it."""
     train(1, max_train_steps=1)

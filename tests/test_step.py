@@ -1,8 +1,10 @@
 """The training step: batches, seeds, and targets."""
 
 import argparse
+import importlib.util
 from types import SimpleNamespace
 
+import bitsandbytes.optim.optimizer
 import pytest
 import torch
 from conftest import fill_by_formula, parity_case
@@ -12,7 +14,8 @@ import libs.training
 from dataset.finetune_dataset import to_tensors
 from libs.brushnet_CA import BrushNetModel
 from libs.diffusion import Codec, Draws, batch_loss, diffusion_loss
-from libs.optimizer import make_optimizer
+from libs.errors import InputError
+from libs.optimizer import eight_bit_adam, make_optimizer
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from train_DiffuEraser_stage1 import FrameInpainter
@@ -140,6 +143,29 @@ def test_the_optimizer_is_adamw_with_the_flags_settings():
         update = mean / (1 - 0.8**step) / ((square / (1 - 0.9**step)) ** 0.5 + 1e-3)
         expected = expected * (1 - 0.5 * 0.1) - 0.5 * update
     assert parameter.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_eight_bit_adam_follows_adamw_and_never_waits_for_the_gpu(monkeypatch):
+    """Two large steps of every value, whose moments are kept in bytes."""
+    monkeypatch.setattr(bitsandbytes.optim.optimizer, "sync_gpu", None)  # as it is, it would be called, and fail
+    flags = argparse.Namespace(adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.01, adam_epsilon=1e-8)
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(3, 4096, generator=generator)
+    results = []
+    for flags.use_8bit_adam in (False, True):
+        parameter = torch.nn.Parameter(start.clone())
+        optimizer = make_optimizer(flags, [parameter], 0.1, torch.device("cpu"))
+        for parameter.grad in gradients:
+            optimizer.step()
+        results.append(parameter.detach())
+    assert optimizer.state[parameter]["state1"].dtype == torch.uint8
+    assert (results[0] - start).abs().mean() > 0.1 and (results[1] - results[0]).abs().mean() < 0.003
+
+
+def test_without_an_eight_bit_optimizer(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--use_8bit_adam needs bitsandbytes or torchao: pip install bitsandbytes"):
+        eight_bit_adam()
 
 
 def test_rate_warm_up_and_clipping_reach_the_optimizer(train, monkeypatch, capsys):
