@@ -50,6 +50,7 @@ SIZES = {
         "sample_size": 64,
     },
 }  # fmt: skip
+FROM_SCRATCH = ("small", "medium")  # motion modules do nothing yet, as AnimateDiff's training began (its section 4.2)
 SCHEDULER = {  # stable-diffusion-v1-5/scheduler/scheduler_config.json
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.7.0.dev0",
@@ -83,6 +84,10 @@ def make_weights(output_dir, size="tiny", dtype=torch.float32, seed=0):
         motion_num_attention_heads=heads,
         motion_norm_num_groups=spec["unet"]["norm_num_groups"],
     )
+    if size in FROM_SCRATCH:
+        for name, parameter in adapter.named_parameters():
+            if ".proj_out." in name:
+                torch.nn.init.zeros_(parameter)
     save(adapter, output_dir / "animatediff-motion-adapter-v1-5-2", dtype)
     save(unet, base / "unet", dtype)
     with torch.no_grad():  # DiffuEraser's weights are not the base model's
