@@ -132,7 +132,7 @@ def register_hooks(accelerator, keys):
     def save_hook(models, weights, output_dir):
         if weights:
             state_dict = accelerator.unwrap_model(models[0]).state_dict()
-            weights[0] = {key: state_dict[key] for key in keys}
+            weights[0] = {key: state_dict[key].contiguous() for key in keys}  # compiled models are in channels_last
             return
         state_dict = whole_state_dict(accelerator, models[0], keys)
         if accelerator.is_main_process:

@@ -169,7 +169,8 @@ launch() {
 stop_trainer() {
   interrupted=1
   trap 'interrupted=1; signal_all KILL' INT TERM HUP USR1
-  if tail -n +$((lines_before + 1)) "$LOG" | grep -q " stage $stage on "; then
+  # No pipe: grep ends at the first match, and `tail` would fail for that in a long log.
+  if grep -q " stage $stage on " <(tail -n +$((lines_before + 1)) "$LOG"); then
     echo "stopping: the step is finished and saved (a second signal ends at once)"
     signal_all USR1
   else # still starting: nothing to save

@@ -36,6 +36,15 @@ def eight_bit_adam():
     raise InputError("--use_8bit_adam needs bitsandbytes or torchao: pip install bitsandbytes, or drop the flag")
 
 
+def match_layout(optimizer):
+    """Bring loaded moments into their weights' memory format: with and without compiled models it is another one, and a
+    fused optimizer reads both in the order of memory."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def optimize(accelerator, model, optimizer, loss, max_grad_norm):
     """Backward, clip, and the optimizer's step where gradients are complete; returns their norm before clipping."""
     accelerator.backward(loss)

@@ -24,7 +24,7 @@ from libs.engine import (
 )
 from libs.errors import InputError, one_line_errors
 from libs.latent_cache import LatentCache
-from libs.optimizer import make_optimizer, optimize
+from libs.optimizer import make_optimizer, match_layout, optimize
 from libs.options import parse_args
 from libs.preflight import inspect
 from libs.reporting import Meter, first_line, flat_settings, log, log_on_main_process, log_parameters, log_start
@@ -215,6 +215,7 @@ class Trainer:
         if not Path(checkpoint, SCALER_FILE).is_file():  # it was written without fp16: there is none to load
             accelerator.scaler = None
         accelerator.load_state(str(checkpoint))
+        match_layout(optimizer)
         accelerator.scaler = scaler
         accelerator.step = 0  # of accumulation: checkpoints are written between optimizer steps
         # The schedule's state brings the old learning rate back; the flag decides.

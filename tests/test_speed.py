@@ -4,13 +4,17 @@ import os
 
 import pytest
 import torch
-from conftest import equal_files, fill_by_formula, parity_case
+from accelerate import Accelerator
+from conftest import equal_files, fill_by_formula, parity_case, reset_accelerate
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
 import libs.unet_walk
 from libs.brushnet_CA import BrushNetModel
+from libs.checkpoints import register_hooks, saved_keys
 from libs.diffusion import Codec, frames_at_once
 from libs.latent_cache import LatentCache
+from libs.optimizer import match_layout
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from train_DiffuEraser_stage1 import FrameInpainter
@@ -136,6 +140,34 @@ def test_frames_are_encoded_in_slices_of_one_size():
     assert [frames_at_once(n) for n in (1, 10, 11, 12, 22, 24)] == [1, 10, 11, 6, 11, 8]
     sizes = [(256, 64), (2, 1024), (3, 1024), (1, 4096)]
     assert [frames_at_once(n, resolution) for n, resolution in sizes] == [256, 2, 2, 1]
+
+
+def test_plain_and_compiled_models_resume_from_each_other(tmp_path):
+    """Compiled ones are in channels_last, and with them Adam's moments."""
+
+    def step(folder, seed, memory_format):
+        """A step from the folder's checkpoint, where there is one, and a checkpoint: its weights."""
+        reset_accelerate()
+        accelerator = Accelerator(cpu=True)
+        model = small_model(1).to(memory_format=memory_format)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01, fused=True))
+        register_hooks(accelerator, saved_keys(model))
+        if folder.exists():
+            accelerator.load_state(str(folder))
+            match_layout(optimizer)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
+        optimizer.step()
+        accelerator.save_state(str(folder))
+        return load_file(folder / "model.safetensors")
+
+    formats = (torch.channels_last, torch.contiguous_format, torch.channels_last)
+    for seed, memory_format in enumerate(formats):
+        plain = step(tmp_path / "plain", seed, torch.contiguous_format)
+        mixed = step(tmp_path / "mixed", seed, memory_format)
+        torch.testing.assert_close(mixed, plain)
+    reset_accelerate()
 
 
 def test_large_layers_are_recomputed_piece_by_piece(monkeypatch):
