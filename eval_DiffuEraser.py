@@ -21,7 +21,7 @@ from libs.files import check_writable
 from libs.inference import add_inference_flags, check_inference_flags, load_pipeline
 from libs.options import Parser, add_mask_span, pair_by_name, split_mask_span
 from libs.pictures import contact_sheet, stack_sheets
-from libs.reporting import write_rows
+from libs.reporting import append_row, write_rows
 from libs.rivals import RIVALS
 from libs.sampling import paste
 from libs.scores import SMALLEST_FLOW, Reference, average, table
@@ -141,10 +141,15 @@ def main(argv=None):
     if args.no_model and not args.rivals:
         raise InputError("--no_model and an empty --rivals leave nothing to score: leave one of them out")
     folders = find_videos(args)
+    if args.masks:  # all of them, before hours are spent on the first
+        for folder in folders:
+            pair_by_name(folder, Path(args.masks, folder.name), ("--frames", "--masks"))
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
     i3d = open_i3d(args, folders)
-    methods, scores, rows = make_methods(args), {}, []
+    methods, scores = make_methods(args), {}
+    by_video = output_dir / "scores.csv"
+    by_video.unlink(missing_ok=True)
     features = {name: [] for name in methods}  # (1024,) of every video
     for number, folder in enumerate(folders):
         frames, holes = load_video(folder, number, args)
@@ -153,13 +158,12 @@ def main(argv=None):
             result = paste(frames, method(frames, holes), holes)
             values = {"frames": reference.scored_frames, **reference.score(result)}
             scores.setdefault(name, []).append(values)
-            rows.append({"method": name, "video": folder.name, **values})
+            append_row(by_video, {"method": name, "video": folder.name, **values})
             if i3d:
                 features[name].append(i3d.describe(result, folder.name))
             sheets.append(contact_sheet(f"{folder.name}: {name}", frames, holes, result))
         imageio.imwrite(output_dir / f"{folder.name}.png", stack_sheets(sheets[1:]))
         print(f"{folder.name}: {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}", flush=True)
-    write_rows(output_dir / "scores.csv", rows)
     means = {name: average(entries) for name, entries in scores.items()}
     if i3d:
         for name in methods:
@@ -171,7 +175,7 @@ def main(argv=None):
     print("\n".join(table(means)))
     if i3d:
         print(f"VFID is of {len(folders)} videos: compare it with that of as many only")
-    print(f"per video: {output_dir / 'scores.csv'}; this table: means.csv; contact sheets: {output_dir}")
+    print(f"per video: {by_video}; this table: means.csv; contact sheets: {output_dir}")
 
 
 if __name__ == "__main__":

@@ -81,6 +81,9 @@ def main(argv=None):
     frames, holes, fps = read_clip(args)
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
+    written = {(output_dir / name).resolve() for name in ("frames", "result.mp4")}
+    if written & {Path(args.video).resolve(), Path(args.mask).resolve()}:
+        raise InputError(f"--output_dir={args.output_dir}: the result would replace the clip; choose another folder")
     pipeline, prompt_embeds, stage = load_pipeline(args, (Stage1, Stage2), args.weights)
     print(f"{len(frames)} frames of {size_of(frames[0])}, stage {stage}, {len(pipeline.windows(len(frames)))} windows "
           f"of {min(pipeline.nframes, len(frames))} frames on {pipeline.device.type}")  # fmt: skip

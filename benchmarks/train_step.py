@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from dataset.finetune_dataset import to_tensors
 from demo.make_weights import SCHEDULER, SIZES
 from libs.brushnet_CA import BrushNetModel
-from libs.diffusion import Codec, batch_loss, frames_at_once
+from libs.diffusion import Codec, batch_loss
 from libs.engine import DTYPES
 from libs.optimizer import make_optimizer, optimize
 from libs.unet_2d_condition import UNet2DConditionModel
@@ -83,7 +83,7 @@ def make_codec(dtype, nframes):
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks, **spec
         )
-    return Codec(torch.nn.Module.to(vae, dtype), frames_at_once(nframes))
+    return Codec(torch.nn.Module.to(vae, dtype), nframes)
 
 
 def make_batch(nframes, size):

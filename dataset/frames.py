@@ -161,7 +161,16 @@ def scan_frames(args, memory, processes, remember=True):
     return {video.folder: known[str(video.folder)][1] for video in videos if known[str(video.folder)][1]}
 
 
+def size_and_time(path):
+    """(bytes, nanoseconds); (0, 0) of a link that leads nowhere, which reading it will say."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
 def listing_key(video):
     """A short hash of the names, sizes and times of a video's files."""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in video.frames]
+    stats = [(path.name, *size_and_time(path)) for path in video.frames]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

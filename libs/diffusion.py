@@ -14,7 +14,7 @@ from torch import nn
 
 from dataset.finetune_dataset import to_tensors
 
-MAX_FRAMES_AT_ONCE = 11  # of 512x512 through the VAE's encoder, where they take 4 GiB
+MAX_PIXELS_AT_ONCE = 11 * 512**2  # through the VAE's encoder, where they take 4 GiB
 
 
 class Inpainter(nn.Module):
@@ -71,12 +71,12 @@ class Codec:
     """The frozen VAE: pixels in [-1, 1] to latents of about unit variance, and back. No gradients.
 
     Args:
-        frames_at_once: encoded together; more are split into slices of that size.
+        frames: how many come together at most; they are encoded in slices that memory allows.
         cache: LatentCache for whole frames, or None.
     """
 
-    def __init__(self, vae, frames_at_once=MAX_FRAMES_AT_ONCE, cache=None):
-        self.vae, self.frames_at_once, self.cache = vae.requires_grad_(False), frames_at_once, cache
+    def __init__(self, vae, frames, cache=None):
+        self.vae, self.frames, self.cache = vae.requires_grad_(False), frames, cache
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent
 
     def compile_encoder(self):
@@ -90,9 +90,9 @@ class Codec:
         Every slice has the same size, the last one is filled up: one shape to compile, and a frame's result does not
         depend on how many others come along.
         """
-        slices = []
-        for pixels in pixel_values.to(self.vae.dtype).split(self.frames_at_once):
-            lacking = self.frames_at_once - len(pixels)
+        slices, size = [], frames_at_once(self.frames, *pixel_values.shape[2:])
+        for pixels in pixel_values.to(self.vae.dtype).split(size):
+            lacking = size - len(pixels)
             if lacking:
                 pixels = torch.cat([pixels, pixels[-1:].expand(lacking, -1, -1, -1)])
             slices.append(self.vae.encode(pixels).latent_dist.parameters)
@@ -127,9 +127,9 @@ class Codec:
         return torch.cat([self.vae.decode(latent).sample.float().clamp(-1, 1) for latent in latents.split(1)])
 
 
-def frames_at_once(frames, resolution=512):
-    """How many of so many square frames are encoded together: slices of equal size, as few as memory allows."""
-    most = max(1, MAX_FRAMES_AT_ONCE * 512**2 // resolution**2)
+def frames_at_once(frames, height, width):
+    """How many of so many frames are encoded together: slices of equal size, as few as memory allows."""
+    most = max(1, MAX_PIXELS_AT_ONCE // (height * width))
     return math.ceil(frames / math.ceil(frames / most))
 
 

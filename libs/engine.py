@@ -89,6 +89,11 @@ def make_accelerator(args):
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
         ],
     )
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise InputError(
+            f"the engine's configuration says gradient_accumulation_steps: {accelerator.gradient_accumulation_steps}, "
+            f"the run --gradient_accumulation_steps={args.gradient_accumulation_steps}: take the line out of the file"
+        )
     if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
         # Layers compute in half precision and gradients are averaged in fp32, as with DDP and autocast.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(

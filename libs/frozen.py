@@ -94,13 +94,13 @@ class FrozenModels:
         input_ids = torch.stack([tokenize(tokenizer, prompt) for prompt in prompts])
         return text_encoder(input_ids)[0].to(device)
 
-    def load_codec(self, device, dtype, frames_at_once, cache=None):
+    def load_codec(self, device, dtype, frames, cache=None):
         with quiet_libraries():
             vae, report = AutoencoderKL.from_pretrained(
                 self.vae_folder, variant=self.variant, torch_dtype=dtype, output_loading_info=True
             )
         refuse_missing(report, self.vae_folder)
-        return Codec(vae.to(device), frames_at_once, cache)
+        return Codec(vae.to(device), frames, cache)
 
 
 def check_tokenizer(folder):

@@ -8,7 +8,6 @@ import torch
 from dataset.finetune_dataset import PROMPT
 from libs.brushnet_CA import BrushNetModel
 from libs.conversion import UNET_CLASSES
-from libs.diffusion import frames_at_once
 from libs.engine import DTYPES
 from libs.errors import InputError
 from libs.frozen import FrozenModels
@@ -73,7 +72,7 @@ def load_pipeline(args, stages, weights):
     model = stage.model_class(unet.load(dtype), brushnet.load(dtype)).to(device).eval()
     pipeline = Pipeline(
         model=model,
-        codec=frozen.load_codec(device, dtype, frames_at_once(nframes)),
+        codec=frozen.load_codec(device, dtype, nframes),
         sampler=frozen.load_sampler(),
         device=device,
         nframes=nframes,

@@ -44,7 +44,7 @@ class LatentCache:
         self.bytes_per_frame = torch.Size(shape).numel() * dtype.itemsize
         self.folder.mkdir(parents=True, exist_ok=True)
         self.room = max(0, int(limit_gb * 1e9) - self.measure()) // num_processes  # bytes
-        self.writer = None
+        self.writer, self.said = None, False
         self.places = threading.BoundedSemaphore(MAX_WAITING)
 
     def measure(self):
@@ -95,7 +95,10 @@ class LatentCache:
     def add(self, keys, moments):
         """Keep `moments` (n, 2c, h, w) under n keys, in the background: neither GPU nor disk are waited for."""
         size = len(keys) * (self.bytes_per_frame + CHECKSUM_BYTES)
-        if self.room < size or not self.places.acquire(blocking=False):
+        if self.room < size:
+            self.say_once(f"{self.folder} has reached --latent_cache_gb: frames without a place are encoded every time")
+            return
+        if not self.places.acquire(blocking=False):
             return
         self.room -= size
         on_gpu = moments.is_cuda
@@ -119,9 +122,15 @@ class LatentCache:
                 partial.replace(file)
         except OSError as error:
             self.room = 0
-            log.info("latent cache: %s cannot be written (%s), nothing more is added", self.folder, error.strerror)
+            self.say_once(f"{self.folder} cannot be written ({error.strerror}), nothing more is added")
         finally:
             self.places.release()
+
+    def say_once(self, line):
+        """Why nothing is added any more."""
+        if not self.said:
+            self.said = True
+            log.info("latent cache: %s", line)
 
     def close(self):
         """Wait for what is being written."""

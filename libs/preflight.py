@@ -23,6 +23,7 @@ from libs.options import pair_by_name
 from libs.resuming import describe_run, go_on_from
 
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
+EIGHT_BIT_SAVES = 6  # of them, where moments have 8 bits
 SHARD_BYTES = 4  # more with FSDP or DeepSpeed, which write the weights a second time, and what is frozen
 FROZEN_BYTES = 2
 
@@ -259,7 +260,7 @@ def count_parameters(stage, opened):
 def check_disk_space(args, stage, opened):
     """One checkpoint has to fit: it is written before an old one is deleted."""
     trained, frozen = count_parameters(stage, opened)
-    needed = trained * ADAM_BYTES
+    needed = trained * (ADAM_BYTES - EIGHT_BIT_SAVES * args.use_8bit_adam)
     if engine_name() != "ddp":
         needed += trained * SHARD_BYTES + frozen * FROZEN_BYTES
     folder = Path(args.output_dir).resolve()
@@ -275,9 +276,8 @@ def check_disk_space(args, stage, opened):
 def check_memory(args, stage, opened):
     """Weights, gradients and optimizer state must fit the GPU; activations are an estimate from measured runs."""
     trained, frozen = count_parameters(stage, opened)
-    adam = 6 if args.use_8bit_adam else 0  # bytes that 8-bit moments save per parameter
     state = state_bytes(trained, frozen, engine_name(), int(os.environ.get("WORLD_SIZE", 1)))
-    fixed = (state - trained * adam) / 2**30
+    fixed = (state - trained * EIGHT_BIT_SAVES * args.use_8bit_adam) / 2**30
     frames = args.train_batch_size * args.nframes * (args.resolution / 512) ** 2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
     activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]

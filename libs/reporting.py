@@ -1,6 +1,7 @@
 """What the log says: one line per event, from the main process."""
 
 import csv
+import importlib.util
 import io
 import json
 import logging
@@ -19,6 +20,7 @@ import torch
 import transformers
 from accelerate.utils import DistributedType
 
+from libs.errors import InputError
 from libs.files import write_json
 
 log = logging.getLogger("diffueraser")
@@ -78,11 +80,25 @@ def log_parameters(model, checkpoints_total_limit):
     log.info("checkpoints: %s", kept)
 
 
-def flat_settings(args):
-    """Trackers take numbers and strings only."""
-    return {
+def start_trackers(accelerator, args):
+    """Those of --report_to. Raises InputError where one does not start, such as W&B's without a login."""
+    if args.report_to == "none":
+        return
+    failures = (OSError, RuntimeError, ValueError)
+    if args.report_to in ("wandb", "all") and importlib.util.find_spec("wandb"):
+        from wandb.errors import Error  # no requirement of the project
+
+        failures += (Error,)
+    # Trackers take numbers and strings only.
+    settings = {
         name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in vars(args).items()
     }
+    try:
+        accelerator.init_trackers(args.tracker_project_name, config=settings)
+    except failures as error:
+        raise InputError(
+            f"--report_to={args.report_to} did not start ({first_line(error)}): log in, or use --report_to=tensorboard"
+        ) from None
 
 
 def append_row(path, row):

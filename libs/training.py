@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from dataset.finetune_dataset import PROMPTS, EpochSampler, TrainingClips
 from libs.checkpoints import find_latest, mark_best, prune, register_hooks, save_checkpoint, saved_keys
 from libs.conversion import convert, fingerprint
-from libs.diffusion import batch_loss, frames_at_once
+from libs.diffusion import batch_loss
 from libs.engine import (
     DTYPES,
     fit_to_engine,
@@ -27,7 +27,7 @@ from libs.latent_cache import LatentCache
 from libs.optimizer import make_optimizer, match_layout, optimize
 from libs.options import parse_args
 from libs.preflight import inspect
-from libs.reporting import Meter, first_line, flat_settings, log, log_on_main_process, log_parameters, log_start
+from libs.reporting import Meter, first_line, log, log_on_main_process, log_parameters, log_start, start_trackers
 from libs.resuming import BATCH_SETTINGS, global_batch, probe
 from libs.stopping import StopRequest
 from libs.validation import Validation
@@ -92,6 +92,7 @@ def train(args, stage, preflight, found, stop):
         for line in found.notes:
             log.info("%s", line)
         require_agreement(accelerator, what_must_agree(args, found))
+        start_trackers(accelerator, args)
         trainer = Trainer(args, stage, accelerator, found, stop)
         if found.checkpoint:
             trainer.resume(found.checkpoint)
@@ -131,11 +132,10 @@ class Trainer:
         embeds = frozen.encode_prompts(prompts, self.device)
         self.prompt_embeds, validation_embeds = embeds[: len(PROMPTS)], embeds[len(PROMPTS) :]
         cache = self.open_latent_cache(frozen, half) if args.latent_cache else None
-        encoded_together = frames_at_once(args.train_batch_size * args.nframes, args.resolution)
-        self.codec = frozen.load_codec(self.device, half, encoded_together, cache)
+        self.codec = frozen.load_codec(self.device, half, args.train_batch_size * args.nframes, cache)
         self.noise_scheduler = frozen.noise_scheduler
         self.validation = Validation(
-            args, stage, accelerator, dataset, frozen, self.codec, self.prompt_embeds, validation_embeds
+            args, stage, accelerator, dataset, frozen, self.codec, self.prompt_embeds, validation_embeds, stop
         )
 
         model = stage.load_models(opened, frozen_dtype=half)
@@ -180,8 +180,6 @@ class Trainer:
         )  # fmt: skip
         self.last_checkpoint = None
         self.clips_met, self.broken_met, self.broken_seen = 0, 0, set()
-        if args.report_to != "none":
-            accelerator.init_trackers(args.tracker_project_name, config=flat_settings(args))
 
     def open_latent_cache(self, frozen, dtype):
         args, config = self.args, frozen.vae_config
@@ -224,7 +222,9 @@ class Trainer:
         for group, values, base_lr, factor in zip(
             optimizer.param_groups, given, self.base_lrs, schedule.lr_lambdas, strict=True
         ):
-            group.update(values, initial_lr=base_lr, lr=base_lr * factor(schedule.last_epoch))
+            group.update(values, initial_lr=base_lr)
+            lr = base_lr * factor(schedule.last_epoch)
+            group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr  # torchao's is a tensor
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
         self.last_checkpoint = checkpoint
         log.info("resumed from %s at step %d, epoch %d", checkpoint, self.state.global_step,
@@ -261,21 +261,24 @@ class Trainer:
             meter.steps += 1
             step, last = state.global_step, state.global_step == self.max_train_steps
             if step % args.logging_steps == 0 or step == first_step or last:
-                meter.report(step, self.lr_scheduler.get_last_lr()[0])
+                meter.report(step, float(self.lr_scheduler.get_last_lr()[0]))
                 self.stop_at_bad_losses()
-            if args.validation_steps and (step % args.validation_steps == 0 or step == first_step):
-                self.validate()
-                meter.restart()  # it does not count as time per step
+            # A checkpoint first: validation takes minutes, in which much may happen.
             stopping = not last and self.must_stop()
-            if step % args.checkpointing_steps == 0 or last or stopping:
+            saving = step % args.checkpointing_steps == 0 or last or stopping
+            if saving:
                 self.save(must=last or stopping)
-                if not stopping:
-                    self.mark_best()
-                meter.restart()
             if stopping:
                 log.info("stopped by %s at step %d; the same command with --resume_from_checkpoint=latest goes on",
                          self.stop.signal, step)  # fmt: skip
                 return
+            validating = args.validation_steps and (step % args.validation_steps == 0 or step == first_step)
+            if validating:
+                self.validate()
+            if saving:
+                self.mark_best()
+            if saving or validating:
+                meter.restart()  # neither counts as time per step
         self.finish()
 
     def must_stop(self):

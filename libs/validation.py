@@ -81,6 +81,12 @@ def load_validation_video(images, masks, prompt_embeds, args, number):
     return ValidationVideo(Path(images), frames, holes, synthetic, prompt_embeds)
 
 
+def set_aside(path, step):
+    """Rename held_out.csv to held_out-until-<step>.csv, so that one file holds what can be compared."""
+    if path.is_file():
+        path.replace(path.with_stem(f"{path.stem}-until-{step}"))
+
+
 def draw_holes(length, height, width, args, number):
     """(length, height, width) uint8, 255 = hole: the training's masks, by seed and number."""
     rng = np.random.default_rng([args.seed, number])
@@ -93,14 +99,15 @@ def draw_holes(length, height, width, args, number):
 class Validation:
     """What the trainer asks for while it runs. Processes share the work; all of them have to make every call."""
 
-    def __init__(self, args, stage, accelerator, dataset, frozen, codec, prompt_embeds, validation_embeds):
+    def __init__(self, args, stage, accelerator, dataset, frozen, codec, prompt_embeds, validation_embeds, stop):
         """
         Args:
             dataset: the FinetuneDataset that is trained on, whose crops and masks the probe clips have.
             prompt_embeds: (2, n, d), one per entry of PROMPTS; validation_embeds (V, n, d), one per validation video.
+            stop: StopRequest; once there is a signal, no more videos are begun.
         """
         self.args, self.stage, self.accelerator, self.device = args, stage, accelerator, accelerator.device
-        self.codec, self.prompt_embeds = codec, prompt_embeds
+        self.codec, self.prompt_embeds, self.stop = codec, prompt_embeds, stop
         self.noise_scheduler, self.sampler = frozen.noise_scheduler, frozen.load_sampler()
         self.folder = Path(args.output_dir, args.logging_dir)
         pairs = zip(args.validation_image, args.validation_mask, strict=True) if args.validation_steps else ()
@@ -117,6 +124,8 @@ class Validation:
     def start(self, model, state):
         """The held-out loss before the first step, with which later ones are compared."""
         if self.probe_clips and state.probe_start is None:
+            if state.global_step and self.accelerator.is_main_process:  # the losses so far are of other clips
+                self.guarded(state.global_step, set_aside, self.folder / HELD_OUT_FILE, state.global_step)
             state.probe_start, _ = self.measure(model, state.global_step)
             if state.probe_start is not None:
                 log.info("held-out loss %.4f at step %d, on %d fixed clips of %d video(s)", state.probe_start,
@@ -189,14 +198,15 @@ class Validation:
         return self.held_out, by_video
 
     def spread(self, count, function, time_limit=None):
-        """{i: function(i)} for i below `count`, spread over the processes, as many calls in each of them; those that
-        begin after `time_limit` seconds are left out."""
+        """{i: function(i)} for i below `count`, spread over the processes, as many calls in each of them. With a
+        `time_limit` none begins after so many seconds, or after a signal to stop."""
         begin, results = time.perf_counter(), {}
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         for first in range(0, count, processes):
-            late = time_limit is not None and time.perf_counter() - begin > time_limit
-            if time_limit is not None and any(gather_object([late])):
-                break
+            if time_limit is not None:
+                late = time.perf_counter() - begin > time_limit or self.stop.signal is not None
+                if any(gather_object([late])):
+                    break
             i = (first + rank) % count
             results[i] = function(i)
         return dict(gather_object(list(results.items())))

@@ -135,10 +135,13 @@ def write_gif(path, frames):
 
 
 def write_frames(folder, frames):
-    """00000.png and so on: lossless."""
+    """00000.png and so on, lossless, instead of those that an earlier clip has left there. Raises InputError."""
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("[0-9][0-9][0-9][0-9][0-9].png"):
+        path.unlink()
     for i, frame in enumerate(frames):
-        cv2.imwrite(str(folder / f"{i:05d}.png"), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        if not cv2.imwrite(str(folder / f"{i:05d}.png"), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)):
+            raise InputError(f"{folder}/{i:05d}.png could not be written: free some space, or see who may write there")
 
 
 def write_mp4(path, frames, fps):

@@ -201,6 +201,23 @@ def test_bad_input(name, weights, videos, flags, tmp_path, capsys):
     assert re.search(f"^error: .*{message}", captured.err), captured.err
 
 
+def test_an_engine_that_accumulates_otherwise(train, monkeypatch, capsys):
+    """A DeepSpeed configuration's entry reaches accelerate through this variable, before the flag."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(SystemExit):
+        train(1, gradient_accumulation_steps=2)
+    assert "gradient_accumulation_steps: 4, the run --gradient_accumulation_steps=2" in capsys.readouterr().err
+
+
+def test_a_tracker_that_does_not_start(train, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/logs-finetune-stage1").write_text("a file where the tracker wants a folder")
+    with pytest.raises(SystemExit):
+        train(1, report_to="tensorboard")
+    error = capsys.readouterr().err
+    assert error.startswith("error: --report_to=tensorboard did not start (") and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if re.match("vae|text_encoder|tokenizer|scheduler", name)])
 def test_frozen_models_are_checked_before_any_loads(name, weights, flags, tmp_path, capsys):
     """--check_only, which loads nothing, finds them too."""

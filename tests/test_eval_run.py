@@ -15,6 +15,7 @@ from PIL import Image
 import eval_DiffuEraser
 import run_diffueraser
 from libs.conversion import convert
+from libs.errors import InputError
 from libs.videos import read_masks, read_video, write_frames, write_mp4
 
 
@@ -146,6 +147,32 @@ def test_bad_evaluations_are_one_line(videos, tmp_path, capsys, monkeypatch, arg
         eval_DiffuEraser.main([f"--frames={videos / 'DAVIS/JPEGImages/480p'}", f"--output_dir={tmp_path}", *arguments])
     errors = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 1 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
+
+
+def test_masks_of_all_videos_are_looked_for_first(videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_DiffuEraser, "make_methods", None)
+    davis = videos / "DAVIS"
+    with pytest.raises(SystemExit):
+        eval_DiffuEraser.main([f"--frames={davis / 'JPEGImages/480p'}", f"--masks={davis / 'Annotations/480p'}",
+                               "--videos", "buoy", "kites", f"--output_dir={tmp_path}"])  # fmt: skip
+    assert "kites" in capsys.readouterr().err
+
+
+def test_results_replace_what_an_earlier_clip_left(tmp_path, monkeypatch):
+    frames = moving_video(5, 16, 16)[0]
+    write_frames(tmp_path, frames)
+    write_frames(tmp_path, frames[:2])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.png", "00001.png"]
+    monkeypatch.setattr(cv2, "imwrite", lambda path, image: False)  # what OpenCV says of a full disk
+    with pytest.raises(InputError, match=r"00000\.png could not be written"):
+        write_frames(tmp_path, frames)
+
+
+def test_a_result_does_not_replace_its_clip(weights, models, clip, capsys):
+    with pytest.raises(SystemExit):
+        run_diffueraser.main([f"--video={clip / 'frames'}", f"--mask={clip / 'masks'}", f"--output_dir={clip}",
+                              f"--weights={weights / 'diffuEraser'}", *models])  # fmt: skip
+    assert "the result would replace the clip" in capsys.readouterr().err
 
 
 def test_frames_too_small_for_the_flow(tmp_path, capsys):

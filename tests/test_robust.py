@@ -139,11 +139,14 @@ def test_training_goes_on_without_a_broken_video(train, videos, tmp_path, capsys
     assert steps_of(output) == list(range(1, 9))
     assert output.count("left out, another clip in its place: 3: ") == 1
 
+    frame = ytvos / "JPEGImages/4/00003.jpg"
+    frame.unlink()
+    frame.symlink_to("nowhere")
     train(1, **settings, output_dir=tmp_path / "scanned", scan_data=True)
     output = capsys.readouterr().out
-    assert "7 clips an epoch; 1 left out: broken, such as" in output and "another clip" not in output
+    assert "6 clips an epoch; 2 left out: broken, such as" in output and "another clip" not in output
     remembered = json.loads((tmp_path / "scanned/scan.json").read_text())
-    assert len(remembered) == 8 and sum(reason is not None for _, reason in remembered.values()) == 1
+    assert len(remembered) == 8 and sum(reason is not None for _, reason in remembered.values()) == 2
 
     for video in range(3):
         cut(ytvos / f"JPEGImages/{video}/00000.jpg")

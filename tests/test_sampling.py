@@ -154,7 +154,7 @@ def test_a_real_vae(weights):
         revision = variant = tokenizer_name = None
 
     frozen = FrozenModels(Args)
-    codec = frozen.load_codec(torch.device("cpu"), torch.float32, frames_at_once=5)
+    codec = frozen.load_codec(torch.device("cpu"), torch.float32, frames=5)
     assert isinstance(codec, Codec)
     frames, holes = moving_video(2, 36, 52)
     pipeline = make_pipeline(lambda latents, *rest: torch.zeros_like(latents), codec=codec)

@@ -86,6 +86,7 @@ def sbatch(script, checkout, environment, signal_at=None):
 
 def test_both_stages_in_one_job_that_is_requeued(checkout, environment):
     """Near the time limit it saves and goes back into the queue; started again it resumes and does both stages."""
+    environment["OUTPUT_DIR"] = "experiment"
     status, output = sbatch("finetune_both.sbatch", checkout, environment, signal_at="step 2/8")
     log = Path(checkout, "finetune-stage1.log")
     assert status == 0 and "job 1234 goes back into the queue" in output, output + log.read_text()
@@ -95,8 +96,8 @@ def test_both_stages_in_one_job_that_is_requeued(checkout, environment):
         and "stopped by SIGUSR1 at step" in log.read_text()
     )
     assert (
-        len(list(checkout.glob("finetune-stage1/checkpoint-*"))) == 1
-        and not Path(checkout, "converted_weights").exists()
+        len(list(checkout.glob("experiment/finetune-stage1/checkpoint-*"))) == 1
+        and not Path(checkout, "experiment/converted_weights").exists()
     )
 
     # The queue may give it fewer machines: with the same global batch the run goes on as before.
@@ -107,7 +108,7 @@ def test_both_stages_in_one_job_that_is_requeued(checkout, environment):
     assert "Traceback" not in log.read_text()
     assert Path(environment["REQUEUED"]).read_text() == "1234\n"
     for model in ("unet_main", "brushnet"):
-        assert Path(checkout, "converted_weights/finetuned-stage2", model, "config.json").is_file()
+        assert Path(checkout, "experiment/converted_weights/finetuned-stage2", model, "config.json").is_file()
     assert Path(checkout, "finetune-stage1-machine1.log").is_file()  # what the second machine has to say
 
 

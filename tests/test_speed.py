@@ -95,11 +95,14 @@ def test_a_damaged_file_is_not_held(tmp_path, frames):
     assert [key is None for key in cache.read(frames)[1]] == [False, False, True]
 
 
-def test_the_cache_is_bounded(tmp_path, frames):
+def test_the_cache_is_bounded(tmp_path, frames, caplog):
     room_for_four = 4.5 * 8 * 2 * 2 * 4 / 1e9
     cache = LatentCache(tmp_path / "cache", "vae", (8, 2, 2), torch.float32, room_for_four, num_processes=2)
     keys = cache.read(frames)[1]
-    cache.add(keys, torch.randn(3, 8, 2, 2))  # more than one process's share
+    with caplog.at_level("INFO", logger="diffueraser"):
+        cache.add(keys, torch.randn(3, 8, 2, 2))  # more than one process's share
+        cache.add(keys, torch.randn(3, 8, 2, 2))
+    assert [record.getMessage().count("has reached --latent_cache_gb") for record in caplog.records] == [1]
     cache.add(keys[:2], torch.randn(2, 8, 2, 2))
     cache.add(keys[2:], torch.randn(1, 8, 2, 2))
     cache.close()
@@ -134,12 +137,12 @@ def test_frames_are_encoded_in_slices_of_one_size():
     )  # fmt: skip
     pixels, sizes = torch.randn(7, 3, 16, 16), []
     vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    moments = Codec(vae, frames_at_once=3).moments(pixels)
+    moments = Codec(vae, frames=3).moments(pixels)
     assert moments.shape == (7, 8, 8, 8) and sizes == [3, 3, 3]
     torch.testing.assert_close(moments, vae.encode(pixels).latent_dist.parameters)
-    assert [frames_at_once(n) for n in (1, 10, 11, 12, 22, 24)] == [1, 10, 11, 6, 11, 8]
-    sizes = [(256, 64), (2, 1024), (3, 1024), (1, 4096)]
-    assert [frames_at_once(n, resolution) for n, resolution in sizes] == [256, 2, 2, 1]
+    assert [frames_at_once(n, 512, 512) for n in (1, 10, 11, 12, 22, 24)] == [1, 10, 11, 6, 11, 8]
+    sizes = [(256, 64, 64), (2, 1024, 1024), (3, 1024, 1024), (10, 1080, 1920), (1, 4096, 4096)]
+    assert [frames_at_once(*size) for size in sizes] == [256, 2, 2, 1, 1]
 
 
 def test_plain_and_compiled_models_resume_from_each_other(tmp_path):

@@ -3,7 +3,9 @@
 import base64
 import csv
 import json
+import os
 import re
+import signal
 import sys
 import types
 
@@ -134,6 +136,23 @@ def test_two_processes_may_write_the_same_gif(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["1.gif"]
 
 
+def test_a_signal_while_validating(validated, tmp_path, capsys, monkeypatch):
+    """That step's checkpoint is there already; the video is finished, no other begun, and the next step is the last."""
+    fill, checkpoints = Pipeline.fill, []
+
+    def interrupted(*args, **settings):
+        checkpoints.append([path.name for path in tmp_path.glob("run/checkpoint-*")])
+        if len(checkpoints) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fill(*args, **settings)
+
+    monkeypatch.setattr(Pipeline, "fill", interrupted)
+    validated(max_train_steps=4, checkpointing_steps=1)
+    output = capsys.readouterr().out
+    assert checkpoints == [["checkpoint-1"]] * 2  # a video has two holes
+    assert "without lantern" in output and "stopped by SIGTERM at step 2" in output
+
+
 def test_time_limit(validated, tmp_path, capsys):
     validated(max_train_steps=1, validation_minutes=1e-9)
     output = capsys.readouterr().out
@@ -188,6 +207,10 @@ def test_other_validation_videos_start_the_held_out_loss_anew(validated, videos,
     assert "the held-out loss is measured on other clips from here on, and starts anew" in output
     assert "1.000 of its start" in output and "checkpoint-2 is the best checkpoint so far" in output
     assert json.loads((tmp_path / "run/best_checkpoint.json").read_text())["clips"] != best["clips"]
+    folder = tmp_path / "run/logs-finetune-stage1"
+    assert {row["step"] for row in read(folder / "held_out-until-1.csv")} == {"0", "1"}
+    start, *_ = (float(row["held_out_loss"]) for row in read(folder / "held_out.csv"))
+    assert f"at the run's start {start:.4f}" in (tmp_path / "run/README.md").read_text()
 
 
 def test_the_run_notes_its_best_checkpoint(validated, tmp_path, capsys):
