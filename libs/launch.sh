@@ -41,6 +41,22 @@ fail() {
   exit 1
 }
 
+# One line for what would otherwise end in accelerate's usage or in bash's own words, or be taken for something else.
+check_variables() {
+  local name
+  for name in NUM_PROCESSES NUM_MACHINES OMP_NUM_THREADS; do
+    [[ "${!name:-1}" =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: a number above 0 was needed"
+  done
+  [[ "$MACHINE_RANK" =~ ^[0-9]+$ ]] || fail "MACHINE_RANK=$MACHINE_RANK: a number from 0 on was needed"
+  for name in LOW_MEMORY COMPILE; do
+    [[ "${!name:-0}" =~ ^[01]$ ]] || fail "$name=${!name}: 0 or 1 was needed"
+  done
+  [[ "${MIXED_PRECISION:-no}" =~ ^(no|fp16|bf16)$ ]] ||
+    fail "MIXED_PRECISION=$MIXED_PRECISION: no (fp32), fp16 or bf16 was needed"
+  command -v "$PYTHON" >/dev/null || fail "$PYTHON was not found: bash demo/venv.sh requirements.txt makes .venv"
+  mkdir -p "$(dirname "$LOG")" 2>/dev/null || fail "LOG=$LOG cannot be written to: choose another"
+}
+
 # Sets `engine`: the arguments that tell accelerate its configuration, and how many processes it starts where. Variables
 # come before the user's own configuration, and that before the defaults: one process, or all GPUs where a configuration
 # was chosen that leaves their number open.
@@ -87,6 +103,7 @@ choose_engine() {
 }
 
 launch() {
+  check_variables
   local has_gpu can_compile gpus
   read -r has_gpu can_compile gpus < <("$PYTHON" -m libs.machine)
   local precision=${MIXED_PRECISION:-$(configured mixed_precision)}
@@ -133,7 +150,7 @@ launch() {
 
   local command=(accelerate launch "${engine[@]}" --mixed_precision="$precision"
     "train_DiffuEraser_stage$stage.py" "${options[@]}" "$@")
-  if [[ " $* " == *" --check_only "* ]]; then
+  if [[ " $* " == *" --check_only "* || " $* " == *" --help "* || " $* " == *" -h "* ]]; then
     exec "$PYTHON" -m libs.launcher "${command[@]:2}"
   fi
   local lines_before=0
@@ -152,13 +169,15 @@ launch() {
   PYTHONUNBUFFERED=1 setsid "$PYTHON" -m libs.launcher "${command[@]:2}" >>"$LOG" 2>&1 &
   child=$!
   trap stop_trainer INT TERM HUP USR1
-  local status=0
+  local status=0 stopped_early=0
   interrupted=1
   while [[ $interrupted = 1 ]]; do # a signal interrupts `wait`, whose status is then not the trainer's
     interrupted=0
-    wait "$child" && status=0 || status=$?
+    { wait "$child" && status=0 || status=$?; } 2>/dev/null # bash would say "Killed", with the whole command
   done
-  if [[ $status != 0 ]]; then
+  if [[ $stopped_early = 1 ]]; then
+    echo "stopped before training began: there was nothing to save"
+  elif [[ $status != 0 ]]; then
     echo "stage $stage failed with status $status; the end of $LOG:" >&2
     tail -n +$((lines_before + 1)) "$LOG" | grep -v '^error' | tail -n 15 >&2 || true
     tail -n +$((lines_before + 1)) "$LOG" | grep '^error' >&2 || true
@@ -173,7 +192,8 @@ stop_trainer() {
   if grep -q " stage $stage on " <(tail -n +$((lines_before + 1)) "$LOG"); then
     echo "stopping: the step is finished and saved (a second signal ends at once)"
     signal_all USR1
-  else # still starting: nothing to save
+  else
+    stopped_early=1
     signal_all KILL
   fi
 }

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,11 @@ FAILURES = {  # (stage, variables, arguments, what the line says)
     "data": (1, {"DAVIS_ROOT": "/nowhere"}, [], "/nowhere/JPEGImages/480p is no folder"),
     "stage1": (2, {"PRETRAINED_STAGE1": "/nowhere"}, [], "/nowhere/unet_main is not a folder"),
     "engine": (1, {"ACCELERATE_CONFIG": "fsdp"}, [], "fsdp is no file: ACCELERATE_CONFIG must be one of"),
+    "number": (1, {"NUM_PROCESSES": "two"}, [], "NUM_PROCESSES=two: a number above 0 was needed"),
+    "switch": (1, {"LOW_MEMORY": "true"}, [], "LOW_MEMORY=true: 0 or 1 was needed"),
+    "precision": (1, {"MIXED_PRECISION": "fp32"}, [], "MIXED_PRECISION=fp32: no (fp32), fp16 or bf16 was needed"),
+    "python": (1, {"PYTHON": "nopython"}, [], "nopython was not found: bash demo/venv.sh requirements.txt makes .venv"),
+    "log": (1, {"LOG": "/proc/x/run.log"}, [], "LOG=/proc/x/run.log cannot be written to: choose another"),
     "argument": (2, {}, ["--max_train_samples=5"], "--max_train_samples is gone: shorten"),
 }
 
@@ -117,6 +123,41 @@ def test_a_failing_run(environment, tmp_path, name):
     log = Path(environment["LOG"])
     assert "Traceback" not in failed.stderr + failed.stdout + (log.read_text() if log.exists() else "")
     assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def python_stand_in(tmp_path, gpus, launcher):
+    """A PYTHON that says how many GPUs there are, and runs shell code in place of the launcher."""
+    path = tmp_path / "python"
+    path.write_text(
+        f"""#!/usr/bin/env bash
+case "$2" in
+  libs.machine) echo {int(gpus > 0)} {int(gpus > 0)} {gpus} ;;
+  libs.launcher) {launcher} ;;
+  *) exec {sys.executable} "$@" ;;
+esac
+"""
+    )
+    path.chmod(0o755)
+    return path
+
+
+def test_help(environment, tmp_path):
+    result = run(["bash", "finetune_stage1.sh", "--help"], environment)
+    assert result.returncode == 0 and result.stdout.startswith("usage: train_DiffuEraser_stage1.py")
+    assert not Path(environment["LOG"]).exists()
+
+
+def test_a_signal_before_training(environment, tmp_path):
+    stand_in = python_stand_in(tmp_path, gpus=0, launcher="echo starting; exec tail -f /dev/null")
+    script = subprocess.Popen(
+        ["bash", "finetune_stage1.sh"], cwd=REPOSITORY, env={**environment, "PYTHON": str(stand_in)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for_line(Path(environment["LOG"]), "starting")
+    script.send_signal(signal.SIGTERM)
+    output, _ = script.communicate(timeout=60)
+    assert script.returncode == 137 and len(output.splitlines()) == 2, output
+    assert output.endswith("stopped before training began: there was nothing to save\n")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -186,17 +227,7 @@ ENGINES = [  # (GPUs, variables, what accelerate is told)
 @pytest.mark.parametrize(("gpus", "variables", "told"), ENGINES)
 def test_the_engine(environment, tmp_path, gpus, variables, told):
     """Variables come before the user's own configuration, and that before the defaults."""
-    stand_in = tmp_path / "python"  # says how many GPUs there are, and what the launcher is told
-    stand_in.write_text(
-        f"""#!/usr/bin/env bash
-case "$2" in
-  libs.machine) echo 1 1 {gpus} ;;
-  libs.launcher) echo "$@" "allocator: $PYTORCH_ALLOC_CONF" ;;
-  *) exec {sys.executable} "$@" ;;
-esac
-"""
-    )
-    stand_in.chmod(0o755)
+    stand_in = python_stand_in(tmp_path, gpus, 'echo "$@" "allocator: $PYTORCH_ALLOC_CONF"')
     if variables.get("ACCELERATE_CONFIG") == "own.yaml":
         own = tmp_path / "own.yaml"
         own.write_text(OWN_CONFIG)
