@@ -43,6 +43,7 @@ def build_parser():
 
 def read_clip(args):
     """(frames (f, h, w, 3), holes (f, h, w), frames per second), of one size and length."""
+    require(Path(args.video).resolve() != Path(args.mask).resolve(), f"--mask={args.mask} is the clip itself")
     frames, fps = read_video(args.video)
     holes = read_masks(args.mask)
     if holes.shape[1:] != frames.shape[1:3]:
@@ -53,8 +54,9 @@ def read_clip(args):
     if len(holes) != len(frames):
         raise InputError(f"{args.mask} has {len(holes)} masks, {args.video} has {len(frames)} frames: one for each, or "
                          "one for all, was needed")  # fmt: skip
-    if not holes.any():
-        raise InputError(f"{args.mask} marks nothing: white, or any value above 0 in a PNG, is what to remove")
+    if not holes.any() or holes.all():
+        what = "nothing" if not holes.any() else "every pixel"
+        raise InputError(f"{args.mask} marks {what}: white, or any value above 0 in a PNG, is what to remove")
     return frames, dilate(holes, args.mask_dilation), args.fps or fps or DEFAULT_FPS
 
 

@@ -5,13 +5,18 @@
 torch raises an out-of-memory error where its allocator would pass the cap (in GiB).
 """
 
+import argparse
 import runpy
 import sys
 
 import torch
 
 if __name__ == "__main__":
-    cap, script = float(sys.argv[1]), sys.argv[2]
-    torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
-    sys.argv = sys.argv[2:]
-    runpy.run_path(script, run_name="__main__")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gib", type=float)
+    parser.add_argument("script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    torch.cuda.set_per_process_memory_fraction(args.gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    sys.argv = [args.script, *args.arguments]
+    runpy.run_path(args.script, run_name="__main__")

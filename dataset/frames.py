@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -118,12 +119,21 @@ def scan_video(folder):
         return Video(folder, list_frames(folder))
     except OSError as error:
         return Video(folder, (), broken=f"{folder} cannot be listed ({error.strerror})")
+    except BrokenFrame as error:
+        return Video(folder, (), broken=str(error))
 
 
 def list_frames(folder):
-    """A folder's images in the order of their names."""
-    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(FRAME_SUFFIXES))
-    return tuple(Path(folder, name) for name in names)
+    """A folder's images in the order of their names; hidden files, which macOS adds to what it packs, are none.
+
+    Raises: BrokenFrame where two have one name, such as a frame and its mask.
+    """
+    names = sorted(os.listdir(folder))
+    paths = tuple(Path(folder, n) for n in names if n.lower().endswith(FRAME_SUFFIXES) and not n.startswith("."))
+    for path, following in pairwise(paths):
+        if path.stem == following.stem:
+            raise BrokenFrame(f"{folder} holds {path.name} and {following.name}: one picture per frame was needed")
+    return paths
 
 
 def list_videos(args):

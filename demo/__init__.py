@@ -1,0 +1,1 @@
+import libs  # noqa: F401 - before diffusers, which it keeps quiet

@@ -1,5 +1,7 @@
 """Files that are whole or not there, also when the program is killed or the machine goes down while writing."""
 
+import errno
+import fcntl
 import json
 import os
 import tempfile
@@ -38,6 +40,23 @@ def check_writable(folder, flag):
             pass
     except OSError as error:
         raise InputError(f"{flag} {folder} cannot be written to ({error.strerror}): choose another") from None
+
+
+@contextmanager
+def locked(folder):
+    """Nobody else may hold `folder` meanwhile, on any machine that shares it. Raises InputError where somebody does.
+
+    A lock of the process: loader workers do not inherit it, and it ends with the process however that ends.
+    """
+    with open(Path(folder, ".lock"), "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # POSIX allows both
+            raise InputError(f"another run is writing to {folder}: stop it, or choose another --output_dir") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+                raise
+        yield
 
 
 def flush(path):

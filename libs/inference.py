@@ -1,6 +1,7 @@
 """A converted folder, ready to fill holes: the options and the loading that eval_DiffuEraser.py and run_diffueraser.py
 share."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -21,11 +22,12 @@ def add_inference_flags(parser):
     add = parser.add_argument_group("models").add_argument
     add("--weights", default="converted_weights/finetuned-stage2", metavar="DIR",
         help="converted folder of stage 1 or 2: unet_main/ and brushnet/ (default: %(default)s)")  # fmt: skip
-    add("--base_model_name_or_path", default="weights/stable-diffusion-v1-5", metavar="DIR",
+    folder = os.environ.get("WEIGHTS", "weights")  # as the shell scripts have it
+    add("--base_model_name_or_path", default=f"{folder}/stable-diffusion-v1-5", metavar="DIR",
         help="tokenizer, text_encoder and scheduler are taken from it (default: %(default)s)")  # fmt: skip
     add(
         "--vae_path",
-        default="weights/sd-vae-ft-mse",
+        default=f"{folder}/sd-vae-ft-mse",
         metavar="DIR",
         help="VAE folder, or one with vae/ in it (default: %(default)s)",
     )

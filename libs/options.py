@@ -33,6 +33,15 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the options")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says a default where there is one and the text does not say it in words."""
+
+    def _get_help_string(self, action):
+        nothing = action.default is None or action.default is False or action.default == []
+        said = nothing or "(default" in action.help
+        return action.help if said else super()._get_help_string(action)
+
+
 class Removed(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         raise InputError(f"{option_string} is gone: {REMOVED_FLAGS[option_string]}")
@@ -73,7 +82,8 @@ def add_mask_span(add):
         type=mask_span,
         default=FULL_SPAN,
         metavar="MIN,MAX",
-        help="share of each side of the frame that a mask's box takes; 'original': the original code's smaller masks",
+        help="share of each side of the frame that a mask's box takes; 'original': the original code's smaller masks "
+        f"(default: {FULL_SPAN[0]:.4f},{FULL_SPAN[1]:g})",
     )
 
 
@@ -86,9 +96,7 @@ def split_mask_span(args):
 
 def build_parser(stage):
     """The parser of one stage; `stage` gives the flags and defaults that differ."""
-    parser = Parser(
-        description=stage.description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=stage.description, allow_abbrev=False, formatter_class=HelpFormatter)
 
     group = parser.add_argument_group("models")
     add = group.add_argument
@@ -158,7 +166,7 @@ def build_parser(stage):
     add = group.add_argument
     add("--checkpointing_steps", type=int, default=2000, metavar="N", help="save every N optimizer steps")
     add("--checkpoints_total_limit", type=int, metavar="N", help="keep the newest N only (default: all)")
-    add("--keep_best_checkpoint", action="store_true", help="and the one with the lowest held-out loss")
+    add("--keep_best_checkpoint", action="store_true", help="keep the one with the lowest held-out loss too")
     add(
         "--resume_from_checkpoint",
         metavar="DIR",
@@ -297,8 +305,12 @@ def check_validation(args):
 
 def pair_by_name(images, masks, flags=("--validation_image", "--validation_mask")):
     """[(frame path, mask path)] of a video, in the frames' order; every frame needs a mask of its name."""
-    for folder, flag in zip((images, masks), flags, strict=True):
-        require(Path(folder).is_dir(), f"{folder} is no folder: {flag} needs folders of frames")
+    for folder, flag, content in zip((images, masks), flags, ("frames", "masks"), strict=True):
+        require(Path(folder).is_dir(), f"{folder} is no folder: {flag} needs folders of {content}")
+    require(
+        Path(images).resolve() != Path(masks).resolve(),
+        f"{masks} is the frames' own folder: {flags[1]} needs folders of masks",
+    )
     frames = list_frames(images)
     require(frames, f"{images} holds no frames: {flags[0]} needs folders of .jpg or .png files")
     by_name = {path.stem: path for path in list_frames(masks)}

@@ -181,8 +181,10 @@ def open_dataset(args):
 
 def check_validation_videos(args):
     """Every mask has its frame's size. (The lists were compared when the flags were parsed.)"""
-    if not args.validation_steps or not args.validation_image:
+    if not args.validation_image:
         return None, "off (--validation_image and --validation_mask turn it on)"
+    if not args.validation_steps:
+        return None, "off (--validation_steps=0)"
     counts = []
     for folders in zip(args.validation_image, args.validation_mask, strict=True):
         pairs = pair_by_name(*folders)

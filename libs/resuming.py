@@ -75,7 +75,7 @@ def go_on_from(checkpoint, saved, now, resume_anyway):
         if name in harmless:
             changes.append(f"changed since the checkpoint: {name} from {before} to {value}")
         else:
-            decisive.append(f"{name} {before}, now {value}")
+            decisive.append(f"{'clips an epoch' if name == 'clips' else name} {before}, now {value}")
     if decisive and not resume_anyway:
         raise InputError(
             f"{checkpoint} was written with {'; '.join(decisive)}: go back to that, choose another --output_dir, or "

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from libs.engine import (
     require_agreement,
 )
 from libs.errors import InputError, one_line_errors
+from libs.files import locked
 from libs.latent_cache import LatentCache
 from libs.optimizer import make_optimizer, match_layout, optimize
 from libs.options import parse_args
@@ -87,7 +89,8 @@ def run(stage, argv=None):
 
 def train(args, stage, preflight, found, stop):
     accelerator = make_accelerator(args)
-    with log_on_main_process(accelerator), lost_processes_named(args.output_dir):
+    alone = locked(args.output_dir) if accelerator.is_main_process else nullcontext()
+    with alone, log_on_main_process(accelerator), lost_processes_named(args.output_dir):
         log_start(args, stage, accelerator, preflight, found.opened)
         for line in found.notes:
             log.info("%s", line)

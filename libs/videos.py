@@ -94,10 +94,13 @@ def read_masks(path):
 
 
 def read_mask(path):
-    """(h, w) uint8, 255 = hole; palette PNGs keep their indices' order of "0 = background" in the grey values."""
-    mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    """(h, w) uint8, 255 = hole: where any colour is above the threshold and not transparent. In palettes
+    "0 = background" is black."""
+    mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if mask is None:
         raise InputError(f"{path} is no readable image: a mask was needed")
+    if mask.ndim == 3:
+        mask = np.where(mask[..., 3] > 0, mask[..., :3].max(axis=-1), 0) if mask.shape[2] == 4 else mask.max(axis=-1)
     return binary(mask, 0 if Path(path).suffix.lower() == ".png" else LOSSY_THRESHOLD)
 
 

@@ -16,7 +16,7 @@ import eval_DiffuEraser
 import run_diffueraser
 from libs.conversion import convert
 from libs.errors import InputError
-from libs.videos import read_masks, read_video, write_frames, write_mp4
+from libs.videos import read_mask, read_masks, read_video, write_frames, write_mp4
 
 
 @pytest.fixture
@@ -89,6 +89,8 @@ def test_run_of_stage_1_in_odd_sizes(train, models, clip, tmp_path, capsys):
         ({"video": "blank.mp4"}, "blank.mp4 has no frame that can be decoded"),
         ({"mask": "small.png"}, "small.png is 20x20"),
         ({"mask": "empty.png"}, "marks nothing"),
+        ({"mask": "full.png"}, "marks every pixel"),
+        ({"mask": "frames"}, "is the clip itself"),
         ({"mask": "three"}, "has 3 masks"),
         ({"weights": "clip"}, "has no unet_main/"),
         ({"nframes": 64}, "takes 32 frames at most"),
@@ -108,6 +110,7 @@ def test_bad_clips_are_one_line(weights, models, clip, capsys, tmp_path, changes
     cut_short(clip / "blank.mp4", share=0)
     Image.fromarray(np.full((20, 20), 255, np.uint8)).save(clip / "small.png")
     Image.fromarray(np.zeros((50, 66), np.uint8)).save(clip / "empty.png")
+    Image.fromarray(np.full((50, 66), 1, np.uint8)).save(clip / "full.png")
     write_frames(clip / "three", np.full((3, 50, 66, 3), 255, np.uint8))
     given = {"video": "frames", "mask": "masks", **changes}
     paths = [f"--{name}={clip / given.pop(name)}" for name in ("video", "mask")]
@@ -147,6 +150,31 @@ def test_bad_evaluations_are_one_line(videos, tmp_path, capsys, monkeypatch, arg
         eval_DiffuEraser.main([f"--frames={videos / 'DAVIS/JPEGImages/480p'}", f"--output_dir={tmp_path}", *arguments])
     errors = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 1 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
+
+
+def test_what_is_a_hole(tmp_path):
+    """Any value above 0 in a PNG: grey of 8 and 16 bits, a colour, a palette's index, white where it is opaque."""
+    hole = np.zeros((8, 8), bool)
+    hole[2:5, 3:7] = True
+    indexed = Image.fromarray(hole.astype(np.uint8)).convert("P")
+    indexed.putpalette([0, 0, 0, 128, 0, 0])
+    indexed.save(tmp_path / "palette.png")
+    white = np.full((8, 8, 4), 255, np.uint8)
+    white[..., 3] = 255 * hole
+    blue = np.zeros((8, 8, 3), np.uint8)
+    blue[hole] = (0, 0, 1)
+    pictures = {"alpha": white, "colour": blue, "grey": hole.astype(np.uint8), "deep": hole.astype(np.uint16) * 200}
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    for name in ("palette", *pictures):
+        assert np.array_equal(read_mask(tmp_path / f"{name}.png"), 255 * hole.astype(np.uint8)), name
+
+
+def test_weights_lie_where_the_variable_says(monkeypatch):
+    monkeypatch.setenv("WEIGHTS", "/elsewhere")
+    args = run_diffueraser.build_parser().parse_args(["--video=v", "--mask=m", "--output_dir=o"])
+    assert args.base_model_name_or_path == "/elsewhere/stable-diffusion-v1-5"
+    assert args.vae_path == "/elsewhere/sd-vae-ft-mse"
 
 
 def test_masks_of_all_videos_are_looked_for_first(videos, tmp_path, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from PIL import Image
 
 import libs.training
 from dataset.finetune_dataset import FinetuneDataset, TrainingClips
+from dataset.frames import scan_video
 from libs.errors import InputError
 
 
@@ -105,6 +106,29 @@ DAMAGES = {
     "no_image": (lambda path: path.write_bytes(b"GIF89a nonsense"), "is no readable image"),
     "another_size": (lambda path: Image.new("RGB", (40, 32)).save(path), "is 40x32, 0000.* is 80x64"),
 }
+
+
+def test_frames_and_their_masks_in_one_folder(tmp_path):
+    """They are no video; the hidden files of macOS are not counted."""
+    write_frames(tmp_path / "good")
+    (tmp_path / "good/._00000.jpg").write_bytes(b"AppleDouble")
+    assert len(scan_video(tmp_path / "good").frames) == 6
+    write_frames(tmp_path / "mixed", count=2)
+    Image.new("L", (80, 64)).save(tmp_path / "mixed/00001.png")
+    assert "holds 00001.jpg and 00001.png: one picture per frame" in scan_video(tmp_path / "mixed").broken
+
+
+def test_two_runs_in_one_folder(train, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    other = "import sys; from libs.files import locked\nwith locked(sys.argv[1]): print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", other, tmp_path / "run"], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        holder.stdout.readline()
+        with pytest.raises(SystemExit):
+            train(1)
+        assert re.match("error: another run is writing to .*run: stop it, or choose", capsys.readouterr().err)
+    train(1, max_train_steps=1)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -229,7 +253,7 @@ def test_changed_settings_on_resuming(train, tmp_path, capsys, weights):
         ({"nframes": 4}, "nframes 3, now 4"),
         ({"seed": 7}, "seed 42, now 7"),
         ({"train_batch_size": 2}, "train_batch_size 1, now 2"),
-        ({"davis_root": ""}, "clips 44, now 4"),
+        ({"davis_root": ""}, "clips an epoch 44, now 4"),
         ({"pretrained_stage1_path": None}, "weights of unet_main from"),
     ):
         with pytest.raises(SystemExit) as stop:
