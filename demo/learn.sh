@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Learning is real: a small VAE and both stages from scratch, then scores on held-out videos beside the run's own start
-# and the plain ways to fill a hole. About ten minutes on a GPU; on two CPU cores a smaller model takes about an hour.
+# and the plain ways to fill a hole. About 20 minutes on a GPU; on a CPU core a smaller model takes 40.
 # DAVIS_ROOT and YTVOS_ROOT may name real videos, to which drawn ones are added.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,16 +8,16 @@ export PYTHON=${PYTHON:-.venv/bin/python}
 read -r has_gpu _ < <("$PYTHON" -m libs.machine)
 if [[ $has_gpu = 1 ]]; then
   : "${SIZE:=medium}" "${RESOLUTION:=64}" "${VAE_STEPS:=3000}" "${LEARNING_RATE:=5e-4}"
-  : "${STAGE1_STEPS:=1500}" "${STAGE1_CLIPS:=64}" "${STAGE1_FRAMES:=4}"
-  : "${STAGE2_STEPS:=400}" "${STAGE2_CLIPS:=4}" "${STAGE2_FRAMES:=22}"
+  : "${STAGE1_STEPS:=700}" "${STAGE1_CLIPS:=64}" "${STAGE1_FRAMES:=4}" "${DRAWN_VIDEOS:=100}"
+  : "${STAGE2_STEPS:=250}" "${STAGE2_CLIPS:=4}" "${STAGE2_FRAMES:=22}"
 else
   : "${SIZE:=small}" "${RESOLUTION:=32}" "${VAE_STEPS:=700}" "${LEARNING_RATE:=1e-3}"
-  : "${STAGE1_STEPS:=2500}" "${STAGE1_CLIPS:=4}" "${STAGE1_FRAMES:=2}"
+  : "${STAGE1_STEPS:=2500}" "${STAGE1_CLIPS:=4}" "${STAGE1_FRAMES:=2}" "${DRAWN_VIDEOS:=60}"
   : "${STAGE2_STEPS:=600}" "${STAGE2_CLIPS:=1}" "${STAGE2_FRAMES:=22}"
 fi
 run=${RUN:-demo/learn}
 mkdir -p "$run/data"
-"$PYTHON" -m demo.make_videos --output_dir "$run/drawn" --more "${DRAWN_VIDEOS:-60}" --seed 1
+"$PYTHON" -m demo.make_videos --output_dir "$run/drawn" --more "$DRAWN_VIDEOS" --seed 1
 "$PYTHON" -m demo.make_weights --output_dir "$run/weights" --size "$SIZE"
 
 # One dataset of both kinds: links to the drawn videos and, where they are given, to the real ones.
