@@ -1,5 +1,6 @@
 """What a run depends on, and whether it may go on from a checkpoint: known before any weights load."""
 
+import hashlib
 import math
 import os
 from dataclasses import replace
@@ -12,6 +13,7 @@ from libs.errors import InputError
 
 # What a checkpoint's position in the data and its optimizer state depend on: changes are refused.
 DECISIVE_SETTINGS = ("nframes", "resolution", "seed")
+IN_WORDS = {"clips": "clips an epoch", "videos": "videos, by a hash of names and lengths,"}
 # What may change as long as their product, the global batch, stays: a step then is the mean over the same clips.
 BATCH_SETTINGS = ("num_processes", "train_batch_size", "gradient_accumulation_steps")
 # On what clips the held-out loss is measured: on other ones it compares with nothing measured before.
@@ -35,12 +37,19 @@ def describe_run(args, stage, opened, dataset):
         "engine": engine_name(),
         "num_processes": int(os.environ.get("WORLD_SIZE", 1)),
         "clips": len(dataset),
+        "videos": hash_of_videos(dataset),
         **{name: getattr(args, name) for name in names},
         "mask_span": list(args.mask_span),  # as it is read back from JSON
         "validation_image": [Path(folder).name for folder in args.validation_image],
     }
     weights = {name: [str(w.folder), fingerprint(w.files)] for name, w in opened.items() if w}
     return TrainerState(stage=stage.number, weights=weights, settings=settings)
+
+
+def hash_of_videos(dataset):
+    """Of names and lengths in their order, which say what clip an index stands for; not of where they lie."""
+    lines = [f"{video.folder.name} {len(video.frames)}" for video in dataset.videos]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def global_batch(settings):
@@ -75,7 +84,7 @@ def go_on_from(checkpoint, saved, now, resume_anyway):
         if name in harmless:
             changes.append(f"changed since the checkpoint: {name} from {before} to {value}")
         else:
-            decisive.append(f"{'clips an epoch' if name == 'clips' else name} {before}, now {value}")
+            decisive.append(f"{IN_WORDS.get(name, name)} {before}, now {value}")
     if decisive and not resume_anyway:
         raise InputError(
             f"{checkpoint} was written with {'; '.join(decisive)}: go back to that, choose another --output_dir, or "

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,13 +248,17 @@ def test_a_full_disk(train, tmp_path, capsys, monkeypatch, quota, size):
     assert (tmp_path / "run/checkpoint-3/trainer_state.json").is_file()
 
 
-def test_changed_settings_on_resuming(train, tmp_path, capsys, weights):
+def test_changed_settings_on_resuming(train, tmp_path, capsys, weights, videos):
     train(1, max_train_steps=1)
+    renamed = tmp_path / "YTBV"
+    shutil.copytree(videos / "YTBV", renamed)
+    next((renamed / "JPEGImages").iterdir()).rename(renamed / "JPEGImages/another")
     for change, message in (
         ({"nframes": 4}, "nframes 3, now 4"),
         ({"seed": 7}, "seed 42, now 7"),
         ({"train_batch_size": 2}, "train_batch_size 1, now 2"),
         ({"davis_root": ""}, "clips an epoch 44, now 4"),
+        ({"ytvos_root": renamed}, "videos, by a hash of names and lengths, "),
         ({"pretrained_stage1_path": None}, "weights of unet_main from"),
     ):
         with pytest.raises(SystemExit) as stop:
