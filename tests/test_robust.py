@@ -15,6 +15,7 @@ import torch
 from conftest import REPOSITORY, equal_files
 from PIL import Image
 
+import libs.preflight
 import libs.training
 from dataset.finetune_dataset import FinetuneDataset, TrainingClips
 from dataset.frames import scan_video
@@ -346,3 +347,12 @@ def test_check_only(train, tmp_path, capsys):
     table = capsys.readouterr().out
     assert stop.value.code == 1 and "/proc/run cannot be written to" in table
     assert not list(Path(tmp_path, "run").glob("checkpoint-*"))
+
+
+def test_a_checkpoint_with_8_bit_moments_needs_half_the_disk(train, capsys, monkeypatch):
+    megabytes_40 = shutil.disk_usage("/")._replace(free=40_000_000)  # 4.9 M trained parameters: 59 MB, or 29
+    monkeypatch.setattr(libs.preflight.shutil, "disk_usage", lambda path: megabytes_40)
+    for settings, status in (({}, 1), ({"use_8bit_adam": True}, 0)):
+        with pytest.raises(SystemExit) as stop:
+            train(1, check_only=True, **settings)
+        assert stop.value.code == status, capsys.readouterr().out
