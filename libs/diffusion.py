@@ -71,7 +71,8 @@ class Codec:
     """The frozen VAE: pixels in [-1, 1] to latents of about unit variance, and back. No gradients.
 
     Args:
-        frames: how many come together at most; they are encoded in slices that memory allows.
+        frames: of a clip. They are encoded together as far as memory allows, and apart from other clips', so that their
+            latents have the same bits however many clips a batch has.
         cache: LatentCache for whole frames, or None.
     """
 
@@ -87,8 +88,7 @@ class Codec:
     def moments(self, pixel_values):
         """(N, 3, 8h, 8w) to the posterior's c means and c log-variances (N, 2c, h, w), in the VAE's type.
 
-        Every slice has the same size, the last one is filled up: one shape to compile, and a frame's result does not
-        depend on how many others come along.
+        Every slice has the same size, the last one is filled up: one shape to compile.
         """
         slices, size = [], frames_at_once(self.frames, *pixel_values.shape[2:])
         for pixels in pixel_values.to(self.vae.dtype).split(size):

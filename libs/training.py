@@ -135,7 +135,7 @@ class Trainer:
         embeds = frozen.encode_prompts(prompts, self.device)
         self.prompt_embeds, validation_embeds = embeds[: len(PROMPTS)], embeds[len(PROMPTS) :]
         cache = self.open_latent_cache(frozen, half) if args.latent_cache else None
-        self.codec = frozen.load_codec(self.device, half, args.train_batch_size * args.nframes, cache)
+        self.codec = frozen.load_codec(self.device, half, args.nframes, cache)
         self.noise_scheduler = frozen.noise_scheduler
         self.validation = Validation(
             args, stage, accelerator, dataset, frozen, self.codec, self.prompt_embeds, validation_embeds, stop
