@@ -3,11 +3,9 @@
 Everything in both models is trained; the frames of a clip do not see each other.
 """
 
-from pathlib import Path
-
 from libs.brushnet_CA import BrushNetModel
 from libs.diffusion import Inpainter
-from libs.training import Stage, run
+from libs.training import Stage, open_frame_models, run
 from libs.unet_2d_condition import UNet2DConditionModel
 
 
@@ -42,10 +40,7 @@ class Stage1(Stage):
     @staticmethod
     def open_models(args):
         if args.pretrained_stage1_path:
-            return {
-                "unet_main": UNet2DConditionModel.open_2d_part(Path(args.pretrained_stage1_path, "unet_main")),
-                "brushnet": BrushNetModel.open(Path(args.pretrained_stage1_path, "brushnet")),
-            }
+            return open_frame_models(args.pretrained_stage1_path)
         source = {"revision": args.revision, "variant": args.variant}
         brushnet = args.brushnet_model_name_or_path
         return {

@@ -3,12 +3,8 @@
 Only the motion modules are trained; UNet2D's layers and BrushNet are frozen, in half precision on a GPU.
 """
 
-from pathlib import Path
-
-from libs.brushnet_CA import BrushNetModel
 from libs.diffusion import Inpainter
-from libs.training import Stage, run
-from libs.unet_2d_condition import UNet2DConditionModel
+from libs.training import Stage, open_frame_models, run
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 
 
@@ -56,13 +52,9 @@ class Stage2(Stage):
 
     @staticmethod
     def open_models(args):
-        return {
-            "unet_main": UNet2DConditionModel.open_2d_part(Path(args.pretrained_stage1, "unet_main")),
-            "brushnet": BrushNetModel.open(Path(args.pretrained_stage1, "brushnet")),
-            "motion_modules": MotionAdapter.open_motion_part(
-                args.motion_adapter_path, revision=args.revision, variant=args.variant
-            ),
-        }
+        source = {"revision": args.revision, "variant": args.variant}
+        motion_modules = MotionAdapter.open_motion_part(args.motion_adapter_path, **source)
+        return {**open_frame_models(args.pretrained_stage1), "motion_modules": motion_modules}
 
     @staticmethod
     def load_models(opened, frozen_dtype):

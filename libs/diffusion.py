@@ -5,6 +5,7 @@ Shapes: b clips of f frames; N = b * f; pixels (N, 3, 8h, 8w) in [-1, 1], latent
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from dataset.finetune_dataset import to_tensors
 MAX_PIXELS_AT_ONCE = 11 * 512**2  # through the VAE's encoder, where they take 4 GiB
 
 
-class Inpainter(nn.Module):
+class Inpainter(nn.Module, ABC):
     """UNet and BrushNet as the one module that accelerate prepares; a stage's subclass says how the UNet is called."""
 
     trains_brushnet = True
@@ -45,6 +46,7 @@ class Inpainter(nn.Module):
         features = {"down_block_add_samples": down, "mid_block_add_sample": mid, "up_block_add_samples": up}
         return self.call_unet(noisy_latents, (timesteps, encoder_hidden_states), per_frame, num_frames, features)[0]
 
+    @abstractmethod
     def call_unet(self, noisy_latents, per_clip, per_frame, num_frames, features):
         """The UNet's prediction, as a tuple of one.
 
@@ -52,7 +54,6 @@ class Inpainter(nn.Module):
             per_clip, per_frame: (timesteps, encoder_hidden_states), b or N of each.
             features: BrushNet's, under the names of the UNet's arguments.
         """
-        raise NotImplementedError
 
     def enable_gradient_checkpointing(self):
         self.unet_main.enable_gradient_checkpointing()

@@ -20,22 +20,21 @@ def one_line_errors(main):
         try:
             return main(*args, **kwargs)
         except (InputError, torch.OutOfMemoryError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                line = out_of_memory(error)
-            else:  # a loader worker's error arrives with its traceback as text; its last line is the error
-                line = str(error).strip().splitlines()[-1].removeprefix("libs.errors.InputError: ")
             rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
             # Before training all processes find the same: one on every machine says so, as each has its own log.
             if local_rank == 0 or PartialState._shared_state:
                 who = f"error in process {rank}" if rank else "error"
-                print(f"{who}: {line}", file=sys.stderr, flush=True)
+                print(f"{who}: {one_line(error)}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
 
     return wrapped
 
 
-def out_of_memory(error):
-    """The line for torch's OutOfMemoryError: its first sentences, without the allocator's own figures."""
+def one_line(error):
+    """What a user needs of an InputError or of torch's OutOfMemoryError."""
+    if isinstance(error, InputError):
+        # A loader worker's error arrives with its traceback as text; its last line is the error.
+        return str(error).strip().splitlines()[-1].removeprefix("libs.errors.InputError: ")
     found = ". ".join(str(error).split(". ")[:3])  # what failed, how much was asked for, how much the GPU has
     return (
         f"{found}: use fewer frames at once (--nframes), smaller ones (--resolution, --size) or, to train, "

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from dataset.finetune_dataset import PROMPTS, EpochSampler, TrainingClips
+from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints import find_latest, mark_best, prune, register_hooks, save_checkpoint, saved_keys
 from libs.conversion import convert, fingerprint
 from libs.diffusion import batch_loss
@@ -32,6 +33,7 @@ from libs.preflight import inspect
 from libs.reporting import Meter, first_line, log, log_on_main_process, log_parameters, log_start, start_trackers
 from libs.resuming import BATCH_SETTINGS, global_batch, probe
 from libs.stopping import StopRequest
+from libs.unet_2d_condition import UNet2DConditionModel
 from libs.validation import Validation
 from libs.weights import weight_files
 
@@ -69,6 +71,14 @@ class Stage:
     @staticmethod
     def load_models(opened, frozen_dtype):
         """The Inpainter in training mode, what is frozen in `frozen_dtype`."""
+
+
+def open_frame_models(folder):
+    """{name: OpenedWeights} of a converted folder, or of DiffuEraser's: the 2D part of unet_main/, and brushnet/."""
+    return {
+        "unet_main": UNet2DConditionModel.open_2d_part(Path(folder, "unet_main")),
+        "brushnet": BrushNetModel.open(Path(folder, "brushnet")),
+    }
 
 
 @one_line_errors
