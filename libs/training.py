@@ -158,7 +158,7 @@ class Trainer:
         if args.compile:
             model.compile_models(channels_last=not args.use_8bit_adam)
             self.codec.compile_encoder()
-            log.info("compiling in the first step, which takes about five minutes then (COMPILE=0 turns it off)")
+            log.info("compiling in the first step: about five minutes, less in later starts (COMPILE=0 turns it off)")
         log_parameters(model, args.checkpoints_total_limit)
         self.state = found.state
         self.state.configs = {name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")}

@@ -9,14 +9,11 @@ then its downsampler; the mid block; each layer of an up block, then its upsampl
 """
 
 import math
-from functools import partial
 from itertools import repeat
 
 import torch
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-# Nothing in a layer is random, so no random state has to be put back for the second time.
-checkpoint = partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=False)
+from libs.recompute import run_recomputed
 
 MAX_RECOMPUTED = 2**23  # values of a layer's input, across frames: 6 frames of 320 channels at 512x512's latents
 
@@ -38,17 +35,8 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
     features = repeat(None) if features is None else iter(features)
     recompute = unet.gradient_checkpointing and torch.is_grad_enabled()
 
-    def run(layer, modules, sample, *args):
-        if not recompute:
-            return layer(*modules, sample, *args)
-        # Frames that do not see each other are recomputed a few at a time where they are large: what a layer keeps for
-        # its backward pass is most of the memory that recomputation leaves.
-        pieces = math.ceil(sample.numel() / MAX_RECOMPUTED) if num_frames is None else 1
-        pieces = min(pieces, sample.shape[0])
-        if pieces == 1:
-            return checkpoint(layer, *modules, sample, *args)
-        split = [arg.tensor_split(pieces) if torch.is_tensor(arg) else [arg] * pieces for arg in (sample, *args)]
-        return torch.cat([checkpoint(layer, *modules, *piece) for piece in zip(*split, strict=True)])
+    def run(layer, modules, *args, pieces=1):
+        return run_recomputed(layer, modules, args, pieces) if recompute else layer(*modules, *args)
 
     def at_site(sample, feature=None):
         sample = sample if feature is None else sample + feature
@@ -64,7 +52,13 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
         for resnet, attention, motion_module in zip(block.resnets, attentions, motion_modules, strict=False):
             skip = skips.pop() if skips else None
             modules = (resnet, attention, motion_module)
-            sample = run(_layer, modules, sample, skip, temb, encoder_hidden_states, next(features), num_frames)
+            args = sample, skip, temb, encoder_hidden_states, next(features), num_frames
+            # Memory peaks where the backward pass ends, at the first layers, when all gradients are there: where frames
+            # do not see each other, only a few at a time are recomputed.
+            pieces = 1
+            if skip is None and num_frames is None:
+                pieces = min(math.ceil(sample.numel() / MAX_RECOMPUTED), len(sample))
+            sample = run(_layer, modules, *args, pieces=pieces)
             samples.append(at_site(sample))
         return samples
 

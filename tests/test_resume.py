@@ -129,15 +129,15 @@ def test_stage_2_checkpoints_hold_only_what_trains(train, tmp_path):
 def test_validation_and_probe_do_not_change_training(train, tmp_path, videos):
     video = [str(videos / "DAVIS/JPEGImages/480p/buoy")]
     mask = [str(videos / "DAVIS/Annotations/480p/buoy")]
-    train(2, output_dir=tmp_path / "plain")
+    train(2, output_dir=tmp_path / "plain", gradient_checkpointing=True)
     train(
         2,
         output_dir=tmp_path / "validated",
+        gradient_checkpointing=True,
         validation_steps=1,
         validation_image=video,
         validation_mask=mask,
         probe_clips=2,
-        gradient_checkpointing=True,
     )
     assert equal_files(final(tmp_path / "plain"), final(tmp_path / "validated"))
     gifs = sorted((tmp_path / "validated").rglob("*.gif"))

@@ -173,7 +173,7 @@ def test_plain_and_compiled_models_resume_from_each_other(tmp_path):
     reset_accelerate()
 
 
-def test_large_layers_are_recomputed_piece_by_piece(monkeypatch):
+def test_the_first_layers_are_recomputed_piece_by_piece(monkeypatch):
     case, _ = parity_case("odd_size")
     unet, brushnet = UNet2DConditionModel(**case["configs"]["unet"]), BrushNetModel(**case["configs"]["brushnet"])
     fill_by_formula(unet, 1)
@@ -183,13 +183,37 @@ def test_large_layers_are_recomputed_piece_by_piece(monkeypatch):
     inputs = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
     expected = gradients(model, inputs)
     model.enable_gradient_checkpointing()
-    sizes = []
-    unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    sizes = {0: [], -1: []}
+    for blocks, index in ((unet.down_blocks, 0), (unet.up_blocks, -1)):
+        blocks[index].resnets[index].register_forward_pre_hook(lambda m, args, i=index: sizes[i].append(len(args[0])))
     monkeypatch.setattr(libs.unet_walk, "MAX_RECOMPUTED", 6 * 32 * 9 * 8 // 4)
     found = gradients(model, inputs)
-    assert sizes == [2, 2, 1, 1, 1, 1, 2, 2]  # forward, then backward
+    assert sizes == {0: [2, 2, 1, 1] * 2, -1: [6] * 2}  # forward, then backward
     for gradient, value in zip(expected, found, strict=True):
         torch.testing.assert_close(value, gradient, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_recomputed_layers_give_the_same_gradients(stage):
+    model = small_model(stage).double()
+    inputs = torch.randn(6, 4, 8, 8), torch.randn(6, 5, 8, 8), torch.tensor([20, 900]), torch.randn(2, 7, 16)
+    inputs = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
+    expected = gradients(model, inputs)
+    model.enable_gradient_checkpointing()
+    for found, gradient in zip(gradients(model, inputs), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-8, atol=1e-12)
+
+
+def test_layers_are_recomputed_in_the_same_precision():
+    model = small_model(1)
+    model.enable_gradient_checkpointing()
+    dtypes = []
+    model.unet_main.mid_block.resnets[0].conv1.register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
+    inputs = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 8, 8), torch.tensor([20]), torch.randn(1, 7, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(*inputs).square().mean()
+    loss.backward()
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
 
 
 @pytest.mark.filterwarnings("default")  # torch's tracing warns in passing
