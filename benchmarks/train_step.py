@@ -56,10 +56,10 @@ class Parts:
         return parts
 
 
-def make_model(stage, frozen_dtype):
-    """The stage's Inpainter with random full-size weights, on the GPU."""
+def make_model(stage, frozen_dtype, device="cuda"):
+    """The stage's Inpainter with random full-size weights."""
     spec = SIZES["full"]["unet"]
-    with torch.device("cuda"):
+    with torch.device(device):
         unet = UNet2DConditionModel(sample_size=64, **spec)
         brushnet = BrushNetModel.from_unet(unet)
         if stage == 1:
@@ -68,6 +68,7 @@ def make_model(stage, frozen_dtype):
         return freeze(ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), frozen_dtype)
 
 
+NFRAMES = {1: 10, 2: 22}  # by stage, as the shell scripts have it
 VARIANTS = {  # flags of the trainer
     "plain": {},
     "checkpointed": {"gradient_checkpointing": True},
@@ -102,7 +103,7 @@ def measure(options, stage, variant):
     flags = argparse.Namespace(**{**vars(options), **VARIANTS[variant]})
     accelerator = Accelerator(mixed_precision=flags.mixed_precision)
     dtype = DTYPES[flags.mixed_precision]
-    nframes, size = {1: 10, 2: 22}[stage], flags.resolution
+    nframes, size = NFRAMES[stage], flags.resolution
     codec, model, batch = make_codec(dtype, nframes), make_model(stage, dtype), make_batch(nframes, size)
     if flags.gradient_checkpointing:
         model.enable_gradient_checkpointing()

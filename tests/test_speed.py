@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import libs.unet_walk
+from benchmarks.live_memory import peak_bytes
 from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints import register_hooks, saved_keys
 from libs.diffusion import Codec, frames_at_once
@@ -191,6 +192,12 @@ def test_the_first_layers_are_recomputed_piece_by_piece(monkeypatch):
     assert sizes == {0: [2, 2, 1, 1] * 2, -1: [6] * 2}  # forward, then backward
     for gradient, value in zip(expected, found, strict=True):
         torch.testing.assert_close(value, gradient, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("stage", "gib"), [(1, 17.2), (2, 12)])
+def test_the_low_memory_peak(stage, gib):
+    """At full size, without data; a GPU needs up to 1 GiB more. Stage 1 with no layer in pieces: 17.6."""
+    assert peak_bytes(stage, gradient_checkpointing=True, use_8bit_adam=True) < gib * 2**30
 
 
 @pytest.mark.parametrize("stage", [1, 2])
