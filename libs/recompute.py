@@ -48,9 +48,11 @@ class Recomputed(torch.autograd.Function):
         ctx.constants = [None if torch.is_tensor(value) else value for value in inputs]
         ctx.save_for_backward(*(value if torch.is_tensor(value) else None for value in inputs))
         device = inputs[0].device.type
+        # Without its cache, which would hold every layer's weights in half precision until the forward pass ends.
         precision = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
-        ctx.autocast = partial(torch.autocast, device, **precision)
-        return join([layer(*piece) for piece in split(inputs, pieces)])
+        ctx.autocast = partial(torch.autocast, device, cache_enabled=False, **precision)
+        with ctx.autocast():
+            return join([layer(*piece) for piece in split(inputs, pieces)])
 
     @staticmethod
     @once_differentiable
