@@ -45,9 +45,9 @@ def check_engine(args):
     name = engine_name()
     if name == "deepspeed" and not importlib.util.find_spec("deepspeed"):
         raise InputError("the configuration asks for DeepSpeed, which is not installed: pip install deepspeed")
-    if name == "fsdp" and not torch.cuda.is_available():
+    if name != "ddp" and not torch.cuda.is_available():
         raise InputError(
-            "the configuration asks for FSDP, and accelerate shards on GPUs only, of which none was found: use "
+            f"the configuration asks for {name}, and accelerate shards on GPUs only, of which none was found: use "
             "ACCELERATE_CONFIG=configs/accelerate/multi_gpu.yaml"
         )
     if name == "fsdp" and os.environ.get("FSDP_VERSION") != "2":

@@ -194,11 +194,16 @@ def test_wrong_variables_are_one_line(variables, message):
 
 @pytest.mark.parametrize(
     ("engine", "message"),
-    [("FSDP", "accelerate shards on GPUs only"), ("DEEPSPEED", "asks for DeepSpeed, which is not installed")],
+    [
+        ("FSDP", "asks for fsdp, and accelerate shards on GPUs only"),
+        ("DEEPSPEED", "asks for deepspeed, and accelerate shards on GPUs only"),
+        ("DEEPSPEED", "asks for DeepSpeed, which is not installed"),
+    ],
 )
 def test_engines_that_cannot_run_here(train, monkeypatch, capsys, engine, message):
+    """Without a GPU accelerate would run DDP instead, and say nothing."""
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "GPUs" in message or None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):
         train(1)
