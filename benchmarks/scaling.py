@@ -51,10 +51,14 @@ ENGINES = (
 
 def memory(stage, checkpointing, engine, gpus):
     """GiB per card, at most: activations may have had their peak while there were no gradients, so all but weights and
-    moments (12 bytes) counts as activations."""
+    moments (12 bytes) counts as activations. What one GPU took is a bound too, but not for DDP, whose buckets hold
+    gradients in the forward pass as well."""
     measured = MEASURED[stage, checkpointing][1]
+    if gpus == 1:
+        return measured
     activations = measured - (TRAINED[stage] * 12 + FROZEN[stage] * 2) / GIB
-    return min(measured, activations + state_bytes(TRAINED[stage], FROZEN[stage], engine.key, gpus) / GIB)
+    bound = activations + state_bytes(TRAINED[stage], FROZEN[stage], engine.key, gpus) / GIB
+    return bound if engine.key == "ddp" else min(measured, bound)
 
 
 def sent_bytes(stage, engine, gpus):

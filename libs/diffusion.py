@@ -62,6 +62,7 @@ class Inpainter(nn.Module, ABC):
     def compile_models(self, channels_last=True):
         """torch.compile, each model as one graph; in cuDNN's own memory format, or gradients would come in another one
         than weights. 8-bit optimizers know one format only."""
+        torch._dynamo.config.optimize_ddp = False  # which would cut graphs at every 25 MiB of weights
         if channels_last:
             self.to(memory_format=torch.channels_last)
         for model in (self.unet_main, self.brushnet):

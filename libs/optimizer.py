@@ -3,6 +3,7 @@
 import importlib.util
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from libs.engine import whole
 from libs.errors import InputError
@@ -52,5 +53,11 @@ def optimize(accelerator, model, optimizer, loss, max_grad_norm):
     if accelerator.sync_gradients:
         grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
     optimizer.step()
-    optimizer.zero_grad()
+    clear_gradients(accelerator, model, optimizer)
     return grad_norm
+
+
+def clear_gradients(accelerator, model, optimizer):
+    """Zeros in DDP's buckets, which stay, where a pass that is not averaged yet would make gradients beside them."""
+    accumulates = accelerator.gradient_accumulation_steps > 1 and isinstance(model, DistributedDataParallel)
+    optimizer.zero_grad(set_to_none=not accumulates)

@@ -155,7 +155,7 @@ def build_parser(stage):
     add("--mixed_precision", choices=tuple(DTYPES), default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         help="overrides accelerate's own setting")  # fmt: skip
     add("--gradient_checkpointing", action="store_true", help="recompute layers in the backward pass: less memory")
-    add("--compile", action="store_true", help="compile the layers in the first step: faster steps, less memory")
+    add("--compile", action="store_true", help="compile the models in the first step: faster steps, less memory")
     add("--distributed_timeout", type=int, default=1800, metavar="SECONDS",
         help="how long a process waits for the others before it ends the run")  # fmt: skip
     add("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products on Ampere and newer GPUs")

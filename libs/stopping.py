@@ -4,6 +4,8 @@ import os
 import signal
 import time
 
+from torch._inductor.async_compile import AsyncCompile
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: what SLURM sends before a job's time runs out
 SAME_REQUEST = 1.0  # seconds: launchers pass a signal on that the shell has sent to everyone already
 
@@ -27,6 +29,14 @@ class StopRequest:
         elif time.monotonic() - self.time > SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(self.pid, number)
+
+    @staticmethod
+    def start_compilers():
+        """Start the processes that torch compiles in, so that they ignore USR1: it is sent to all processes of a job,
+        would end these, and torch waits for them without an end."""
+        handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        AsyncCompile.warm_pool()
+        signal.signal(signal.SIGUSR1, handler)
 
     def restore(self):
         for number, handler in self.previous.items():

@@ -156,6 +156,7 @@ class Trainer:
             model.enable_gradient_checkpointing()
         fit_to_engine(accelerator, model)
         if args.compile:
+            stop.start_compilers()
             model.compile_models(channels_last=not args.use_8bit_adam)
             self.codec.compile_encoder()
             log.info("compiling in the first step: about five minutes, less in later starts (COMPILE=0 turns it off)")

@@ -10,16 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, equal_files
 from PIL import Image
+from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
 
 import libs.preflight
 import libs.training
 from dataset.finetune_dataset import FinetuneDataset, TrainingClips
 from dataset.frames import scan_video
 from libs.errors import InputError
+from libs.stopping import StopRequest
 
 
 def steps_of(output):
@@ -357,3 +360,18 @@ def test_a_checkpoint_with_8_bit_moments_needs_half_the_disk(train, capsys, monk
         with pytest.raises(SystemExit) as stop:
             train(1, check_only=True, **settings)
         assert stop.value.code == status, capsys.readouterr().out
+
+
+def test_compilers_outlive_the_signal_to_stop():
+    """SLURM's goes to all processes of a job: without its compilers torch would wait without an end."""
+    shutdown_compile_workers()  # those of an earlier test
+    stop = StopRequest()
+    try:
+        stop.start_compilers()
+        job = AsyncCompile.process_pool().submit(abs, -1)
+        for child in psutil.Process().children(recursive=True):
+            child.send_signal(signal.SIGUSR1)
+        assert job.result(timeout=60) == 1
+    finally:
+        stop.restore()
+        shutdown_compile_workers()

@@ -1,6 +1,7 @@
 """What makes steps fast and small changes nothing in what they compute."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints import register_hooks, saved_keys
 from libs.diffusion import Codec, frames_at_once
 from libs.latent_cache import LatentCache
-from libs.optimizer import match_layout
+from libs.optimizer import clear_gradients, match_layout
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from train_DiffuEraser_stage1 import FrameInpainter
@@ -239,3 +240,48 @@ def test_each_model_is_traced_as_one_graph(stage, recompute):
         torch.testing.assert_close(value, gradient, rtol=1e-4, atol=1e-5)
     assert all("_orig_mod" not in key for key in model.state_dict())  # checkpoints keep their keys
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def ddp():
+    """DDP around a model, in a group of one process, with buckets that hold some layers of `small_model` each."""
+    torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    yield lambda model: torch.nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, bucket_cap_mb=0.1
+    )
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("default")
+def test_each_model_stays_one_graph_in_ddp(ddp, monkeypatch):
+    """torch would cut graphs in DDP where a bucket is full, whole graphs asked for or not."""
+    graphs = []
+    compiled = torch.nn.Module.compile
+    backend = {"backend": lambda graph, inputs: graphs.append(graph) or graph.forward}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **settings: compiled(model, **settings, **backend))
+    model = small_model(1)
+    model.compile_models()
+    inputs = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8), torch.tensor([20]), torch.randn(1, 7, 16)
+    ddp(model)(*inputs).square().mean().backward()
+    assert len(graphs) == 2
+
+
+def test_accumulated_gradients_stay_in_ddp_s_buckets(ddp):
+    """No second set of gradients beside the buckets in the passes that are not averaged yet."""
+    reset_accelerate()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = ddp(torch.nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    places = []
+    for step in range(6):
+        accelerator.gradient_state._set_sync_gradients(step % 2 == 1)
+        with nullcontext() if accelerator.sync_gradients else model.no_sync():
+            loss = model(torch.randn(4, 3)).mean()
+            loss.backward()
+        places.append([parameter.grad.data_ptr() for parameter in model.parameters()])
+        if accelerator.sync_gradients:
+            optimizer.step()
+            clear_gradients(accelerator, model, optimizer)
+            assert not any(parameter.grad.any() for parameter in model.parameters())
+    assert places[2] == places[3] == places[4] == places[5]
+    reset_accelerate()
