@@ -278,11 +278,14 @@ def check_disk_space(args, stage, opened):
 def check_memory(args, stage, opened):
     """Weights, gradients and optimizer state must fit the GPU; activations are an estimate from measured runs."""
     trained, frozen = count_parameters(stage, opened)
-    state = state_bytes(trained, frozen, engine_name(), int(os.environ.get("WORLD_SIZE", 1)))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    state = state_bytes(trained, frozen, engine_name(), processes)
     fixed = (state - trained * EIGHT_BIT_SAVES * args.use_8bit_adam) / 2**30
     frames = args.train_batch_size * args.nframes * (args.resolution / 512) ** 2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
     activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]
+    if engine_name() == "ddp" and processes * args.gradient_accumulation_steps > 1 and not args.gradient_checkpointing:
+        activations += trained * 4 / 2**30  # gradients, which the measured runs did not hold in the forward pass
     about = "more than" if args.mixed_precision == "no" else "about"  # what was measured was half precision
     if not torch.cuda.is_available():
         return None, f"{about} {fixed + activations:.1f} GiB; no GPU was found"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -22,7 +23,9 @@ import libs.training
 from dataset.finetune_dataset import FinetuneDataset, TrainingClips
 from dataset.frames import scan_video
 from libs.errors import InputError
+from libs.options import parse_args
 from libs.stopping import StopRequest
+from train_DiffuEraser_stage1 import Stage1
 
 
 def steps_of(output):
@@ -360,6 +363,20 @@ def test_a_checkpoint_with_8_bit_moments_needs_half_the_disk(train, capsys, monk
         with pytest.raises(SystemExit) as stop:
             train(1, check_only=True, **settings)
         assert stop.value.code == status, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("accumulation", "processes", "gib"), [(1, "1", 46.6), (2, "1", 53.0), (1, "2", 53.0)])
+def test_the_memory_line_counts_gradients_held_in_the_forward_pass(flags, monkeypatch, accumulation, processes, gib):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    settings = {
+        "nframes": 10,
+        "resolution": 512,
+        "gradient_accumulation_steps": accumulation,
+        "mixed_precision": "bf16",
+    }
+    opened = {"unet_main": SimpleNamespace(parameters=860e6, config={"block_out_channels": [320]}), "brushnet": None}
+    _, line = libs.preflight.check_memory(parse_args(Stage1, flags(1, **settings)), Stage1, opened)
+    assert line.startswith(f"about {gib} GiB")
 
 
 def test_compilers_outlive_the_signal_to_stop():
