@@ -100,7 +100,8 @@ def make_accelerator(args):
             param_dtype=DTYPES[accelerator.mixed_precision], reduce_dtype=torch.float32
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # DeepSpeed's barriers when it saves name no device, so that torch takes the current one, rightly, and says so.
+        # Why silenced: DeepSpeed's barriers when it saves name no device, so that torch takes the current one, which is
+        # right, and says so in every process at every checkpoint. Nobody could act on it.
         warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context", UserWarning)
         accelerator.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=args.train_batch_size, gradient_clipping=args.max_grad_norm

@@ -60,18 +60,13 @@ class Recomputed(torch.autograd.Function):
         saved = zip(ctx.constants, ctx.saved_tensors, strict=True)
         inputs = [constant if tensor is None else tensor for constant, tensor in saved]
         wanted = [index for index in range(len(inputs)) if ctx.needs_input_grad[3 + index]]
-        input_grads, parameter_grads = [], None
+        by_piece = []
         for piece, grad in zip(split(inputs, ctx.pieces), output_grad.tensor_split(ctx.pieces), strict=True):
             piece = [value.detach().requires_grad_() if index in wanted else value for index, value in enumerate(piece)]
             with torch.enable_grad(), ctx.autocast():
                 output = ctx.layer(*piece)
-            grads = torch.autograd.grad(output, [*(piece[index] for index in wanted), *ctx.parameters], grad)
-            input_grads.append(grads[: len(wanted)])
-            if parameter_grads is None:
-                parameter_grads = grads[len(wanted) :]
-            else:
-                torch._foreach_add_(parameter_grads, grads[len(wanted) :])
-        result = [None] * len(inputs)
-        for index, grads in zip(wanted, zip(*input_grads, strict=True), strict=True):
-            result[index] = join(grads)
-        return None, None, None, *result, *parameter_grads
+            variables = [*(piece[index] for index in wanted), *ctx.parameters]
+            by_piece.append(torch.autograd.grad(output, variables, grad))
+        grads = zip(*by_piece, strict=True)
+        input_grads = [join(next(grads)) if index in wanted else None for index in range(len(inputs))]
+        return None, None, None, *input_grads, *(sum(pieces[1:], pieces[0]) for pieces in grads)

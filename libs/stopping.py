@@ -30,14 +30,14 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(self.pid, number)
 
-    @staticmethod
-    def start_compilers():
-        """Start the processes that torch compiles in, so that they ignore USR1: it is sent to all processes of a job,
-        would end these, and torch waits for them without an end."""
-        handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        AsyncCompile.warm_pool()
-        signal.signal(signal.SIGUSR1, handler)
-
     def restore(self):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+
+def start_compilers():
+    """Start the processes that torch compiles in, so that they ignore USR1: it is sent to all processes of a job, would
+    end these, and torch waits for them without an end."""
+    handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    AsyncCompile.warm_pool()
+    signal.signal(signal.SIGUSR1, handler)

@@ -32,7 +32,7 @@ from libs.options import parse_args
 from libs.preflight import inspect
 from libs.reporting import Meter, first_line, log, log_on_main_process, log_parameters, log_start, start_trackers
 from libs.resuming import BATCH_SETTINGS, global_batch, probe
-from libs.stopping import StopRequest
+from libs.stopping import StopRequest, start_compilers
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.validation import Validation
 from libs.weights import weight_files
@@ -156,7 +156,7 @@ class Trainer:
             model.enable_gradient_checkpointing()
         fit_to_engine(accelerator, model)
         if args.compile:
-            stop.start_compilers()
+            start_compilers()
             model.compile_models(channels_last=not args.use_8bit_adam)
             self.codec.compile_encoder()
             log.info("compiling in the first step: about five minutes, less in later starts (COMPILE=0 turns it off)")

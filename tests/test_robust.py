@@ -24,7 +24,7 @@ from dataset.finetune_dataset import FinetuneDataset, TrainingClips
 from dataset.frames import scan_video
 from libs.errors import InputError
 from libs.options import parse_args
-from libs.stopping import StopRequest
+from libs.stopping import StopRequest, start_compilers
 from train_DiffuEraser_stage1 import Stage1
 
 
@@ -384,7 +384,7 @@ def test_compilers_outlive_the_signal_to_stop():
     shutdown_compile_workers()  # those of an earlier test
     stop = StopRequest()
     try:
-        stop.start_compilers()
+        start_compilers()
         job = AsyncCompile.process_pool().submit(abs, -1)
         for child in psutil.Process().children(recursive=True):
             child.send_signal(signal.SIGUSR1)
