@@ -15,12 +15,22 @@ class StopRequest:
 
     def __init__(self):
         self.signal, self.time, self.pid = None, 0.0, os.getpid()
-        self.previous = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
+        self.previous = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGALRM)}
+        self.take_signals()
+
+    def take_signals(self, *_):
+        for number in STOP_SIGNALS:
+            signal.signal(number, self.handle)
+
+    def hold_signals(self):
+        """Take them again every second: LLVM, which Triton compiles with, puts a handler in USR1's place that drops it,
+        when it is first used (InfoSigs in its lib/Support/Unix/Signals.inc)."""
+        signal.signal(signal.SIGALRM, self.take_signals)
+        signal.siginterrupt(signal.SIGALRM, False)
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
 
     def handle(self, number, frame):
-        if (
-            os.getpid() != self.pid
-        ):  # a loader worker: a job's SIGTERM goes to all processes, the trainer's own comes next
+        if os.getpid() != self.pid:  # a loader worker: a job's SIGTERM goes to all, the trainer's own comes next
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
             return
@@ -31,6 +41,7 @@ class StopRequest:
             os.kill(self.pid, number)
 
     def restore(self):
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
