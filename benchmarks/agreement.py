@@ -38,6 +38,7 @@ VARIANTS = {
     "use_8bit_adam": ["--use_8bit_adam"],
     "latent_cache": ["--latent_cache={folder}/latents"],
     "compile": ["--compile"],
+    "cuda_graph": ["--cuda_graph"],
 }
 
 

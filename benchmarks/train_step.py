@@ -12,6 +12,7 @@ import gc
 import json
 import statistics
 import time
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -20,9 +21,10 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from dataset.finetune_dataset import to_tensors
 from demo.make_weights import SCHEDULER, SIZES
 from libs.brushnet_CA import BrushNetModel
-from libs.diffusion import Codec, batch_loss
+from libs.diffusion import Codec, model_inputs
 from libs.engine import DTYPES
-from libs.optimizer import make_optimizer, optimize
+from libs.optimizer import make_optimizer
+from libs.step import WARM_UP, TrainingStep
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from train_DiffuEraser_stage1 import FrameInpainter
@@ -73,6 +75,7 @@ VARIANTS = {  # flags of the trainer
     "plain": {},
     "checkpointed": {"gradient_checkpointing": True},
     "compiled": {"compile": True},
+    "graphed": {"compile": True, "cuda_graph": True},
     "low_memory": {"gradient_checkpointing": True, "use_8bit_adam": True},
 }
 
@@ -116,10 +119,16 @@ def measure(options, stage, variant):
     noise_scheduler = DDPMScheduler.from_config(SCHEDULER)
     prompt_embeds = torch.randn(2, 77, 768, device="cuda")
 
+    prepare = partial(model_inputs, codec, noise_scheduler, prompt_embeds, accelerator.device)
+    training_step = TrainingStep(accelerator, model, optimizer, noise_scheduler, 1.0, prepare, flags.cuda_graph)
+
     parts = Parts()
     codec.moments = parts.wrap("vae", codec.moments)
-    model.forward = parts.wrap("forward", model.forward)
-    accelerator.backward = parts.wrap("backward", accelerator.backward)
+    if flags.cuda_graph:
+        training_step.replay = parts.wrap("vae, forward and backward", training_step.replay)
+    else:
+        model.forward = parts.wrap("forward", model.forward)
+        accelerator.backward = parts.wrap("backward", accelerator.backward)
     accelerator.clip_grad_norm_ = parts.wrap("clip", accelerator.clip_grad_norm_)
     optimizer.step = parts.wrap("optimizer", optimizer.step)
 
@@ -130,8 +139,7 @@ def measure(options, stage, variant):
             batch["noise_seeds"] = [step]
             torch.cuda.synchronize()
             start = time.perf_counter()
-            loss = batch_loss(model, codec, noise_scheduler, prompt_embeds, batch, accelerator.device)
-            optimize(accelerator, model, optimizer, loss, 1.0)
+            loss, _ = training_step(batch)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
             all_parts.append(parts.read())
@@ -172,10 +180,10 @@ if __name__ == "__main__":
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="fp16")
     parser.add_argument("--learning_rate", type=float, default=5e-6)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=WARM_UP + 2)
     parser.set_defaults(
         adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8,
-        gradient_checkpointing=False, compile=False, use_8bit_adam=False,
+        gradient_checkpointing=False, compile=False, cuda_graph=False, use_8bit_adam=False,
     )  # fmt: skip
     options = parser.parse_args()
     for stage in options.stages:

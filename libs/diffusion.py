@@ -179,8 +179,8 @@ def diffusion_loss(model, noise_scheduler, latents, noise, conditioning, timeste
     return F.mse_loss(model_pred.float(), target.float())
 
 
-def batch_loss(model, codec, noise_scheduler, prompt_embeds, batch, device, timesteps=None):
-    """The loss of a batch of `TrainingClips`.
+def model_inputs(codec, noise_scheduler, prompt_embeds, device, batch, timesteps=None):
+    """A batch of `TrainingClips` as what `diffusion_loss` takes: latents, noise, conditioning, timesteps, embeddings.
 
     Args:
         prompt_embeds: (2, n, d), one per entry of PROMPTS.
@@ -198,4 +198,4 @@ def batch_loss(model, codec, noise_scheduler, prompt_embeds, batch, device, time
     conditioning = conditioning_latents(codec, conditioning_pixel_values, masks, draws.conditioning)
     timesteps = draws.timesteps if timesteps is None else timesteps
     encoder_hidden_states = torch.stack([prompt_embeds[prompt] for prompt in batch["prompts"]])
-    return diffusion_loss(model, noise_scheduler, latents, draws.noise, conditioning, timesteps, encoder_hidden_states)
+    return latents, draws.noise, conditioning, timesteps, encoder_hidden_states

@@ -59,6 +59,8 @@ def check_engine(args):
     if name != "ddp" and args.compile:
         raise InputError(f"--compile does not go with {name}, whose layers gather their weights: drop it (COMPILE=0)")
     processes, machines = int(os.environ.get("WORLD_SIZE", 1)), count_machines()
+    if args.cuda_graph and (name != "ddp" or processes > 1):
+        raise InputError("--cuda_graph is for one process without FSDP or DeepSpeed: drop it (CUDA_GRAPH=0)")
     if processes == 1:
         return None, "one process" if name == "ddp" else f"{name}, one process"
     return None, f"{name}, {processes} processes" + (f" on {machines} machines" if machines > 1 else "")

@@ -48,7 +48,7 @@ check_variables() {
     [[ "${!name:-1}" =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: a number above 0 was needed"
   done
   [[ "$MACHINE_RANK" =~ ^[0-9]+$ ]] || fail "MACHINE_RANK=$MACHINE_RANK: a number from 0 on was needed"
-  for name in LOW_MEMORY COMPILE; do
+  for name in LOW_MEMORY COMPILE CUDA_GRAPH; do
     [[ "${!name:-0}" =~ ^[01]$ ]] || fail "$name=${!name}: 0 or 1 was needed"
   done
   [[ "${MIXED_PRECISION:-no}" =~ ^(no|fp16|bf16)$ ]] ||
@@ -84,6 +84,7 @@ choose_engine() {
     # Which leaves holes in the allocator's memory: fp32 ran out of 80 GB for them, with 25 GiB in use.
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
   fi
+  can_graph=$((processes == 1))
   engine=(--config_file="$config" --num_processes="$processes" --num_machines="$machines" --dynamo_backend=no)
   if [[ "$machines" -gt 1 ]]; then
     local address=${MAIN_ADDRESS:-$(configured main_process_ip)}
@@ -109,7 +110,7 @@ launch() {
   local precision=${MIXED_PRECISION:-$(configured mixed_precision)}
   precision=${precision:-$([[ $has_gpu = 1 ]] && echo fp16 || echo no)}
 
-  local engine
+  local engine can_graph
   choose_engine
 
   local options=(
@@ -132,7 +133,9 @@ launch() {
     options+=(--gradient_checkpointing --use_8bit_adam)
     can_compile=0
   fi
-  [[ "${COMPILE:-$can_compile}" = 1 ]] && options+=(--compile)
+  local compile=${COMPILE:-$can_compile}
+  [[ "$compile" = 1 ]] && options+=(--compile)
+  [[ "${CUDA_GRAPH:-$((compile * can_graph))}" = 1 ]] && options+=(--cuda_graph)
   [[ -n "${DATALOADER_NUM_WORKERS:-}" ]] && options+=(--dataloader_num_workers="$DATALOADER_NUM_WORKERS")
   [[ -n "${MAX_TRAIN_STEPS:-}" ]] && options+=(--max_train_steps="$MAX_TRAIN_STEPS")
   [[ -n "${CHECKPOINTS_TOTAL_LIMIT:-}" ]] && options+=(--checkpoints_total_limit="$CHECKPOINTS_TOTAL_LIMIT")

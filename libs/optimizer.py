@@ -1,11 +1,9 @@
-"""The optimizer and its step."""
+"""The optimizer, and its state."""
 
 import importlib.util
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from libs.engine import whole
 from libs.errors import InputError
 
 
@@ -44,20 +42,3 @@ def match_layout(optimizer):
         for name, value in state.items():
             if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def optimize(accelerator, model, optimizer, loss, max_grad_norm):
-    """Backward, clip, and the optimizer's step where gradients are complete; returns their norm before clipping."""
-    accelerator.backward(loss)
-    grad_norm = None
-    if accelerator.sync_gradients:
-        grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
-    optimizer.step()
-    clear_gradients(accelerator, model, optimizer)
-    return grad_norm
-
-
-def clear_gradients(accelerator, model, optimizer):
-    """Zeros in DDP's buckets, which stay, where a pass that is not averaged yet would make gradients beside them."""
-    accumulates = accelerator.gradient_accumulation_steps > 1 and isinstance(model, DistributedDataParallel)
-    optimizer.zero_grad(set_to_none=not accumulates)

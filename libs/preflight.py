@@ -102,6 +102,8 @@ def check_flags(args):
         eight_bit_adam()
     if args.compile and (lacking := compiling_lacks()):
         raise InputError(f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)")
+    if args.cuda_graph and not torch.cuda.is_available():
+        raise InputError("--cuda_graph needs a GPU, and none was found: leave the flag out (CUDA_GRAPH=0)")
     return None, f"{args.nframes} frames of {args.resolution} px, mixed precision {precision}, tracker {name}"
 
 

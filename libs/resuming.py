@@ -22,7 +22,7 @@ PROBE_SETTINGS = ("validation_image", "probe_clips", "mask_span", "mask_original
 HARMLESS_SETTINGS = (
     *PROBE_SETTINGS, "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
     "max_train_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay",
-    "mixed_precision", "gradient_checkpointing", "compile", "proportion_empty_prompts",
+    "mixed_precision", "gradient_checkpointing", "compile", "cuda_graph", "proportion_empty_prompts",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from dataset.finetune_dataset import PROMPTS, EpochSampler, TrainingClips
 from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints import find_latest, mark_best, prune, register_hooks, save_checkpoint, saved_keys
 from libs.conversion import convert, fingerprint
-from libs.diffusion import batch_loss
+from libs.diffusion import model_inputs
 from libs.engine import (
     DTYPES,
     fit_to_engine,
@@ -27,11 +28,12 @@ from libs.engine import (
 from libs.errors import InputError, one_line_errors
 from libs.files import locked
 from libs.latent_cache import LatentCache
-from libs.optimizer import make_optimizer, match_layout, optimize
+from libs.optimizer import make_optimizer, match_layout
 from libs.options import parse_args
 from libs.preflight import inspect
 from libs.reporting import Meter, first_line, log, log_on_main_process, log_parameters, log_start, start_trackers
 from libs.resuming import BATCH_SETTINGS, global_batch, probe
+from libs.step import TrainingStep
 from libs.stopping import StopRequest, start_compilers
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.validation import Validation
@@ -159,6 +161,7 @@ class Trainer:
             start_compilers()
             model.compile_models(channels_last=not args.use_8bit_adam)
             self.codec.compile_encoder()
+            self.stop.hold_signals()
             log.info("compiling in the first step: about five minutes, less in later starts (COMPILE=0 turns it off)")
         log_parameters(model, args.checkpoints_total_limit)
         self.state = found.state
@@ -186,6 +189,10 @@ class Trainer:
             power=args.lr_power,
         )
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+        prepare = partial(model_inputs, self.codec, self.noise_scheduler, self.prompt_embeds, self.device)
+        self.step = TrainingStep(
+            accelerator, self.model, self.optimizer, self.noise_scheduler, args.max_grad_norm, prepare, args.cuda_graph
+        )
         log.info(
             "global batch %d clips: %d process(es), each %d clip(s) %d time(s) a step; %.6g steps per epoch; the last "
             "step is %d",
@@ -258,9 +265,7 @@ class Trainer:
         for batch in self.dataloader:
             self.note_broken(batch)
             with accelerator.accumulate(self.model):
-                loss = self.loss(batch)
-                grad_norm = optimize(accelerator, self.model, self.optimizer, loss, args.max_grad_norm)
-            loss = loss.detach()
+                loss, grad_norm = self.step(batch)
             # Bad gradients that were used. fp16's scaler skips them, inside a fused optimizer without saying so.
             if grad_norm is not None and accelerator.scaler is None and not accelerator.optimizer_step_was_skipped:
                 loss = torch.where(torch.isfinite(grad_norm), loss, torch.nan)
@@ -336,10 +341,8 @@ class Trainer:
                 f"{checkpoint or 'none'}: lower --learning_rate, or use --mixed_precision=bf16"
             )
 
-    def loss(self, batch):
-        return batch_loss(self.model, self.codec, self.noise_scheduler, self.prompt_embeds, batch, self.device)
-
     def validate(self):
+        self.step.release()
         self.validation.run(self.accelerator.unwrap_model(self.model), self.state)
         self.model.train()
 
@@ -376,6 +379,7 @@ class Trainer:
 
     def mark_best(self):
         """Note the checkpoint just written as the best one, if its held-out loss is the lowest so far."""
+        self.step.release()
         held_out = self.validation.loss_at(self.accelerator.unwrap_model(self.model), self.state)
         self.model.train()
         saved = self.last_checkpoint is not None and self.last_checkpoint.name == f"checkpoint-{self.state.global_step}"

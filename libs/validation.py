@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from dataset.finetune_dataset import TrainingClips
 from dataset.frames import read_frames, scan_video
 from dataset.utils import create_random_shape_with_random_motion
-from libs.diffusion import batch_loss
+from libs.diffusion import diffusion_loss, model_inputs
 from libs.options import pair_by_name
 from libs.pictures import contact_sheet, show_in_trackers, stack_sheets
 from libs.reporting import HELD_OUT_FILE, SCORES_FILE, append_row, first_line, log
@@ -177,9 +177,8 @@ class Validation:
         def measure_clip(i):
             batch = TrainingClips(self.probe).collate([self.probe.clip(i % len(videos), PROBE_EPOCH + i)])
             timesteps = torch.tensor([(2 * i + 1) * total // (2 * n)], device=self.device)
-            return batch_loss(
-                model, self.codec, self.noise_scheduler, self.prompt_embeds, batch, self.device, timesteps
-            ).item()
+            inputs = model_inputs(self.codec, self.noise_scheduler, self.prompt_embeds, self.device, batch, timesteps)
+            return diffusion_loss(model, self.noise_scheduler, *inputs).item()
 
         model.eval()
         # Clip by clip and averaged in one order: any number of processes finds the same bits.

@@ -156,6 +156,7 @@ CASES = {
     "tracker_not_installed": (1, None, {"report_to": "wandb"}, "--report_to=wandb: its package is not installed"),
     "fp16_without_gpu": (1, None, {"mixed_precision": "fp16"}, "fp16 needs a GPU"),
     "compile_without_gpu": (1, None, {"compile": True}, "--compile needs a GPU, which was not found"),
+    "cuda_graph_without_gpu": (1, None, {"cuda_graph": True}, "--cuda_graph needs a GPU, and none was found"),
     "latent_cache_is_a_file": (
         1, lambda c: (c.folder / "cache").write_text(""), lambda c: {"latent_cache": c.folder / "cache"},
         "--latent_cache .*cache cannot be written to"),

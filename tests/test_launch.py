@@ -147,6 +147,28 @@ def test_help(environment, tmp_path):
     assert not Path(environment["LOG"]).exists()
 
 
+@pytest.mark.parametrize(
+    ("variables", "flags"),
+    [
+        ({}, ["--compile", "--cuda_graph"]),
+        ({"CUDA_GRAPH": "0"}, ["--compile"]),
+        ({"COMPILE": "0"}, []),
+        ({"COMPILE": "0", "CUDA_GRAPH": "1"}, ["--cuda_graph"]),
+        ({"LOW_MEMORY": "1"}, ["--gradient_checkpointing", "--use_8bit_adam"]),
+        ({"NUM_PROCESSES": "2"}, ["--compile"]),
+        ({"NUM_MACHINES": "2", "MAIN_ADDRESS": "node1"}, ["--compile"]),
+        ({"ACCELERATE_CONFIG": "configs/accelerate/fsdp.yaml", "NUM_PROCESSES": "1"}, []),
+    ],
+    ids=lambda value: "-".join(value) or "none",
+)
+def test_what_makes_steps_fast_or_small_on_gpus(environment, tmp_path, variables, flags):
+    stand_in = python_stand_in(tmp_path, gpus=2, launcher='printf "%s\\n" "$@"')
+    result = run(["bash", "finetune_stage1.sh"], environment, PYTHON=stand_in, **variables)
+    assert result.returncode == 0, result.stderr
+    known = {"--compile", "--cuda_graph", "--gradient_checkpointing", "--use_8bit_adam"}
+    assert [flag for flag in Path(environment["LOG"]).read_text().splitlines() if flag in known] == flags
+
+
 def test_a_signal_before_training(environment, tmp_path):
     stand_in = python_stand_in(tmp_path, gpus=0, launcher="echo starting; exec tail -f /dev/null")
     script = subprocess.Popen(

@@ -1,5 +1,6 @@
 """What goes wrong in long runs: signals, broken files, losses that are no numbers, full disks, changed settings."""
 
+import ctypes
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from PIL import Image
 from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
 
 import libs.preflight
+import libs.step
 import libs.training
 from dataset.finetune_dataset import FinetuneDataset, TrainingClips
 from dataset.frames import scan_video
@@ -38,19 +40,19 @@ def test_a_signal_finishes_the_step_and_saves(train, tmp_path, capsys, monkeypat
     before = signal.getsignal(number)
     train(1, output_dir=tmp_path / "whole", max_train_steps=4)
     capsys.readouterr()
-    loss = libs.training.batch_loss
+    loss = libs.step.diffusion_loss
 
     def interrupted(*args):
         os.kill(os.getpid(), number)
         return loss(*args)
 
-    monkeypatch.setattr(libs.training, "batch_loss", interrupted)
+    monkeypatch.setattr(libs.step, "diffusion_loss", interrupted)
     train(1, max_train_steps=4, resume_from_checkpoint="latest")
     output = capsys.readouterr().out
     assert steps_of(output) == [1] and f"stopped by {number.name} at step 1" in output
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     assert signal.getsignal(number) is before
-    monkeypatch.setattr(libs.training, "batch_loss", loss)
+    monkeypatch.setattr(libs.step, "diffusion_loss", loss)
     train(1, max_train_steps=4, resume_from_checkpoint="latest")
     final = "unet_main/diffusion_pytorch_model.safetensors"
     assert equal_files(tmp_path / "whole" / final, tmp_path / "run" / final)
@@ -201,13 +203,13 @@ def test_a_folder_without_permission(tmp_path):
 
 def test_losses_that_are_no_numbers_stop_the_run(train, tmp_path, capsys, monkeypatch):
     train(1, max_train_steps=2, checkpointing_steps=1)
-    loss, calls = libs.training.batch_loss, []
+    loss, calls = libs.step.diffusion_loss, []
 
     def bad(*args):
         calls.append(args)
         return loss(*args) * (float("nan") if len(calls) > 1 else 1)
 
-    monkeypatch.setattr(libs.training, "batch_loss", bad)
+    monkeypatch.setattr(libs.step, "diffusion_loss", bad)
     with pytest.raises(SystemExit) as stop:
         train(1, max_train_steps=40, checkpointing_steps=1, resume_from_checkpoint="latest", logging_steps=3)
     captured = capsys.readouterr()
@@ -235,13 +237,13 @@ def test_a_full_disk(train, tmp_path, capsys, monkeypatch, quota, size):
     """A checkpoint that cannot be written is said and tried again; at the end it is an error; earlier ones stay."""
     train(1, max_train_steps=1)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if "checkpoint-1" in str(path.parent)}
-    loss = libs.training.batch_loss
+    loss = libs.step.diffusion_loss
 
     def fill_disk(*args):
         quota(size)
         return loss(*args)
 
-    monkeypatch.setattr(libs.training, "batch_loss", fill_disk)
+    monkeypatch.setattr(libs.step, "diffusion_loss", fill_disk)
     with pytest.raises(SystemExit) as stop:
         train(1, max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest")
     quota(None)
@@ -309,10 +311,10 @@ def test_out_of_memory_is_one_line(train, tmp_path, capsys, monkeypatch):
         "free. Including non-PyTorch memory, this process has 79.16 GiB memory in use.\nSee the documentation"
     )
 
-    def loss(self, batch):
+    def fail(*args):
         raise torch.OutOfMemoryError(message)
 
-    monkeypatch.setattr(libs.training.Trainer, "loss", loss)
+    monkeypatch.setattr(libs.step, "diffusion_loss", fail)
     with pytest.raises(SystemExit) as stop:
         train(1)
     error = capsys.readouterr().err
@@ -377,6 +379,23 @@ def test_the_memory_line_counts_gradients_held_in_the_forward_pass(flags, monkey
     opened = {"unet_main": SimpleNamespace(parameters=860e6, config={"block_out_channels": [320]}), "brushnet": None}
     _, line = libs.preflight.check_memory(parse_args(Stage1, flags(1, **settings)), Stage1, opened)
     assert line.startswith(f"about {gib} GiB")
+
+
+def test_a_signal_is_taken_back_from_a_compiler():
+    """LLVM has put a handler in its place, below Python, that does nothing."""
+    before = signal.getsignal(signal.SIGALRM)
+    stop = StopRequest()
+    try:
+        stop.hold_signals()
+        ctypes.CDLL(None).signal(signal.SIGUSR1, 1)  # SIG_IGN
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.signal is None
+        signal.pause()  # until the timer's signal
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.signal == "SIGUSR1"
+    finally:
+        stop.restore()
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_compilers_outlive_the_signal_to_stop():

@@ -16,7 +16,8 @@ from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints import register_hooks, saved_keys
 from libs.diffusion import Codec, frames_at_once
 from libs.latent_cache import LatentCache
-from libs.optimizer import clear_gradients, match_layout
+from libs.optimizer import match_layout
+from libs.step import TrainingStep
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from train_DiffuEraser_stage1 import FrameInpainter
@@ -272,6 +273,7 @@ def test_accumulated_gradients_stay_in_ddp_s_buckets(ddp):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = ddp(torch.nn.Linear(3, 2))
     optimizer = torch.optim.AdamW(model.parameters())
+    training_step = TrainingStep(accelerator, model, optimizer, None, 1.0, prepare=None)
     places = []
     for step in range(6):
         accelerator.gradient_state._set_sync_gradients(step % 2 == 1)
@@ -281,7 +283,7 @@ def test_accumulated_gradients_stay_in_ddp_s_buckets(ddp):
         places.append([parameter.grad.data_ptr() for parameter in model.parameters()])
         if accelerator.sync_gradients:
             optimizer.step()
-            clear_gradients(accelerator, model, optimizer)
+            training_step.clear_gradients()
             assert not any(parameter.grad.any() for parameter in model.parameters())
     assert places[2] == places[3] == places[4] == places[5]
     reset_accelerate()

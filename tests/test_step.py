@@ -2,20 +2,24 @@
 
 import argparse
 import importlib.util
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import bitsandbytes.optim.optimizer
 import pytest
 import torch
-from conftest import fill_by_formula, parity_case
+from accelerate import Accelerator
+from conftest import fill_by_formula, parity_case, reset_accelerate
 from diffusers import DDPMScheduler
 
+import libs.step
 import libs.training
 from dataset.finetune_dataset import to_tensors
 from libs.brushnet_CA import BrushNetModel
-from libs.diffusion import Codec, Draws, batch_loss, diffusion_loss
+from libs.diffusion import Codec, Draws, diffusion_loss, model_inputs
 from libs.errors import InputError
 from libs.optimizer import eight_bit_adam, make_optimizer
+from libs.step import Captured, TrainingStep
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from train_DiffuEraser_stage1 import FrameInpainter
@@ -111,7 +115,8 @@ def test_a_batch_reaches_the_model_as_it_should():
         seen.extend(inputs)
         return torch.zeros_like(inputs[0])
 
-    loss = batch_loss(model, Codec(KnownPosterior(), f), scheduler, prompt_embeds, batch, torch.device("cpu"))
+    inputs = model_inputs(Codec(KnownPosterior(), f), scheduler, prompt_embeds, torch.device("cpu"), batch)
+    loss = diffusion_loss(model, scheduler, *inputs)
     noisy_latents, conditioning, timesteps, encoder_hidden_states = seen
     draws = Draws.from_seeds([5, 6], (f, 3, 2, 3), 1000, torch.device("cpu"))
     pixel_values, masked, _ = (tensor.flatten(0, 1) for tensor in to_tensors(batch["frames"], batch["holes"]))
@@ -189,3 +194,66 @@ def test_rate_warm_up_and_clipping_reach_the_optimizer(train, monkeypatch, capsy
     output = capsys.readouterr().out
     assert [f"lr {rate}  " in output for rate in ("2e-05", "4e-05", "0")] == [True] * 3  # after steps 1, 2 and 3
     assert len(norms) == 3 and all(norm == pytest.approx(1e-3, rel=1e-2) for norm in norms)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs without a GPU: what is captured runs anew, on the captured tensors. Lists the captures."""
+    captures = []
+
+    def capture(step, inputs):
+        places = [parameter.grad for parameter in step.model.parameters()]
+        values = [None if place is None else place.clone() for place in places]
+        loss = step.loss_and_gradients(*inputs)
+        gradients = [parameter.grad for parameter in step.model.parameters()]
+        captures.append(inputs)
+
+        def replay():
+            held = [parameter.grad for parameter in step.model.parameters()]
+            for parameter, place in zip(step.model.parameters(), places, strict=True):
+                parameter.grad = place  # None: the backward pass writes gradients, else it adds to them
+            loss.copy_(step.loss_and_gradients(*inputs))
+            for parameter, gradient, before in zip(step.model.parameters(), gradients, held, strict=True):
+                gradient.copy_(parameter.grad)
+                parameter.grad = before  # a replay writes to memory, it gives nobody a tensor
+
+        for place, value in zip(places, values, strict=True):
+            if place is not None:
+                place.copy_(value)  # capturing computes nothing
+        return Captured(SimpleNamespace(replay=replay), inputs, loss, None)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    for name in ("stream", "use_mem_pool"):
+        monkeypatch.setattr(torch.cuda, name, lambda anything: nullcontext())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(TrainingStep, "capture", capture)
+    return captures
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_replayed_steps_are_steps(graphs, monkeypatch, accumulation):
+    """After a few as they are, and again after the graph was given up in between: with the same losses and weights."""
+    monkeypatch.setattr(libs.step, "diffusion_loss", lambda model, _, value: model(value).square().mean())
+    results = []
+    for cuda_graph in (False, True):
+        reset_accelerate()
+        torch.manual_seed(0)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+        model = torch.nn.Linear(3, 2)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+        step = TrainingStep(accelerator, model, optimizer, None, 1.0, lambda batch: (batch.clone(),), cuda_graph)
+        losses, norms = [], []
+        for i in range(6 * accumulation):
+            with accelerator.accumulate(model):
+                loss, grad_norm = step(torch.randn(4, 3))
+            losses.append(loss)
+            norms.append(grad_norm)
+            if i + 1 == 5 * accumulation:
+                step.release()
+        assert [norm is not None for norm in norms] == ([False] * (accumulation - 1) + [True]) * 6
+        results.append((torch.stack(losses), model.weight.detach().clone()))
+    assert len(graphs) == 2
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    reset_accelerate()

@@ -13,6 +13,7 @@ import cv2
 import imageio
 import numpy as np
 import pytest
+import torch
 from conftest import equal_files, moving_video
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -90,7 +91,7 @@ def test_a_failed_validation_costs_nothing_else(validated, train, tmp_path, caps
     output = capsys.readouterr().out
     assert output.count("validation at step 1 failed, training goes on: CUDA out of memory.") == 2
     assert "0 videos in" in output and "without buoy, lantern" in output and "of its start" in output
-    monkeypatch.setattr(libs.validation, "batch_loss", fail)
+    monkeypatch.setattr(libs.validation, "diffusion_loss", fail)
     validated(output_dir=tmp_path / "again")
     assert "of its start" not in capsys.readouterr().out
     for name in ("run", "again"):
@@ -323,3 +324,18 @@ def test_a_gif_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_ticks_enclose_the_values(low, high):
     found = ticks(low, high)
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8 and found == sorted(set(found))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True, "use_8bit_adam": True}],
+    ids=["plain", "accumulating", "low_memory"],
+)
+def test_a_cuda_graph_changes_nothing(validated, tmp_path, changes):
+    """The same weights, bit for bit, with validations in between, for which graphs are given up."""
+    settings = {"max_train_steps": 9, "validation_steps": 6, "mixed_precision": "fp16", **changes}
+    validated(output_dir=tmp_path / "plain", **settings)
+    validated(output_dir=tmp_path / "graph", cuda_graph=True, **settings)
+    final = "unet_main/diffusion_pytorch_model.safetensors"
+    assert equal_files(tmp_path / "plain" / final, tmp_path / "graph" / final)
