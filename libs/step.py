@@ -98,8 +98,8 @@ class TrainingStep:
         return Captured(graph, inputs, loss, pool)
 
     def release(self):
-        """Give the graph's memory back, for validation; the next step captures another one."""
+        """Give the graph's memory back, for validation; the step after the next one captures another."""
         if self.captured:
-            self.captured = None
+            self.captured, self.passes = None, WARM_UP - 1
             self.clear_gradients()
             torch.cuda.empty_cache()

@@ -245,14 +245,14 @@ def test_replayed_steps_are_steps(graphs, monkeypatch, accumulation):
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
         step = TrainingStep(accelerator, model, optimizer, None, 1.0, lambda batch: (batch.clone(),), cuda_graph)
         losses, norms = [], []
-        for i in range(6 * accumulation):
+        for i in range(8 * accumulation):
             with accelerator.accumulate(model):
                 loss, grad_norm = step(torch.randn(4, 3))
             losses.append(loss)
             norms.append(grad_norm)
             if i + 1 == 5 * accumulation:
                 step.release()
-        assert [norm is not None for norm in norms] == ([False] * (accumulation - 1) + [True]) * 6
+        assert [norm is not None for norm in norms] == ([False] * (accumulation - 1) + [True]) * 8
         results.append((torch.stack(losses), model.weight.detach().clone()))
     assert len(graphs) == 2
     torch.testing.assert_close(*results, rtol=0, atol=0)
