@@ -3,8 +3,9 @@
     python -m benchmarks.train_step                                # every variant of both stages
     python -m benchmarks.train_step --stages 2 --variants compiled
 
-Prints one JSON line per stage, variant and state of the latent cache (empty, or holding every frame). The batch is on
-the GPU already; `benchmarks/data_loading.py` measures the loader, a run of the shell scripts both together.
+Prints one JSON line per stage, variant and state of the latent cache (empty, or holding every frame). Of a CUDA graph
+forward and backward pass are one part, the VAE's time in it and beside it. The batch is on the GPU already;
+`benchmarks/data_loading.py` measures the loader, a run of the shell scripts both together.
 """
 
 import argparse

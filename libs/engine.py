@@ -91,6 +91,8 @@ def make_accelerator(args):
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
         ],
     )
+    if args.cuda_graph and accelerator.device.type != "cuda":
+        raise InputError("--cuda_graph needs a GPU, and the engine's configuration chose none: drop it (CUDA_GRAPH=0)")
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
         raise InputError(
             f"the engine's configuration says gradient_accumulation_steps: {accelerator.gradient_accumulation_steps}, "

@@ -44,7 +44,7 @@ class LatentCache:
         self.bytes_per_frame = torch.Size(shape).numel() * dtype.itemsize
         self.folder.mkdir(parents=True, exist_ok=True)
         self.room = max(0, int(limit_gb * 1e9) - self.measure()) // num_processes  # bytes
-        self.writer, self.said = None, False
+        self.writer, self.stream, self.said = None, None, False
         self.places = threading.BoundedSemaphore(MAX_WAITING)
 
     def measure(self):
@@ -101,13 +101,21 @@ class LatentCache:
         if not self.places.acquire(blocking=False):
             return
         self.room -= size
-        on_gpu = moments.is_cuda
-        host = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=on_gpu).copy_(moments, non_blocking=on_gpu)
-        copied = torch.cuda.Event() if on_gpu else None
-        if on_gpu:
-            copied.record()
+        host, copied = self.copy_to_host(moments) if moments.is_cuda else (moments.clone(), None)
         self.writer = self.writer or ThreadPoolExecutor(1)
         self.writer.submit(self.write, keys, host, copied)
+
+    def copy_to_host(self, moments):
+        """(the moments in pinned memory, an event after which they are there). On a stream of the cache's own: pinned
+        memory must not be freed, as the writer does, while a CUDA graph is captured on its stream."""
+        self.stream = self.stream or torch.cuda.Stream()
+        host = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            host.copy_(moments, non_blocking=True)
+        current.wait_stream(self.stream)  # until then the moments' memory is not free
+        return host, self.stream.record_event()
 
     def write(self, keys, moments, copied):
         if copied:

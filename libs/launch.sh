@@ -57,9 +57,9 @@ check_variables() {
   mkdir -p "$(dirname "$LOG")" 2>/dev/null || fail "LOG=$LOG cannot be written to: choose another"
 }
 
-# Sets `engine`: the arguments that tell accelerate its configuration, and how many processes it starts where. Variables
-# come before the user's own configuration, and that before the defaults: one process, or all GPUs where a configuration
-# was chosen that leaves their number open.
+# Sets `engine`: the arguments that tell accelerate its configuration, and how many processes it starts where; besides
+# `can_graph`, and `can_compile` where the engine cannot. Variables come before the user's own configuration, and that
+# before the defaults: one process, or all GPUs where a configuration was chosen that leaves their number open.
 choose_engine() {
   local config=${ACCELERATE_CONFIG:-} alone=configs/accelerate/one_gpu.yaml machines processes= per_machine=1
   machines=${NUM_MACHINES:-$(configured num_machines)}

@@ -156,7 +156,11 @@ def build_parser(stage):
         help="overrides accelerate's own setting")  # fmt: skip
     add("--gradient_checkpointing", action="store_true", help="recompute layers in the backward pass: less memory")
     add("--compile", action="store_true", help="compile the models in the first step: faster steps, less memory")
-    add("--cuda_graph", action="store_true", help="replay the step as one CUDA graph: less to do for the host; one GPU")
+    add(
+        "--cuda_graph",
+        action="store_true",
+        help="replay forward and backward pass as one CUDA graph: faster, more memory; one GPU",
+    )
     add("--distributed_timeout", type=int, default=1800, metavar="SECONDS",
         help="how long a process waits for the others before it ends the run")  # fmt: skip
     add("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products on Ampere and newer GPUs")

@@ -286,8 +286,8 @@ def check_memory(args, stage, opened):
     frames = args.train_batch_size * args.nframes * (args.resolution / 512) ** 2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
     activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]
-    held = args.cuda_graph or (engine_name() == "ddp" and processes * args.gradient_accumulation_steps > 1)
-    if held and not args.gradient_checkpointing:
+    several = engine_name() == "ddp" and processes * args.gradient_accumulation_steps > 1
+    if args.cuda_graph or (several and not args.gradient_checkpointing):
         activations += trained * 4 / 2**30  # gradients, which the measured runs did not hold in the forward pass
     about = "more than" if args.mixed_precision == "no" else "about"  # what was measured was half precision
     if not torch.cuda.is_available():

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from libs.diffusion import diffusion_loss
 from libs.engine import whole
 from libs.errors import InputError
+from libs.reporting import first_line
 
 WARM_UP = 3  # passes before a capture: what is compiled, chosen or allocated once is so in them
 
@@ -92,14 +93,17 @@ class TrainingStep:
             # thread_local: loading goes on meanwhile, in threads that call CUDA.
             with torch.cuda.graph(graph, pool.id, self.stream, capture_error_mode="thread_local"):
                 loss = self.loss_and_gradients(*inputs)
-        except torch.AcceleratorError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"no CUDA graph could be made ({reason}): CUDA_GRAPH=0 goes without") from error
+        except RuntimeError as error:
+            cause = error.__context__ or error  # what went wrong inside, before the capture could not end
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            raise InputError(f"no CUDA graph could be made ({first_line(cause)}): CUDA_GRAPH=0 goes without") from error
         return Captured(graph, inputs, loss, pool)
 
     def release(self):
-        """Give the graph's memory back, for validation; the step after the next one captures another."""
+        """Give the graph's memory back, to validate or save: the pass after the next one captures another."""
+        self.passes = min(self.passes, WARM_UP - 1)
         if self.captured:
-            self.captured, self.passes = None, WARM_UP - 1
+            self.captured = None
             self.clear_gradients()
             torch.cuda.empty_cache()

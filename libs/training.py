@@ -158,10 +158,8 @@ class Trainer:
             model.enable_gradient_checkpointing()
         fit_to_engine(accelerator, model)
         if args.compile:
-            start_compilers()
             model.compile_models(channels_last=not args.use_8bit_adam)
             self.codec.compile_encoder()
-            self.stop.hold_signals()
             log.info("compiling in the first step: about five minutes, less in later starts (COMPILE=0 turns it off)")
         log_parameters(model, args.checkpoints_total_limit)
         self.state = found.state
@@ -173,6 +171,9 @@ class Trainer:
         learning_rate = args.learning_rate * (self.global_batch if args.scale_lr else 1)
         optimizer = make_optimizer(args, parameters, learning_rate, self.device)
         self.base_lrs = [learning_rate] * len(optimizer.param_groups)
+        if args.compile or type(optimizer).__module__.startswith("torchao"):  # whose optimizers compile their step
+            start_compilers()
+            stop.hold_signals()
         self.clips = TrainingClips(dataset, cache)
         self.clip_order = EpochSampler(len(dataset), args.seed)
         self.dataloader = accelerator.prepare(self.make_dataloader())
@@ -359,6 +360,7 @@ class Trainer:
                 )
             log.info(reason)
             return
+        self.step.release()  # compiled models are saved in another memory format: a copy of 4 GiB
         try:
             self.last_checkpoint = save_checkpoint(self.accelerator, args.output_dir, self.state)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -379,7 +381,6 @@ class Trainer:
 
     def mark_best(self):
         """Note the checkpoint just written as the best one, if its held-out loss is the lowest so far."""
-        self.step.release()
         held_out = self.validation.loss_at(self.accelerator.unwrap_model(self.model), self.state)
         self.model.train()
         saved = self.last_checkpoint is not None and self.last_checkpoint.name == f"checkpoint-{self.state.global_step}"

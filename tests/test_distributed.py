@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 import benchmarks.scaling
 from dataset.finetune_dataset import EpochSampler
 from libs.conversion import convert
-from libs.engine import require_agreement
+from libs.engine import check_engine, require_agreement
 from libs.errors import InputError
 from libs.options import parse_args
 from libs.preflight import inspect
@@ -208,6 +209,12 @@ def test_engines_that_cannot_run_here(train, monkeypatch, capsys, engine, messag
     with pytest.raises(SystemExit):
         train(1)
     assert message in capsys.readouterr().err
+
+
+def test_a_cuda_graph_is_for_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--cuda_graph is for one process without FSDP or DeepSpeed: drop it"):
+        check_engine(SimpleNamespace(cuda_graph=True, compile=True, use_8bit_adam=False))
 
 
 HOSTS = ("diffueraser0", "diffueraser1")

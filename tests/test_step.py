@@ -2,7 +2,7 @@
 
 import argparse
 import importlib.util
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import bitsandbytes.optim.optimizer
@@ -232,11 +232,11 @@ def graphs(monkeypatch):
     return captures
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
 def test_replayed_steps_are_steps(graphs, monkeypatch, accumulation):
     """After a few as they are, and again after the graph was given up in between: with the same losses and weights."""
     monkeypatch.setattr(libs.step, "diffusion_loss", lambda model, _, value: model(value).square().mean())
-    results = []
+    results, releases = [], (accumulation, 5 * accumulation)  # before the first capture, and later
     for cuda_graph in (False, True):
         reset_accelerate()
         torch.manual_seed(0)
@@ -246,14 +246,45 @@ def test_replayed_steps_are_steps(graphs, monkeypatch, accumulation):
         step = TrainingStep(accelerator, model, optimizer, None, 1.0, lambda batch: (batch.clone(),), cuda_graph)
         losses, norms = [], []
         for i in range(8 * accumulation):
+            before = len(graphs)
             with accelerator.accumulate(model):
                 loss, grad_norm = step(torch.randn(4, 3))
             losses.append(loss)
             norms.append(grad_norm)
-            if i + 1 == 5 * accumulation:
+            assert len(graphs) == before or i not in releases  # none at once after a release
+            if i + 1 in releases:
                 step.release()
         assert [norm is not None for norm in norms] == ([False] * (accumulation - 1) + [True]) * 8
         results.append((torch.stack(losses), model.weight.detach().clone()))
     assert len(graphs) == 2
     torch.testing.assert_close(*results, rtol=0, atol=0)
     reset_accelerate()
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (torch.AcceleratorError("CUDA error: operation not permitted\nSearch for it"), InputError),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), torch.OutOfMemoryError),
+    ],
+)
+def test_a_capture_that_fails_says_why(monkeypatch, cause, expected):
+    """Not what torch says of it afterwards, that the capture could not be ended."""
+
+    @contextmanager
+    def graph(*args, **settings):
+        try:
+            yield
+        finally:
+            raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+
+    def fail(*args):
+        raise cause
+
+    for name in ("CUDAGraph", "MemPool"):
+        monkeypatch.setattr(torch.cuda, name, lambda: SimpleNamespace(id=None))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(libs.step, "diffusion_loss", fail)
+    step = TrainingStep(SimpleNamespace(gradient_accumulation_steps=1), None, None, None, 1.0, prepare=None)
+    with pytest.raises(expected, match=str(cause).splitlines()[0]):
+        step.capture(())

@@ -333,9 +333,10 @@ def test_ticks_enclose_the_values(low, high):
     ids=["plain", "accumulating", "low_memory"],
 )
 def test_a_cuda_graph_changes_nothing(validated, tmp_path, changes):
-    """The same weights, bit for bit, with validations in between, for which graphs are given up."""
-    settings = {"max_train_steps": 9, "validation_steps": 6, "mixed_precision": "fp16", **changes}
+    """The same weights, bit for bit, with checkpoints and validations in between, for which graphs are given up."""
+    settings = {"max_train_steps": 13, "checkpointing_steps": 5, "validation_steps": 9, "mixed_precision": "fp16"}
+    settings |= changes
     validated(output_dir=tmp_path / "plain", **settings)
-    validated(output_dir=tmp_path / "graph", cuda_graph=True, **settings)
+    validated(output_dir=tmp_path / "graph", cuda_graph=True, latent_cache=tmp_path / "latents", **settings)
     final = "unet_main/diffusion_pytorch_model.safetensors"
     assert equal_files(tmp_path / "plain" / final, tmp_path / "graph" / final)
