@@ -26,6 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from libs.errors import InputError
+from libs.machine import gpu_is_used
 
 # Bytes of weights, gradients and two Adam moments per trained parameter: on every card, and shared by the cards.
 STATE_BYTES = {"ddp": (16, 0), "fsdp": (0, 16), "deepspeed": (2, 16)}
@@ -45,7 +46,7 @@ def check_engine(args):
     name = engine_name()
     if name == "deepspeed" and not importlib.util.find_spec("deepspeed"):
         raise InputError("the configuration asks for DeepSpeed, which is not installed: pip install deepspeed")
-    if name != "ddp" and not torch.cuda.is_available():
+    if name != "ddp" and not gpu_is_used():
         raise InputError(
             f"the configuration asks for {name}, and accelerate shards on GPUs only, of which none was found: use "
             "ACCELERATE_CONFIG=configs/accelerate/multi_gpu.yaml"
@@ -91,8 +92,6 @@ def make_accelerator(args):
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
         ],
     )
-    if args.cuda_graph and accelerator.device.type != "cuda":
-        raise InputError("--cuda_graph needs a GPU, and the engine's configuration chose none: drop it (CUDA_GRAPH=0)")
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
         raise InputError(
             f"the engine's configuration says gradient_accumulation_steps: {accelerator.gradient_accumulation_steps}, "

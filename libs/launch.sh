@@ -107,6 +107,7 @@ launch() {
   check_variables
   local has_gpu can_compile gpus
   read -r has_gpu can_compile gpus < <("$PYTHON" -m libs.machine)
+  [[ "$(configured use_cpu)" = [Tt]rue ]] && has_gpu=0 can_compile=0 gpus=0
   local precision=${MIXED_PRECISION:-$(configured mixed_precision)}
   precision=${precision:-$([[ $has_gpu = 1 ]] && echo fp16 || echo no)}
 

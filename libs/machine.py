@@ -7,11 +7,17 @@ import sysconfig
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
+
+
+def gpu_is_used():
+    """Whether there is a GPU, and accelerate's configuration does not say use_cpu."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def compiling_lacks():
     """What torch.compile needs on a GPU and this machine has not, in words; None where nothing is missing."""
-    if not torch.cuda.is_available():
+    if not gpu_is_used():
         return "a GPU"
     if importlib.util.find_spec("triton") is None:
         return "Triton (pip install triton)"
@@ -23,4 +29,4 @@ def compiling_lacks():
 
 
 if __name__ == "__main__":
-    print(int(torch.cuda.is_available()), int(compiling_lacks() is None), torch.cuda.device_count())
+    print(int(gpu_is_used()), int(compiling_lacks() is None), torch.cuda.device_count())

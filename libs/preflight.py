@@ -17,7 +17,7 @@ from libs.engine import check_engine, engine_name, state_bytes
 from libs.errors import InputError
 from libs.files import check_writable
 from libs.frozen import FrozenModels
-from libs.machine import compiling_lacks
+from libs.machine import compiling_lacks, gpu_is_used
 from libs.optimizer import eight_bit_adam
 from libs.options import pair_by_name
 from libs.resuming import describe_run, go_on_from
@@ -96,13 +96,13 @@ def check_flags(args):
     if name not in (*(tracker.value for tracker in get_available_trackers()), "all", "none"):
         raise InputError(f"--report_to={name}: its package is not installed; pip install {name}, or --report_to=none")
     precision = args.mixed_precision
-    if precision == "fp16" and not torch.cuda.is_available():
+    if precision == "fp16" and not gpu_is_used():
         raise InputError("mixed precision fp16 needs a GPU, and none was found: use --mixed_precision=no")
     if args.use_8bit_adam:
         eight_bit_adam()
     if args.compile and (lacking := compiling_lacks()):
         raise InputError(f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)")
-    if args.cuda_graph and not torch.cuda.is_available():
+    if args.cuda_graph and not gpu_is_used():
         raise InputError("--cuda_graph needs a GPU, and none was found: leave the flag out (CUDA_GRAPH=0)")
     return None, f"{args.nframes} frames of {args.resolution} px, mixed precision {precision}, tracker {name}"
 
@@ -290,7 +290,7 @@ def check_memory(args, stage, opened):
     if args.cuda_graph or (several and not args.gradient_checkpointing):
         activations += trained * 4 / 2**30  # gradients, which the measured runs did not hold in the forward pass
     about = "more than" if args.mixed_precision == "no" else "about"  # what was measured was half precision
-    if not torch.cuda.is_available():
+    if not gpu_is_used():
         return None, f"{about} {fixed + activations:.1f} GiB; no GPU was found"
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     if fixed > total:

@@ -202,6 +202,16 @@ def test_bad_input(name, weights, videos, flags, tmp_path, capsys):
     assert re.search(f"^error: .*{message}", captured.err), captured.err
 
 
+@pytest.mark.parametrize("settings", [{"mixed_precision": "fp16"}, {"compile": True}, {"cuda_graph": True}])
+def test_a_gpu_that_the_configuration_leaves_alone(train, monkeypatch, capsys, settings):
+    """use_cpu in accelerate's configuration: a captured graph would be empty, and replay nothing."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(SystemExit):
+        train(1, **settings)
+    assert "needs a GPU" in capsys.readouterr().err
+
+
 def test_an_engine_that_accumulates_otherwise(train, monkeypatch, capsys):
     """A DeepSpeed configuration's entry reaches accelerate through this variable, before the flag."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")

@@ -169,6 +169,17 @@ def test_what_makes_steps_fast_or_small_on_gpus(environment, tmp_path, variables
     assert [flag for flag in Path(environment["LOG"]).read_text().splitlines() if flag in known] == flags
 
 
+def test_a_configuration_for_the_cpu(environment, tmp_path):
+    """On a machine that has GPUs: nothing that needs one is asked for."""
+    config = tmp_path / "cpu.yaml"
+    config.write_text("distributed_type: 'NO'\nnum_machines: 1\nnum_processes: 1\nuse_cpu: true\n")
+    stand_in = python_stand_in(tmp_path, gpus=2, launcher='printf "%s\\n" "$@"')
+    result = run(["bash", "finetune_stage1.sh"], environment, PYTHON=stand_in, ACCELERATE_CONFIG=config)
+    words = Path(environment["LOG"]).read_text().splitlines()
+    assert result.returncode == 0 and "--mixed_precision=no" in words, result.stderr
+    assert not {"--compile", "--cuda_graph"} & set(words)
+
+
 def test_a_signal_before_training(environment, tmp_path):
     stand_in = python_stand_in(tmp_path, gpus=0, launcher="echo starting; exec tail -f /dev/null")
     script = subprocess.Popen(
