@@ -15,21 +15,20 @@ import imageio
 import numpy as np
 from tqdm import tqdm
 
-from dataset.frames import list_frames, read_frames
-from libs.errors import InputError, one_line_errors
-from libs.files import check_writable
-from libs.inference import add_inference_flags, check_inference_flags, load_pipeline
-from libs.options import Parser, add_mask_span, pair_by_name, split_mask_span
-from libs.pictures import contact_sheet, stack_sheets
-from libs.reporting import append_row, write_rows
-from libs.rivals import RIVALS
-from libs.sampling import paste
-from libs.scores import SMALLEST_FLOW, Reference, average, table
-from libs.validation import draw_holes
-from libs.vfid import frechet_distance, load_i3d
-from libs.videos import read_mask, resize, stack
-from train_DiffuEraser_stage1 import Stage1
-from train_DiffuEraser_stage2 import Stage2
+from common.command_line import Parser
+from common.errors import InputError, one_line_errors
+from common.files import check_writable
+from common.run_files import append_row, write_rows
+from dataset.images import list_frames, pair_by_name, read_frames, read_mask
+from dataset.utils import draw_holes
+from libs.evaluation.baselines import BASELINES
+from libs.evaluation.contact_sheet import contact_sheet, stack_sheets
+from libs.evaluation.metrics import SMALLEST_FLOW, Reference, average, table
+from libs.evaluation.vfid import frechet_distance, load_i3d
+from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline
+from libs.inference.pipeline import paste
+from libs.inference.video import resize, stack
+from libs.training.config import add_mask_span, split_mask_span
 
 TRUTH = "the video itself"
 
@@ -42,8 +41,8 @@ def build_parser():
     add("--videos", nargs="+", metavar="NAME", help="names of videos, or a text file of names (default: all)")
     add("--size", type=size, metavar="WxH", help="scale frames and masks to this size, such as 432x240")
     add("--baseline", metavar="DIR", help="another converted folder to compare with")
-    add("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS), metavar="NAME",
-        help=f"plain methods to compare with (default: {' '.join(RIVALS)})")  # fmt: skip
+    add("--rivals", nargs="*", choices=BASELINES, default=list(BASELINES), metavar="NAME",
+        help=f"plain methods to compare with (default: {' '.join(BASELINES)})")  # fmt: skip
     add("--i3d_weights", metavar="FILE", help="compute VFID too: i3d_rgb_imagenet.pt, the state dict of pytorch-i3d")
     add("--no_model", action="store_true", help="score the plain methods only: no weights are needed")
     add("--output_dir", default="evaluation", metavar="DIR", help="CSV files and contact sheets (default: %(default)s)")
@@ -115,7 +114,7 @@ def load_video(folder, number, args):
 def make_methods(args):
     """{name: function of (frames, holes) that returns filled frames}; the models come last."""
     methods = {TRUTH: lambda frames, holes: frames}
-    methods |= {name: RIVALS[name] for name in args.rivals}
+    methods |= {name: BASELINES[name] for name in args.rivals}
     if not args.no_model:
         if args.baseline:
             methods[f"baseline {args.baseline}"] = fill_with(args, args.baseline)
@@ -124,7 +123,7 @@ def make_methods(args):
 
 
 def fill_with(args, weights):
-    pipeline, prompt_embeds, _ = load_pipeline(args, (Stage1, Stage2), weights)
+    pipeline, prompt_embeds, _ = load_pipeline(args, weights)
 
     def fill(frames, holes):
         with tqdm(total=pipeline.count_calls(len(frames)), leave=False, unit="call", disable=None) as bar:

@@ -3,22 +3,22 @@
 # the Python packages. Then the same commands run with real weights and data.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-bash demo/venv.sh requirements.txt
+bash install.sh requirements.txt
 python=.venv/bin/python
 unset VIRTUAL_ENV CONDA_PREFIX
 
-run=demo/run
+run=toy/run
 rm -rf "$run"
 mkdir -p "$run"
-"$python" -m demo.make_weights --output_dir demo/weights
-"$python" -m demo.make_videos --output_dir demo/data
+"$python" -m toy.make_weights --output_dir toy/weights
+"$python" -m toy.make_videos --output_dir toy/data
 
 # What the scripts read from the environment, at sizes for a CPU and at a learning rate for random weights. What a user
 # has set for another run is not meant here.
 unset ACCELERATE_CONFIG CHECKPOINTS_TOTAL_LIMIT CUDA_GRAPH GRADIENT_ACCUMULATION_STEPS LOW_MEMORY MACHINE_RANK \
   MAIN_ADDRESS MAIN_PORT MIXED_PRECISION MOTION_ADAPTER NFRAMES NUM_MACHINES NUM_PROCESSES PRETRAINED_STAGE1_PATH SEED \
   SLURM_NODEID TRAIN_BATCH_SIZE
-export PYTHON=$python WEIGHTS=demo/weights DAVIS_ROOT=demo/data/DAVIS YTVOS_ROOT=demo/data/YTBV
+export PYTHON=$python WEIGHTS=toy/weights DAVIS_ROOT=toy/data/DAVIS YTVOS_ROOT=toy/data/YTBV
 export RESOLUTION=64 DATALOADER_NUM_WORKERS=0 LEARNING_RATE=1e-3 CHECKPOINTING_STEPS=50 VALIDATION_STEPS=100
 export RESUME_FROM_CHECKPOINT= PRETRAINED_STAGE1=$run/finetuned-stage1 LATENT_CACHE=$run/latent-cache
 export COMPILE=0 # it would take longer than the run

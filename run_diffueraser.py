@@ -9,16 +9,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset.frames import size_of
-from libs.errors import InputError, one_line_errors
-from libs.files import check_writable
-from libs.inference import add_inference_flags, check_inference_flags, load_pipeline
-from libs.options import Parser, at_least, require
-from libs.sampling import paste
-from libs.validation import MASK_DILATIONS
-from libs.videos import dilate, read_masks, read_video, resize, upscale, write_frames, write_mp4
-from train_DiffuEraser_stage1 import Stage1
-from train_DiffuEraser_stage2 import Stage2
+from common.command_line import Parser, at_least, require
+from common.errors import InputError, one_line_errors
+from common.files import check_writable
+from dataset.images import size_of
+from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline
+from libs.inference.pipeline import MASK_DILATIONS, paste
+from libs.inference.video import dilate, read_masks, read_video, resize, upscale, write_frames, write_mp4
 
 DEFAULT_FPS = 24.0  # of folders of frames
 SMALLEST_SIDE = 8  # pixels, one of the latents
@@ -86,7 +83,7 @@ def main(argv=None):
     written = {(output_dir / name).resolve() for name in ("frames", "result.mp4")}
     if written & {Path(args.video).resolve(), Path(args.mask).resolve()}:
         raise InputError(f"--output_dir={args.output_dir}: the result would replace the clip; choose another folder")
-    pipeline, prompt_embeds, stage = load_pipeline(args, (Stage1, Stage2), args.weights)
+    pipeline, prompt_embeds, stage = load_pipeline(args, args.weights)
     print(f"{len(frames)} frames of {size_of(frames[0])}, stage {stage}, {len(pipeline.windows(len(frames)))} windows "
           f"of {min(pipeline.nframes, len(frames))} frames on {pipeline.device.type}")  # fmt: skip
     result = remove_object(pipeline, prompt_embeds, frames, holes, args)

@@ -9,7 +9,7 @@ pretrained_stage1 = "converted_weights/finetuned-stage1"  # what the run started
 model_config = "weights/diffuEraser"  # only read for checkpoints of the original scripts
 
 if __name__ == "__main__":
-    from libs.conversion import main
+    from libs.checkpoints.convert import main
 
     main(
         stage=2,

@@ -4,24 +4,15 @@ Everything in both models is trained; the frames of a clip do not see each other
 """
 
 from libs.brushnet_CA import BrushNetModel
-from libs.diffusion import Inpainter
-from libs.training import Stage, open_frame_models, run
+from libs.inpainter import FrameInpainter
+from libs.training.loop import run
+from libs.training.stage import Stage, open_frame_models
 from libs.unet_2d_condition import UNet2DConditionModel
-
-
-class FrameInpainter(Inpainter):
-    """UNet2D and BrushNet, every frame on its own."""
-
-    def call_unet(self, noisy_latents, per_clip, per_frame, num_frames, features):
-        return self.unet_main(noisy_latents, *per_frame, **features, return_dict=False)
 
 
 class Stage1(Stage):
     number = 1
     description = __doc__
-    nframes = 10
-    inference_steps = 50
-    shared_noise = True
     model_class = FrameInpainter
     trained = ("unet_main", "brushnet")
     gib_per_frame = (2.1, 1.3, 0.13)

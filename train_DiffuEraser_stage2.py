@@ -3,37 +3,15 @@
 Only the motion modules are trained; UNet2D's layers and BrushNet are frozen, in half precision on a GPU.
 """
 
-from libs.diffusion import Inpainter
-from libs.training import Stage, open_frame_models, run
+from libs.inpainter import ClipInpainter, train_motion_modules_only
+from libs.training.loop import run
+from libs.training.stage import Stage, open_frame_models
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
-
-
-class ClipInpainter(Inpainter):
-    """UNetMotion over whole clips; BrushNet, frozen, on every frame on its own."""
-
-    trains_brushnet = False
-    _no_split_modules = (*Inpainter._no_split_modules, "AnimateDiffTransformer3D")
-
-    def call_unet(self, noisy_latents, per_clip, per_frame, num_frames, features):
-        return self.unet_main(noisy_latents, *per_clip, num_frames=num_frames, **features, return_dict=False)
-
-
-def freeze(model, frozen_dtype):
-    """Leave only the motion modules trainable; the rest is kept in `frozen_dtype`."""
-    model.brushnet.requires_grad_(False)
-    model.unet_main.freeze_unet2d_params()
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(frozen_dtype)
-    return model
 
 
 class Stage2(Stage):
     number = 2
     description = __doc__
-    nframes = 22
-    inference_steps = 20
-    shared_noise = False
     model_class = ClipInpainter
     trained = ("motion_modules",)
     gib_per_frame = (1.85, 1.2, 0.25)
@@ -59,7 +37,7 @@ class Stage2(Stage):
     @staticmethod
     def load_models(opened, frozen_dtype):
         unet_main = UNetMotionModel.from_unet2d(opened["unet_main"].load(), opened["motion_modules"].load())
-        return freeze(ClipInpainter(unet_main, opened["brushnet"].load(frozen_dtype)), frozen_dtype)
+        return train_motion_modules_only(ClipInpainter(unet_main, opened["brushnet"].load(frozen_dtype)), frozen_dtype)
 
 
 def main(argv=None):

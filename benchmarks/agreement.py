@@ -20,16 +20,15 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMScheduler
 
-from demo.make_videos import make_videos
-from demo.make_weights import make_weights
 from libs.brushnet_CA import BrushNetModel
-from libs.diffusion import diffusion_loss
+from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
+from libs.training.loss import EncodedBatch, denoising_loss
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from tests.conftest import fill_by_formula, parity_case
-from train_DiffuEraser_stage1 import FrameInpainter
+from toy.make_videos import make_videos
+from toy.make_weights import make_weights
 from train_DiffuEraser_stage1 import main as train_stage1
-from train_DiffuEraser_stage2 import ClipInpainter, freeze
 
 VARIANTS = {
     "plain": [],
@@ -53,7 +52,9 @@ def make_model(case, stage, dtype):
         fill_by_formula(model, seeds[name])
     if stage == 1:
         return FrameInpainter(unet, brushnet).to(DEVICE)
-    return freeze(ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), dtype).to(DEVICE)
+    return train_motion_modules_only(ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), dtype).to(
+        DEVICE
+    )
 
 
 def step(name, stage, dtype, rounded=False):
@@ -62,9 +63,11 @@ def step(name, stage, dtype, rounded=False):
     model = make_model(case, stage, dtype)
     if rounded:
         model = model.half().float()
-    inputs = (io[key].to(DEVICE) for key in ("latents", "noise", "conditioning", "timesteps", "prompt_embeds"))
+    inputs = EncodedBatch(
+        *(io[key].to(DEVICE) for key in ("latents", "noise", "conditioning", "timesteps", "prompt_embeds"))
+    )
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-        loss = diffusion_loss(model, DDPMScheduler(**case["scheduler"]), *inputs)
+        loss = denoising_loss(model, DDPMScheduler(**case["scheduler"]), inputs)
     (loss * 1024).backward()  # as a gradient scaler would, against underflow
     gradients = [parameter.grad.float().flatten() / 1024 for parameter in model.parameters() if parameter.requires_grad]
     return loss.item(), torch.cat(gradients)

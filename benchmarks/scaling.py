@@ -8,7 +8,7 @@ put the output into docs/scaling.md.
 
 from dataclasses import dataclass
 
-from libs.engine import state_bytes
+from common.distributed import state_bytes
 
 # stage, gradient checkpointing: seconds per step and peak GiB on one H200, fp16, batch 1, 512 px; see RESULTS.md
 MEASURED = {

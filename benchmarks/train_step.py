@@ -13,23 +13,22 @@ import gc
 import json
 import statistics
 import time
-from functools import partial
 
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler
 
+from common.distributed import DTYPES
 from dataset.finetune_dataset import to_tensors
-from demo.make_weights import SCHEDULER, SIZES
+from libs.base_model import LoadedBase
 from libs.brushnet_CA import BrushNetModel
-from libs.diffusion import Codec, model_inputs
-from libs.engine import DTYPES
-from libs.optimizer import make_optimizer
-from libs.step import WARM_UP, TrainingStep
+from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
+from libs.training.cuda_graph import WARM_UP, TrainingStep
+from libs.training.optimizer import make_optimizer
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
-from train_DiffuEraser_stage1 import FrameInpainter
-from train_DiffuEraser_stage2 import ClipInpainter, freeze
+from libs.vae import FrozenVAE
+from toy.make_weights import SCHEDULER, SIZES
 
 
 class Parts:
@@ -68,7 +67,9 @@ def make_model(stage, frozen_dtype, device="cuda"):
         if stage == 1:
             return FrameInpainter(unet, brushnet)
         adapter = MotionAdapter(block_out_channels=spec["block_out_channels"])
-        return freeze(ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), frozen_dtype)
+        return train_motion_modules_only(
+            ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), frozen_dtype
+        )
 
 
 NFRAMES = {1: 10, 2: 22}  # by stage, as the shell scripts have it
@@ -81,14 +82,14 @@ VARIANTS = {  # flags of the trainer
 }
 
 
-def make_codec(dtype, nframes):
+def make_vae(dtype, nframes):
     spec = SIZES["full"]["vae"]
     blocks = len(spec["block_out_channels"])
     with torch.device("cuda"):
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks, **spec
         )
-    return Codec(torch.nn.Module.to(vae, dtype), nframes)
+    return FrozenVAE(torch.nn.Module.to(vae, dtype), nframes)
 
 
 def make_batch(nframes, size):
@@ -108,23 +109,23 @@ def measure(options, stage, variant):
     accelerator = Accelerator(mixed_precision=flags.mixed_precision)
     dtype = DTYPES[flags.mixed_precision]
     nframes, size = NFRAMES[stage], flags.resolution
-    codec, model, batch = make_codec(dtype, nframes), make_model(stage, dtype), make_batch(nframes, size)
+    vae, model, batch = make_vae(dtype, nframes), make_model(stage, dtype), make_batch(nframes, size)
     if flags.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if flags.compile:
         model.compile_models(channels_last=not flags.use_8bit_adam)
-        codec.compile_encoder()
+        vae.compile_encoder()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(flags, parameters, flags.learning_rate, accelerator.device)
     model, optimizer = accelerator.prepare(model, optimizer)
     noise_scheduler = DDPMScheduler.from_config(SCHEDULER)
     prompt_embeds = torch.randn(2, 77, 768, device="cuda")
 
-    prepare = partial(model_inputs, codec, noise_scheduler, prompt_embeds, accelerator.device)
-    training_step = TrainingStep(accelerator, model, optimizer, noise_scheduler, 1.0, prepare, flags.cuda_graph)
+    base = LoadedBase(vae, noise_scheduler, prompt_embeds, accelerator.device)
+    training_step = TrainingStep(accelerator, model, optimizer, base, 1.0, flags.cuda_graph)
 
     parts = Parts()
-    codec.moments = parts.wrap("vae", codec.moments)
+    vae.posterior = parts.wrap("vae", vae.posterior)
     if flags.cuda_graph:
         training_step.replay = parts.wrap("vae, forward and backward", training_step.replay)
     else:
@@ -149,8 +150,8 @@ def measure(options, stage, variant):
     for cached in (False, True):
         if cached:
             pixel_values, _, _ = to_tensors(batch["frames"], batch["holes"])
-            batch["moments"] = codec.moments(pixel_values.flatten(0, 1)).unflatten(0, (1, nframes))
-            batch["missing"], codec.cache = [None] * nframes, True
+            batch["posteriors"] = vae.posterior(pixel_values.flatten(0, 1)).unflatten(0, (1, nframes))
+            batch["missing"], vae.cache = [None] * nframes, True
         warm_up, _, _ = run(flags.warmup)
         torch.cuda.reset_peak_memory_stats()
         seconds, all_parts, loss = run(flags.steps)

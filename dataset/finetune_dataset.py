@@ -4,24 +4,24 @@ Every sample is a function of (seed, epoch, index) alone: neither the number of 
 it. Annotations are never read.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from dataset.frames import BrokenFrame, read_frames, scan_davis, scan_ytvos
+from common.errors import InputError
+from dataset.folders import scan_davis, scan_ytvos
+from dataset.images import read_frames
 from dataset.utils import FULL_SPAN, fill, random_outlines
-from libs.errors import InputError
 
 PROMPT = "clean background"
 PROMPTS = (PROMPT, "")  # a clip's `prompt` is an index into these
 DAVIS_OVERSAMPLING = 10  # about 60 DAVIS videos beside 3,471 of YouTube-VOS: 15 % of an epoch instead of 2 %
 MIN_HOLE = 0.01  # share of the crop that has to be hole in every frame
 MAX_REDRAWS = 1000
-MAX_REPLACEMENTS = 20  # broken videos in a row, before a sample is given up
 
 
 @dataclass(frozen=True)
@@ -176,76 +176,6 @@ class Crop:
     def map_points(self, points):
         """Source pixel coordinates to the crop's; a pixel's centre is at its integer coordinates."""
         return (points - np.array(self.corner) + 0.5) * (self.resolution / self.side) - 0.5
-
-
-class TrainingClips(Dataset):
-    """What the trainer's loader reads: clips in bytes by (epoch, index), so that the epoch reaches every worker.
-
-    A clip whose video turns out to be broken is replaced by another one that follows from (seed, epoch, index) too.
-    With a LatentCache, what it holds of a clip's frames comes along.
-    """
-
-    def __init__(self, dataset, cache=None):
-        self.dataset, self.cache = dataset, cache
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, key):
-        epoch, index = key
-        broken, rng = [], np.random.default_rng([self.dataset.seed, epoch, index, 1])
-        for _ in range(MAX_REPLACEMENTS):
-            try:
-                return replace(self.dataset.clip(index, epoch), broken=tuple(broken))
-            except BrokenFrame as error:
-                broken.append(f"{self.dataset.videos[index].name}: {error}")
-                index = int(rng.integers(len(self)))
-        raise InputError(
-            f"{MAX_REPLACEMENTS} broken videos in a row, the last of them {broken[-1]}: check with --scan_data"
-        )
-
-    def collate(self, clips):
-        """A batch: frames (b, f, h, w, 3) and holes (b, f, h, w) in bytes, lists of the rest.
-
-        With a cache also `moments` (b, f, 2c, h/8, w/8) and, for each of the b * f frames, its key in `missing` where
-        the moments are not held.
-        """
-        batch = {
-            "frames": torch.from_numpy(np.stack([clip.frames for clip in clips])),
-            "holes": torch.from_numpy(np.stack([clip.holes for clip in clips])),
-            "prompts": [clip.prompt for clip in clips],
-            "noise_seeds": [clip.noise_seed for clip in clips],
-            "videos": [clip.video for clip in clips],
-            "broken": [line for clip in clips for line in clip.broken],
-        }
-        if self.cache:
-            held = [self.cache.read(clip.paths) for clip in clips]
-            batch["moments"] = torch.stack([moments for moments, _ in held])
-            batch["missing"] = [key for _, missing in held for key in missing]
-        return batch
-
-
-class EpochSampler(Sampler):
-    """(epoch, index) keys: every clip once per epoch, in an order that follows from (seed, epoch) alone.
-
-    Epochs follow each other without a gap, so that one batch may hold the end of an epoch and the start of the next:
-    every batch is full and no clip is repeated or left out, whatever the numbers of clips, processes and batches are.
-    `start` and `stop` are positions in this stream; they may be set until the iteration begins.
-    """
-
-    def __init__(self, length, seed, start=0, stop=0):
-        self.length, self.seed, self.start, self.stop = length, seed, start, stop
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __iter__(self):
-        order = None
-        for position in range(self.start, self.stop):
-            epoch, place = divmod(position, self.length)
-            if order is None or place == 0:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-            yield epoch, int(order[place])
 
 
 def to_tensors(frames, holes):

@@ -100,3 +100,12 @@ def fill(outline, height, width):
     mask = np.zeros((height, width), np.uint8)
     points = np.round(outline * 2**SUBPIXEL_BITS).astype(np.int32)
     return cv2.fillPoly(mask, [points], 255, shift=SUBPIXEL_BITS)
+
+
+def draw_holes(length, height, width, args, number):
+    """(length, height, width) uint8, 255 = hole: the training's masks, by seed and number."""
+    rng = np.random.default_rng([args.seed, number])
+    shapes = create_random_shape_with_random_motion(
+        length, height, width, args.mask_span, args.mask_original_margins, rng
+    )
+    return np.stack([np.asarray(shape) for shape in shapes])

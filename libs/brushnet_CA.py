@@ -12,8 +12,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from common.weights import StrictLoading
 from libs.unet_walk import LayerWalk, embed_timesteps, walk
-from libs.weights import StrictLoading
 
 BRUSHNET_SETTINGS = (  # config entries that a UNet2D does not have
     "conditioning_channels",

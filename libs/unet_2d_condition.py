@@ -5,8 +5,8 @@ import inspect
 import diffusers
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
+from common.weights import OpenedWeights, StrictLoading, read_config, resolve_folder
 from libs.unet_walk import LayerWalk, embed_timesteps, walk
-from libs.weights import OpenedWeights, StrictLoading, read_config, resolve_folder
 
 
 class UNet2DConditionModel(LayerWalk, StrictLoading, diffusers.UNet2DConditionModel):

@@ -5,9 +5,9 @@ import diffusers
 import torch
 from diffusers.models.unets.unet_motion_model import UNetMotionOutput
 
+from common.weights import OpenedWeights, StrictLoading, read_config, resolve_folder
 from libs.unet_2d_condition import gather_features
 from libs.unet_walk import LayerWalk, embed_timesteps, walk
-from libs.weights import OpenedWeights, StrictLoading, read_config, resolve_folder
 
 
 class MotionAdapter(StrictLoading, diffusers.MotionAdapter):

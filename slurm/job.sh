@@ -9,7 +9,7 @@ export MAIN_ADDRESS=${hosts%%$'\n'*}
 export MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node get different ones
 
 [[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over
-source libs/find_python.sh
+source launch/find_python.sh
 
 # USR1 comes some minutes before the time limit: the run saves, and the job goes back into the queue. TERM comes from
 # preemption and from scancel: the run saves, and the job waits for SLURM to requeue or to cancel it. Were it to end by

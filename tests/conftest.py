@@ -12,8 +12,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from demo.make_videos import make_videos
-from demo.make_weights import make_weights
+from toy.make_videos import make_videos
+from toy.make_weights import make_weights
 
 DATA = Path(__file__).parent / "data"
 REPOSITORY = Path(__file__).parents[1]

@@ -10,7 +10,8 @@ import sys
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-import libs.preflight
+import libs.training.checks
+from libs.inpainter import INPAINTERS
 
 make_state = AcceleratorState.__init__
 
@@ -25,7 +26,7 @@ def make_sharded_state(self, *args, fsdp_plugin=None, _from_accelerator=False, *
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = make_sharded_state
-    libs.preflight.check_engine = lambda args: (None, "fsdp on the CPU")
+    libs.training.checks.check_engine = lambda args: (None, "fsdp on the CPU")
     script = importlib.import_module(f"train_DiffuEraser_stage{sys.argv[1]}")
-    getattr(script, f"Stage{sys.argv[1]}").inference_steps = 2  # gathering a thousand tensors is slow here
+    INPAINTERS[int(sys.argv[1])].inference_steps = 2  # gathering a thousand tensors is slow here
     script.main(sys.argv[2:])

@@ -7,7 +7,7 @@ if [[ "${1:-}" == --long ]]; then
   shift
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash demo/venv.sh tests/requirements.txt
+bash install.sh tests/requirements.txt
 # Two processes with one thread each: the models are so small that threads would only wait for each other.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal "$@"

@@ -9,13 +9,13 @@ from conftest import equal_files
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-import libs.conversion
+import libs.checkpoints.convert
+from common.errors import InputError
 from libs.brushnet_CA import BrushNetModel
-from libs.conversion import convert, main
-from libs.errors import InputError
+from libs.checkpoints.convert import convert, main
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import UNetMotionModel
-from train_DiffuEraser_stage1 import Stage1
+from libs.inpainter import FrameInpainter
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -48,7 +48,7 @@ def test_both_stages(train, tmp_path, weights):
 
 def test_model_card(train, videos, tmp_path, monkeypatch):
     """Valid for the Hub's own tools, with settings and the scores of its step; a user's own text is kept."""
-    monkeypatch.setattr(Stage1, "inference_steps", 2)
+    monkeypatch.setattr(FrameInpainter, "inference_steps", 2)
     train(
         1,
         max_train_steps=1,
@@ -89,7 +89,7 @@ def test_a_model_card_that_cannot_be_written(train, tmp_path, monkeypatch, capsy
 def test_a_full_disk_between_the_models(train, tmp_path, monkeypatch):
     """One line, and the folder is not removed with the model that is there."""
     train(1, max_train_steps=1)
-    replace = libs.conversion.replace_folder
+    replace = libs.checkpoints.convert.replace_folder
 
     def fail_second(partial, folder):
         if folder.name == "brushnet":

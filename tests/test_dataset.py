@@ -11,9 +11,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
-from dataset.finetune_dataset import EpochSampler, FinetuneDataset, TrainingClips, to_tensors
-from dataset.frames import BrokenFrame, read_frame
-from libs.errors import InputError
+from common.errors import InputError
+from dataset.finetune_dataset import FinetuneDataset, to_tensors
+from dataset.images import BrokenFrame, read_frame
+from dataset.loader import EpochSampler, TrainingClips
 
 
 def settings(videos, **overrides):

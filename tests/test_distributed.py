@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import benchmarks.scaling
-from dataset.finetune_dataset import EpochSampler
-from libs.conversion import convert
-from libs.engine import check_engine, require_agreement
-from libs.errors import InputError
-from libs.options import parse_args
-from libs.preflight import inspect
-from libs.resuming import BATCH_SETTINGS, global_batch
-from libs.training import what_must_agree
+from common.distributed import check_engine, require_agreement
+from common.errors import InputError
+from dataset.loader import EpochSampler
+from libs.checkpoints.convert import convert
+from libs.checkpoints.resume import BATCH_SETTINGS, global_batch
+from libs.training.checks import inspect
+from libs.training.config import parse_args
+from libs.training.loop import what_must_agree
 from train_DiffuEraser_stage1 import Stage1
 
 FINAL = "unet_main/diffusion_pytorch_model.safetensors"
@@ -81,7 +81,7 @@ def test_machines_that_disagree_are_named(flags, videos, tmp_path, monkeypatch):
         return what_must_agree(args, inspect(args, Stage1)[1])
 
     def compare(there):
-        monkeypatch.setattr("libs.engine.gather_object", lambda here: [*here, there])
+        monkeypatch.setattr("common.distributed.gather_object", lambda here: [*here, there])
         require_agreement(Accelerator, facts())
 
     (tmp_path / "elsewhere").symlink_to(videos)
@@ -117,7 +117,7 @@ def losses(log):
 def run_fsdp(processes, stage, flags):
     """The log of a run under accelerate's FSDP2 engine, on the CPU."""
     command = [
-        sys.executable, "-m", "libs.launcher", "--config_file=configs/accelerate/fsdp.yaml", "--num_machines=1",
+        sys.executable, "-m", "launch.launcher", "--config_file=configs/accelerate/fsdp.yaml", "--num_machines=1",
         f"--num_processes={processes}", "--num_cpu_threads_per_process=1", "--main_process_port=0",
         "--mixed_precision=no", "tests/fsdp_on_cpu.py", str(stage), *flags,
     ]  # fmt: skip

@@ -14,9 +14,10 @@ from PIL import Image
 
 import eval_DiffuEraser
 import run_diffueraser
-from libs.conversion import convert
-from libs.errors import InputError
-from libs.videos import read_mask, read_masks, read_video, write_frames, write_mp4
+from common.errors import InputError
+from dataset.images import read_mask
+from libs.checkpoints.convert import convert
+from libs.inference.video import read_masks, read_video, write_frames, write_mp4
 
 
 @pytest.fixture

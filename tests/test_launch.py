@@ -106,7 +106,7 @@ FAILURES = {  # (stage, variables, arguments, what the line says)
     "number": (1, {"NUM_PROCESSES": "two"}, [], "NUM_PROCESSES=two: a number above 0 was needed"),
     "switch": (1, {"LOW_MEMORY": "true"}, [], "LOW_MEMORY=true: 0 or 1 was needed"),
     "precision": (1, {"MIXED_PRECISION": "fp32"}, [], "MIXED_PRECISION=fp32: no (fp32), fp16 or bf16 was needed"),
-    "python": (1, {"PYTHON": "nopython"}, [], "nopython was not found: bash demo/venv.sh requirements.txt makes .venv"),
+    "python": (1, {"PYTHON": "nopython"}, [], "nopython was not found: bash install.sh requirements.txt makes .venv"),
     "log": (1, {"LOG": "/proc/x/run.log"}, [], "LOG=/proc/x/run.log cannot be written to: choose another"),
     "argument": (2, {}, ["--max_train_samples=5"], "--max_train_samples is gone: shorten"),
 }
@@ -131,8 +131,8 @@ def python_stand_in(tmp_path, gpus, launcher):
     path.write_text(
         f"""#!/usr/bin/env bash
 case "$2" in
-  libs.machine) echo {int(gpus > 0)} {int(gpus > 0)} {gpus} ;;
-  libs.launcher) {launcher} ;;
+  common.hardware) echo {int(gpus > 0)} {int(gpus > 0)} {gpus} ;;
+  launch.launcher) {launcher} ;;
   *) exec {sys.executable} "$@" ;;
 esac
 """
@@ -206,7 +206,7 @@ def test_a_killed_trainer(environment, processes):
     try:
         wait_for_line(log, "step 2/5000")
         below = psutil.Process(script.pid).children(recursive=True)
-        trainers = [process for process in below if "libs.launcher" not in process.cmdline()]
+        trainers = [process for process in below if "launch.launcher" not in process.cmdline()]
         trainers[-1].kill()
         _, error = script.communicate(timeout=60)
     finally:
@@ -271,7 +271,7 @@ def test_the_engine(environment, tmp_path, gpus, variables, told):
 
 def test_the_quickstart_sets_or_unsets_every_variable():
     """What a user has exported for another run has no influence on it."""
-    scripts = "".join(Path(REPOSITORY, name).read_text() for name in ("libs/launch.sh", *STAGE_SCRIPTS))
+    scripts = "".join(Path(REPOSITORY, name).read_text() for name in ("launch/launch.sh", *STAGE_SCRIPTS))
     read = set(re.findall(r"\$\{([A-Z][A-Z_0-9]+):?-", scripts))
     read -= {"OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_CPP_LOG_LEVEL"}
     assert len(read) > 25

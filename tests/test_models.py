@@ -9,12 +9,12 @@ import torch
 from conftest import DATA, fill_by_formula, parity_case
 from safetensors.torch import load_file, save_file
 
+from common.errors import InputError
+from common.weights import resolve_folder, shapes_of
+from libs.base_model import BaseModel
 from libs.brushnet_CA import BrushNetModel
-from libs.errors import InputError
-from libs.frozen import FrozenModels
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
-from libs.weights import resolve_folder, shapes_of
 
 LAYOUT = DATA / "published_layout"
 PUBLISHED = {
@@ -117,8 +117,8 @@ def test_a_vae_in_a_subfolder(weights, tmp_path):
     args = argparse.Namespace(
         base_model_name_or_path=str(weights / "stable-diffusion-v1-5"), vae_path=str(tmp_path), **settings
     )
-    frozen = FrozenModels(args)
-    assert frozen.vae_folder == tmp_path / "vae" and frozen.load_codec("cpu", torch.float32, 1).scale == 8
+    frozen = BaseModel(args)
+    assert frozen.vae_folder == tmp_path / "vae" and frozen.load_vae("cpu", torch.float32, 1).scale == 8
 
 
 def test_wrong_class_and_missing_files(tiny, tmp_path):
@@ -135,7 +135,7 @@ def test_wrong_class_and_missing_files(tiny, tmp_path):
 @pytest.mark.parametrize("path", ["weights/sd-vae-ft-mse", "converted_weights/finetuned-stage1", "./a/b", "a/b/c"])
 def test_own_folders_are_not_looked_up_on_the_hub(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("libs.weights.snapshot_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("common.weights.snapshot_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
     with pytest.raises(InputError, match=f"^{tmp_path / path}/unet is not a folder: .* README.md how to download"):
         resolve_folder(path, "unet")
 

@@ -7,11 +7,10 @@ from conftest import fill_by_formula, parity_case
 from diffusers import DDPMScheduler
 
 from libs.brushnet_CA import BrushNetModel
-from libs.diffusion import diffusion_loss
+from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
+from libs.training.loss import EncodedBatch, denoising_loss
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
-from train_DiffuEraser_stage1 import FrameInpainter
-from train_DiffuEraser_stage2 import ClipInpainter, freeze
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 # Weight gradients of strided convolutions depend on the processor's kernels: the reference itself, in fp32, is 3.7e-4
@@ -73,7 +72,7 @@ def test_training_step(case, stage, recompute):
         model = FrameInpainter(models["unet"], models["brushnet"])
     else:
         motion = UNetMotionModel.from_unet2d(models["unet"], models["motion_adapter"])
-        model = freeze(ClipInpainter(motion, models["brushnet"]), torch.float32)
+        model = train_motion_modules_only(ClipInpainter(motion, models["brushnet"]), torch.float32)
     if recompute:
         model.enable_gradient_checkpointing()
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == int(io[f"stage{stage}.trainable"])
@@ -81,9 +80,8 @@ def test_training_step(case, stage, recompute):
     pred = model(io["noisy_latents"], io["conditioning"], io["timesteps"], io["prompt_embeds"])
     torch.testing.assert_close(pred, io[f"stage{stage}.pred"], **TOLERANCE)
     scheduler = DDPMScheduler(**case["scheduler"])
-    loss = diffusion_loss(
-        model, scheduler, io["latents"], io["noise"], io["conditioning"], io["timesteps"], io["prompt_embeds"]
-    )
+    names = ("latents", "noise", "conditioning", "timesteps", "prompt_embeds")
+    loss = denoising_loss(model, scheduler, EncodedBatch(*(io[name] for name in names)))
     torch.testing.assert_close(loss, F.mse_loss(pred, io["noise"]))
     assert loss.item() == pytest.approx(case[f"stage{stage}_loss"], abs=1e-4)
 

@@ -5,12 +5,13 @@ import re
 import shutil
 
 import pytest
+
+import common.files
 from conftest import equal_files
 from safetensors import safe_open
 
-import libs.files
-from libs.checkpoints import find_latest
-from libs.files import write_json
+from common.files import write_json
+from libs.checkpoints.checkpoint import find_latest
 
 
 def final(folder):
@@ -163,7 +164,7 @@ def test_files_are_whole_or_as_before(tmp_path, monkeypatch):
     def killed(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(libs.files, "flush", killed)
+    monkeypatch.setattr(common.files, "flush", killed)
     with pytest.raises(KeyboardInterrupt):
         write_json(tmp_path / "config.json", ["second"])
     assert json.loads((tmp_path / "config.json").read_text()) == ["first"]

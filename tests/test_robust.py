@@ -19,14 +19,15 @@ from conftest import REPOSITORY, equal_files
 from PIL import Image
 from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
 
-import libs.preflight
-import libs.step
-import libs.training
-from dataset.finetune_dataset import FinetuneDataset, TrainingClips
-from dataset.frames import scan_video
-from libs.errors import InputError
-from libs.options import parse_args
-from libs.stopping import StopRequest, start_compilers
+import libs.training.checks
+import libs.training.loss
+import libs.training.loop
+from common.errors import InputError
+from dataset.finetune_dataset import FinetuneDataset
+from dataset.folders import scan_video
+from dataset.loader import TrainingClips
+from libs.training.config import parse_args
+from libs.training.stopping import StopRequest, start_compilers
 from train_DiffuEraser_stage1 import Stage1
 
 
@@ -40,19 +41,19 @@ def test_a_signal_finishes_the_step_and_saves(train, tmp_path, capsys, monkeypat
     before = signal.getsignal(number)
     train(1, output_dir=tmp_path / "whole", max_train_steps=4)
     capsys.readouterr()
-    loss = libs.step.diffusion_loss
+    loss = libs.training.loss.denoising_loss
 
     def interrupted(*args):
         os.kill(os.getpid(), number)
         return loss(*args)
 
-    monkeypatch.setattr(libs.step, "diffusion_loss", interrupted)
+    monkeypatch.setattr(libs.training.loss, "denoising_loss", interrupted)
     train(1, max_train_steps=4, resume_from_checkpoint="latest")
     output = capsys.readouterr().out
     assert steps_of(output) == [1] and f"stopped by {number.name} at step 1" in output
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     assert signal.getsignal(number) is before
-    monkeypatch.setattr(libs.step, "diffusion_loss", loss)
+    monkeypatch.setattr(libs.training.loss, "denoising_loss", loss)
     train(1, max_train_steps=4, resume_from_checkpoint="latest")
     final = "unet_main/diffusion_pytorch_model.safetensors"
     assert equal_files(tmp_path / "whole" / final, tmp_path / "run" / final)
@@ -203,13 +204,13 @@ def test_a_folder_without_permission(tmp_path):
 
 def test_losses_that_are_no_numbers_stop_the_run(train, tmp_path, capsys, monkeypatch):
     train(1, max_train_steps=2, checkpointing_steps=1)
-    loss, calls = libs.step.diffusion_loss, []
+    loss, calls = libs.training.loss.denoising_loss, []
 
     def bad(*args):
         calls.append(args)
         return loss(*args) * (float("nan") if len(calls) > 1 else 1)
 
-    monkeypatch.setattr(libs.step, "diffusion_loss", bad)
+    monkeypatch.setattr(libs.training.loss, "denoising_loss", bad)
     with pytest.raises(SystemExit) as stop:
         train(1, max_train_steps=40, checkpointing_steps=1, resume_from_checkpoint="latest", logging_steps=3)
     captured = capsys.readouterr()
@@ -237,13 +238,13 @@ def test_a_full_disk(train, tmp_path, capsys, monkeypatch, quota, size):
     """A checkpoint that cannot be written is said and tried again; at the end it is an error; earlier ones stay."""
     train(1, max_train_steps=1)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if "checkpoint-1" in str(path.parent)}
-    loss = libs.step.diffusion_loss
+    loss = libs.training.loss.denoising_loss
 
     def fill_disk(*args):
         quota(size)
         return loss(*args)
 
-    monkeypatch.setattr(libs.step, "diffusion_loss", fill_disk)
+    monkeypatch.setattr(libs.training.loss, "denoising_loss", fill_disk)
     with pytest.raises(SystemExit) as stop:
         train(1, max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest")
     quota(None)
@@ -314,7 +315,7 @@ def test_out_of_memory_is_one_line(train, tmp_path, capsys, monkeypatch):
     def fail(*args):
         raise torch.OutOfMemoryError(message)
 
-    monkeypatch.setattr(libs.step, "diffusion_loss", fail)
+    monkeypatch.setattr(libs.training.loss, "denoising_loss", fail)
     with pytest.raises(SystemExit) as stop:
         train(1)
     error = capsys.readouterr().err
@@ -326,14 +327,14 @@ def test_out_of_memory_is_one_line(train, tmp_path, capsys, monkeypatch):
 def test_fp16_may_be_turned_on_and_off(train, tmp_path, capsys, monkeypatch):
     """With the gradient scaler that only fp16 has: a checkpoint without its state, then one with it."""
     train(1, max_train_steps=1)
-    make = libs.training.make_accelerator
+    make = libs.training.loop.make_accelerator
 
     def make_with_scaler(args):
         accelerator = make(args)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         return accelerator
 
-    monkeypatch.setattr(libs.training, "make_accelerator", make_with_scaler)
+    monkeypatch.setattr(libs.training.loop, "make_accelerator", make_with_scaler)
     train(1, max_train_steps=2, resume_from_checkpoint="latest")
     assert torch.load(tmp_path / "run/checkpoint-2/scaler.pt", weights_only=True)["scale"] == 2.0
     monkeypatch.undo()
@@ -360,7 +361,7 @@ def test_check_only(train, tmp_path, capsys):
 
 def test_a_checkpoint_with_8_bit_moments_needs_half_the_disk(train, capsys, monkeypatch):
     megabytes_40 = shutil.disk_usage("/")._replace(free=40_000_000)  # 4.9 M trained parameters: 59 MB, or 29
-    monkeypatch.setattr(libs.preflight.shutil, "disk_usage", lambda path: megabytes_40)
+    monkeypatch.setattr(libs.training.checks.shutil, "disk_usage", lambda path: megabytes_40)
     for settings, status in (({}, 1), ({"use_8bit_adam": True}, 0)):
         with pytest.raises(SystemExit) as stop:
             train(1, check_only=True, **settings)
@@ -386,7 +387,7 @@ def test_the_memory_line_counts_gradients_held_in_the_forward_pass(flags, monkey
         **changes,
     }
     opened = {"unet_main": SimpleNamespace(parameters=860e6, config={"block_out_channels": [320]}), "brushnet": None}
-    _, line = libs.preflight.check_memory(parse_args(Stage1, flags(1, **settings)), Stage1, opened)
+    _, line = libs.training.checks.check_memory(parse_args(Stage1, flags(1, **settings)), Stage1, opened)
     assert line.startswith(f"about {gib} GiB")
 
 

@@ -8,13 +8,13 @@ import torch
 from conftest import moving_video
 from diffusers import UniPCMultistepScheduler
 
-from libs.diffusion import Codec
-from libs.frozen import FrozenModels, quiet_libraries
-from libs.sampling import Pipeline, paste, ramp
+from libs.base_model import BaseModel, quiet_libraries
+from libs.inference.pipeline import Pipeline, paste, ramp
+from libs.vae import FrozenVAE
 
 
-class PixelCodec:
-    """A codec whose latents are pixels, averaged over 4x4 blocks: what a model says can be read off the result."""
+class PixelVAE:
+    """A VAE whose latents are pixels, averaged over 4x4 blocks: what a model says can be read off the result."""
 
     scale = 4
 
@@ -32,7 +32,7 @@ class PixelCodec:
 def make_pipeline(model, nframes=4, overlap=2, steps=3, **changes):
     with quiet_libraries():
         sampler = UniPCMultistepScheduler(prediction_type="sample")
-    settings = {"codec": PixelCodec(), "sampler": sampler, "device": torch.device("cpu"), "shared_noise": False}
+    settings = {"vae": PixelVAE(), "sampler": sampler, "device": torch.device("cpu"), "shared_noise": False}
     settings |= changes
     return Pipeline(model=model, nframes=nframes, overlap=overlap, num_inference_steps=steps, **settings)
 
@@ -70,7 +70,7 @@ def test_windows_are_blended_in_every_step():
 
 
 def test_what_the_model_sees():
-    """The hole is blacked out, the mask is 1 = keep, and the frame is continued to a multiple of the codec's block."""
+    """The hole is blacked out, the mask is 1 = keep, and the frame is continued to a multiple of the VAE's block."""
     seen = []
 
     def model(latents, conditioning, timestep, prompt_embeds):
@@ -92,10 +92,10 @@ def test_what_the_model_sees():
 
 
 def test_a_model_that_knows_the_truth_returns_it():
-    """An identity model gets back each frame at the codec's precision, whatever the windows are."""
+    """An identity model gets back each frame at the VAE's precision, whatever the windows are."""
     frames, holes = moving_video(9, 32, 48)
     truth = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
-    latents, start = PixelCodec().encode(truth, None), [0, 2, 4, 5]
+    latents, start = PixelVAE().encode(truth, None), [0, 2, 4, 5]
 
     def model(noisy, conditioning, timestep, prompt_embeds):
         window = start[model.calls % 4]
@@ -104,7 +104,7 @@ def test_a_model_that_knows_the_truth_returns_it():
 
     model.calls = 0
     filled = make_pipeline(model).fill(frames, holes, None, seed=0)
-    expected = (PixelCodec().decode(latents) + 1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    expected = (PixelVAE().decode(latents) + 1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
     assert np.abs(filled.astype(int) - expected).max() <= 1
 
 
@@ -153,9 +153,9 @@ def test_a_real_vae(weights):
         base_model_name_or_path, vae_path = weights / "stable-diffusion-v1-5", weights / "sd-vae-ft-mse"
         revision = variant = tokenizer_name = None
 
-    frozen = FrozenModels(Args)
-    codec = frozen.load_codec(torch.device("cpu"), torch.float32, frames=5)
-    assert isinstance(codec, Codec)
+    frozen = BaseModel(Args)
+    vae = frozen.load_vae(torch.device("cpu"), torch.float32, frames=5)
+    assert isinstance(vae, FrozenVAE)
     frames, holes = moving_video(2, 36, 52)
-    pipeline = make_pipeline(lambda latents, *rest: torch.zeros_like(latents), codec=codec)
+    pipeline = make_pipeline(lambda latents, *rest: torch.zeros_like(latents), vae=vae)
     assert pipeline.fill(frames, holes, None, 0).shape == frames.shape

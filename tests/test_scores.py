@@ -5,8 +5,8 @@ import pytest
 from conftest import moving_video
 from skimage.metrics import structural_similarity
 
-from libs.rivals import RIVALS
-from libs.scores import Reference, average, psnr, ssim, table
+from libs.evaluation.baselines import BASELINES
+from libs.evaluation.metrics import Reference, average, psnr, ssim, table
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +88,13 @@ def test_average_counts_frames():
     assert "PSNR hole" in head and line.split()[:4] == ["step", "5", "40", "1.75"]
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_rivals_keep_known_pixels_and_never_look_into_the_hole(video, name):
     frames, holes = video
-    filled = RIVALS[name](frames, holes)
+    filled = BASELINES[name](frames, holes)
     assert filled.dtype == np.uint8 and np.array_equal(filled[holes == 0], frames[holes == 0])
     painted = np.where(holes[..., None] > 0, 255 - frames, frames).astype(np.uint8)
-    assert np.array_equal(RIVALS[name](painted, holes), filled)
+    assert np.array_equal(BASELINES[name](painted, holes), filled)
     assert not np.array_equal(filled, frames)
 
 
@@ -103,4 +103,4 @@ def test_temporal_median_finds_what_other_frames_show():
     frames, holes = moving_video(5, 80, 100, pan=0, hole_speed=40)
     still = np.repeat(frames[:1], 5, axis=0)
     assert not (holes > 0).all(axis=0).any()
-    assert np.array_equal(RIVALS["temporal-median"](still, holes), still)
+    assert np.array_equal(BASELINES["temporal-median"](still, holes), still)

@@ -13,15 +13,14 @@ from safetensors.torch import load_file
 import libs.unet_walk
 from benchmarks.live_memory import peak_bytes
 from libs.brushnet_CA import BrushNetModel
-from libs.checkpoints import register_hooks, saved_keys
-from libs.diffusion import Codec, frames_at_once
-from libs.latent_cache import LatentCache
-from libs.optimizer import match_layout
-from libs.step import TrainingStep
+from libs.checkpoints.checkpoint import register_hooks, saved_keys
+from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
+from libs.training.cuda_graph import TrainingStep
+from libs.training.latent_cache import LatentCache
+from libs.training.optimizer import match_layout
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
-from train_DiffuEraser_stage1 import FrameInpainter
-from train_DiffuEraser_stage2 import ClipInpainter, freeze
+from libs.vae import FrozenVAE, frames_at_once
 
 SMALL = {
     "block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": 16,
@@ -41,7 +40,7 @@ def small_model(stage):
         block_out_channels=(8, 16), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=4
     )
     fill_by_formula(adapter, 3)
-    return freeze(ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), torch.float32)
+    return train_motion_modules_only(ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), torch.float32)
 
 
 def gradients(model, inputs):
@@ -140,7 +139,7 @@ def test_frames_are_encoded_in_slices_of_one_size():
     )  # fmt: skip
     pixels, sizes = torch.randn(7, 3, 16, 16), []
     vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    moments = Codec(vae, frames=3).moments(pixels)
+    moments = FrozenVAE(vae, frames=3).posterior(pixels)
     assert moments.shape == (7, 8, 8, 8) and sizes == [3, 3, 3]
     torch.testing.assert_close(moments, vae.encode(pixels).latent_dist.parameters)
     assert [frames_at_once(n, 512, 512) for n in (1, 10, 11, 12, 22, 24)] == [1, 10, 11, 6, 11, 8]

@@ -12,18 +12,18 @@ from accelerate import Accelerator
 from conftest import fill_by_formula, parity_case, reset_accelerate
 from diffusers import DDPMScheduler
 
-import libs.step
-import libs.training
+import libs.training.cuda_graph
+import libs.training.loop
+from common.errors import InputError
 from dataset.finetune_dataset import to_tensors
 from libs.brushnet_CA import BrushNetModel
-from libs.diffusion import Codec, Draws, diffusion_loss, model_inputs
-from libs.errors import InputError
-from libs.optimizer import eight_bit_adam, make_optimizer
-from libs.step import Captured, TrainingStep
+from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
+from libs.training.cuda_graph import Captured, TrainingStep
+from libs.training.loss import Draws, diffusion_loss, model_inputs
+from libs.training.optimizer import eight_bit_adam, make_optimizer
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
-from train_DiffuEraser_stage1 import FrameInpainter
-from train_DiffuEraser_stage2 import ClipInpainter, freeze
+from libs.vae import FrozenVAE
 
 
 def make_model(stage):
@@ -36,7 +36,9 @@ def make_model(stage):
         return FrameInpainter(unet, brushnet).double()
     adapter = MotionAdapter(**case["configs"]["motion_adapter"])
     fill_by_formula(adapter, 3)
-    return freeze(ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), torch.float32).double()
+    return train_motion_modules_only(
+        ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), torch.float32
+    ).double()
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -115,7 +117,7 @@ def test_a_batch_reaches_the_model_as_it_should():
         seen.extend(inputs)
         return torch.zeros_like(inputs[0])
 
-    inputs = model_inputs(Codec(KnownPosterior(), f), scheduler, prompt_embeds, torch.device("cpu"), batch)
+    inputs = model_inputs(FrozenVAE(KnownPosterior(), f), scheduler, prompt_embeds, torch.device("cpu"), batch)
     loss = diffusion_loss(model, scheduler, *inputs)
     noisy_latents, conditioning, timesteps, encoder_hidden_states = seen
     draws = Draws.from_seeds([5, 6], (f, 3, 2, 3), 1000, torch.device("cpu"))
@@ -176,7 +178,7 @@ def test_without_an_eight_bit_optimizer(monkeypatch):
 def test_rate_warm_up_and_clipping_reach_the_optimizer(train, monkeypatch, capsys):
     """scale_lr multiplies by the global batch; gradients that arrive are no longer than the limit."""
     norms = []
-    make = libs.training.make_optimizer
+    make = libs.training.loop.make_optimizer
 
     def watch(*args):
         optimizer = make(*args)

@@ -11,6 +11,8 @@ import types
 
 import cv2
 import imageio
+import libs.report.__main__
+import libs.training.loss
 import numpy as np
 import pytest
 import torch
@@ -18,22 +20,21 @@ from conftest import equal_files, moving_video
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import libs.report
-import libs.validation
-from libs.checkpoints import mark_best, prune, read_best
-from libs.errors import InputError
-from libs.pictures import contact_sheet, show_in_trackers
-from libs.report import ticks, write_report
-from libs.reporting import append_row, read_rows
-from libs.sampling import Pipeline
-from libs.videos import write_frames, write_gif
-from train_DiffuEraser_stage1 import Stage1
+import libs.training.validation
+from common.errors import InputError
+from common.run_files import append_row, read_rows
+from libs.checkpoints.checkpoint import mark_best, prune, read_best
+from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers
+from libs.inference.pipeline import Pipeline
+from libs.inference.video import write_frames, write_gif
+from libs.report.__main__ import ticks, write_report
+from libs.inpainter import FrameInpainter
 
 
 @pytest.fixture
 def validated(train, videos, monkeypatch):
     """train() with validation on two videos after every step, sampled in two steps."""
-    monkeypatch.setattr(Stage1, "inference_steps", 2)
+    monkeypatch.setattr(FrameInpainter, "inference_steps", 2)
     davis, names = videos / "DAVIS", ("buoy", "lantern")
 
     def run(stage=1, **overrides):
@@ -91,7 +92,7 @@ def test_a_failed_validation_costs_nothing_else(validated, train, tmp_path, caps
     output = capsys.readouterr().out
     assert output.count("validation at step 1 failed, training goes on: CUDA out of memory.") == 2
     assert "0 videos in" in output and "without buoy, lantern" in output and "of its start" in output
-    monkeypatch.setattr(libs.validation, "diffusion_loss", fail)
+    monkeypatch.setattr(libs.training.loss, "denoising_loss", fail)
     validated(output_dir=tmp_path / "again")
     assert "of its start" not in capsys.readouterr().out
     for name in ("run", "again"):
@@ -281,7 +282,7 @@ def test_report_page(validated, tmp_path, capsys):
     """One file without a link to another: curves, samples, checkpoints, settings."""
     validated(max_train_steps=2, checkpointing_steps=1)
     capsys.readouterr()
-    libs.report.main([str(tmp_path / "run")])
+    libs.report.__main__.main([str(tmp_path / "run")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "run/report.html")
     page = (tmp_path / "run/report.html").read_text()
     assert not re.search(r"\bnan\b", re.sub('base64,[^"]*', "", page))

@@ -12,9 +12,9 @@ import torch
 from conftest import DATA
 
 import eval_DiffuEraser
-from libs.rivals import RIVALS
-from libs.sampling import paste
-from libs.vfid import I3D, frechet_distance, load_i3d, max_pool, same_padding
+from libs.evaluation.baselines import BASELINES
+from libs.evaluation.vfid import I3D, frechet_distance, load_i3d, max_pool, same_padding
+from libs.inference.pipeline import paste
 
 LAYOUT = json.loads((DATA / "published_layout/pytorch-i3d/keys.json").read_text())
 # Of the InceptionI3d of pytorch-i3d with the weights and videos below, in training mode and double precision, its
@@ -194,7 +194,7 @@ def test_eval(weights, videos, i3d_file, i3d, tmp_path, capsys):
     features = []
     for number, folder in enumerate(eval_DiffuEraser.find_videos(args)):
         frames, holes = eval_DiffuEraser.load_video(folder, number, args)
-        filled = paste(frames, RIVALS["telea"](frames, holes), holes)
+        filled = paste(frames, BASELINES["telea"](frames, holes), holes)
         features.append([i3d.describe(video, folder.name) for video in (frames, filled)])
     expected = frechet_distance(*zip(*features, strict=True))
     assert expected > 1e-4 and float(means["telea"]["vfid"]) == pytest.approx(expected, rel=1e-3)

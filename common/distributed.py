@@ -1,0 +1,179 @@
+"""The engine that accelerate's configuration chose: one process, DDP, FSDP2 or DeepSpeed ZeRO-2.
+
+What the engines do differently stands here; training, checkpoints and converters see whole tensors and one error.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from common.errors import InputError
+from common.hardware import gpu_is_used
+
+# Bytes of weights, gradients and two Adam moments per trained parameter: on every card, and shared by the cards.
+STATE_BYTES = {"ddp": (16, 0), "fsdp": (0, 16), "deepspeed": (2, 16)}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+
+
+def engine_name():
+    """One of "fsdp", "deepspeed" and "ddp" (one process included), as `accelerate launch` passes it on."""
+    for name in ("fsdp", "deepspeed"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+            return name
+    return "ddp"
+
+
+def check_engine(args):
+    """What the engine needs is there. Raises InputError; returns the engine in words."""
+    name = engine_name()
+    if name == "deepspeed" and not importlib.util.find_spec("deepspeed"):
+        raise InputError("the configuration asks for DeepSpeed, which is not installed: pip install deepspeed")
+    if name != "ddp" and not gpu_is_used():
+        raise InputError(
+            f"the configuration asks for {name}, and accelerate shards on GPUs only, of which none was found: use "
+            "ACCELERATE_CONFIG=configs/accelerate/multi_gpu.yaml"
+        )
+    if name == "fsdp" and os.environ.get("FSDP_VERSION") != "2":
+        raise InputError(
+            "FSDP of version 1 is not supported: set fsdp_version: 2, as configs/accelerate/fsdp.yaml does"
+        )
+    if name != "ddp" and args.use_8bit_adam:
+        raise InputError(f"--use_8bit_adam does not go with {name}, which shards the optimizer state: drop one of them")
+    if name != "ddp" and args.compile:
+        raise InputError(f"--compile does not go with {name}, whose layers gather their weights: drop it (COMPILE=0)")
+    processes, machines = int(os.environ.get("WORLD_SIZE", 1)), count_machines()
+    if args.cuda_graph and (name != "ddp" or processes > 1):
+        raise InputError("--cuda_graph is for one process without FSDP or DeepSpeed: drop it (CUDA_GRAPH=0)")
+    if processes == 1:
+        return None, "one process" if name == "ddp" else f"{name}, one process"
+    return None, f"{name}, {processes} processes" + (f" on {machines} machines" if machines > 1 else "")
+
+
+def count_machines():
+    return math.ceil(int(os.environ.get("WORLD_SIZE", 1)) / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def state_bytes(trained, frozen, engine, processes):
+    """Bytes per card of a model with so many trained parameters, and frozen ones in half precision."""
+    whole, shared = STATE_BYTES[engine]
+    return trained * (whole + shared / processes) + frozen * 2 / (processes if engine == "fsdp" else 1)
+
+
+def make_accelerator(args):
+    accelerator = Accelerator(
+        # Several processes without a GPU (gloo): accelerate would let each of them train on its own.
+        cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        step_scheduler_with_optimizer=False,  # the loop steps it, once per optimizer step in every process
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.distributed_timeout)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
+        ],
+    )
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise InputError(
+            f"the engine's configuration says gradient_accumulation_steps: {accelerator.gradient_accumulation_steps}, "
+            f"the run --gradient_accumulation_steps={args.gradient_accumulation_steps}: take the line out of the file"
+        )
+    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
+        # Layers compute in half precision and gradients are averaged in fp32, as with DDP and autocast.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=DTYPES[accelerator.mixed_precision], reduce_dtype=torch.float32
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Why silenced: DeepSpeed's barriers when it saves name no device, so that torch takes the current one, which is
+        # right, and says so in every process at every checkpoint. Nobody could act on it.
+        warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context", UserWarning)
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=args.train_batch_size, gradient_clipping=args.max_grad_norm
+        )
+    return accelerator
+
+
+def fit_to_engine(accelerator, model):
+    """FSDP2 and DeepSpeed give layers half-precision weights without autocast: what is in fp32, as position tables are,
+    would not fit them."""
+    dtype = DTYPES[accelerator.mixed_precision]
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) and dtype != torch.float32:
+        model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
+
+
+def whole(value):
+    """A tensor that FSDP2 may have spread over the processes, or a number of DeepSpeed's, as a plain tensor."""
+    return value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
+
+
+def whole_state_dict(accelerator, model, keys):
+    """{key: tensor} of a sharded model, trained weights in fp32, on the CPU of the main process, and {} in the others.
+
+    All processes take part, tensor by tensor: no GPU ever holds more than one of them.
+    """
+    model = accelerator.unwrap_model(model)
+    state_dict = {**model.state_dict(), **dict(model.named_parameters())}  # DeepSpeed finds its masters by parameter
+    result = {}
+    for key in keys:
+        tensor = whole(state_dict[key].detach())
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and state_dict[key].requires_grad:
+            from deepspeed.utils import safe_get_full_fp32_param  # no requirement of the project
+
+            tensor = safe_get_full_fp32_param(state_dict[key])  # the optimizer's; the model has half precision
+        if accelerator.is_main_process:
+            result[key] = tensor.cpu().contiguous()
+    return result
+
+
+def require_agreement(accelerator, facts):
+    """Raise InputError, naming the first thing that differs, where the {name: value} of the processes are not equal."""
+    if accelerator.num_processes == 1:
+        return
+    first, *others = gather_object([facts])
+    for index, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise InputError(
+                    f"{name} is {value} in process 0 and {other[name]} in process {index}: all machines need the same "
+                    "settings, weights and data, and one output folder that they share"
+                )
+
+
+def is_lost_process(error):
+    """Whether torch's communication raised `error`: gloo's are plain RuntimeErrors, NCCL's are of a subclass."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+@contextmanager
+def lost_processes_named(output_dir):
+    """Turn the errors of torch's communication into one line: another process is gone, or cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        # Without the source line in front and the advice behind: "Timed out waiting 1800000ms for recv operation ..."
+        reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
+        raise InputError(
+            f"another process has ended or cannot be reached ({reason}): see the logs of the other machines, then run "
+            f"the same command on all of them to go on from the newest checkpoint in {output_dir}"
+        ) from None

@@ -1,0 +1,47 @@
+"""Errors that a user can mend."""
+
+import os
+import sys
+from functools import wraps
+
+import torch
+from accelerate.state import PartialState
+
+
+class InputError(ValueError):
+    """A wrong input: one line that says what was found, what was needed, and which flag or file mends it."""
+
+
+def one_line_errors(main):
+    """Let `main` end with exit status 1 and one line on stderr where an input is wrong, without a traceback."""
+
+    @wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except (InputError, torch.OutOfMemoryError) as error:
+            rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+            # Before training all processes find the same: one on every machine says so, as each has its own log.
+            if local_rank == 0 or PartialState._shared_state:
+                who = f"error in process {rank}" if rank else "error"
+                print(f"{who}: {one_line(error)}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+
+    return wrapped
+
+
+def one_line(error):
+    """What a user needs of an InputError or of torch's OutOfMemoryError."""
+    if isinstance(error, InputError):
+        # A loader worker's error arrives with its traceback as text; its last line is the error.
+        return str(error).strip().splitlines()[-1].removeprefix("common.errors.InputError: ")
+    found = ". ".join(str(error).split(". ")[:3])  # what failed, how much was asked for, how much the GPU has
+    return (
+        f"{found}: use fewer frames at once (--nframes), smaller ones (--resolution, --size) or, to train, "
+        "LOW_MEMORY=1 in another output folder"
+    )
+
+
+def first_line(error):
+    """Of an error's message, for the log."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,68 @@
+"""Files that are whole or not there, also when the program is killed or the machine goes down while writing."""
+
+import errno
+import fcntl
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from common.errors import InputError
+
+
+@contextmanager
+def written_whole(path):
+    """Gives a path beside `path` to write to, which is flushed and renamed then: whoever reads finds the old content or
+    the new one. Several processes may write the same file."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+    try:
+        yield partial
+        flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """What can be JSON, indented, as a whole."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=1))
+
+
+def check_writable(folder, flag):
+    """Make `folder` if need be. Raises InputError, naming the flag, where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {folder} cannot be written to ({error.strerror}): choose another") from None
+
+
+@contextmanager
+def locked(folder):
+    """Nobody else may hold `folder` meanwhile, on any machine that shares it. Raises InputError where somebody does.
+
+    A lock of the process: loader workers do not inherit it, and it ends with the process however that ends.
+    """
+    with open(Path(folder, ".lock"), "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # POSIX allows both
+            raise InputError(f"another run is writing to {folder}: stop it, or choose another --output_dir") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+                raise
+        yield
+
+
+def flush(path):
+    """Wait until a file's, or a folder's, content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

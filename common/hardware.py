@@ -1,0 +1,32 @@
+"""What this machine can do, for the shell scripts' defaults and for the checks: `python -m common.hardware`."""
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+from accelerate.utils import parse_flag_from_env
+
+
+def gpu_is_used():
+    """Whether there is a GPU, and accelerate's configuration does not say use_cpu."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def compiling_lacks():
+    """What torch.compile needs on a GPU and this machine has not, in words; None where nothing is missing."""
+    if not gpu_is_used():
+        return "a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton (pip install triton)"
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "a C compiler (apt-get install gcc)"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers (apt-get install python3-dev)"
+    return None
+
+
+if __name__ == "__main__":
+    print(int(gpu_is_used()), int(compiling_lacks() is None), torch.cuda.device_count())

@@ -1,0 +1,47 @@
+"""The files in a run's folder that others read: their names, and CSV files that survive a killed writer."""
+
+import csv
+import io
+from pathlib import Path
+
+# Numbers beside the trackers' files: the lines of the log, held-out losses, and scores of every validation video.
+HISTORY_FILE, HELD_OUT_FILE, SCORES_FILE = "history.csv", "held_out.csv", "scores.csv"
+CONTACT_SHEET = "contact_sheet.png"
+
+
+def append_row(path, row):
+    """Add a {column: value} to a CSV file, which gets its header with the first one.
+
+    A last row without a newline, of a process that was killed or a disk that was full, is dropped.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = path.read_bytes() if path.is_file() else b""
+    with open(path, "a", newline="") as file:
+        file.truncate(content.rfind(b"\n") + 1)
+        writer = csv.DictWriter(file, row)
+        if b"\n" not in content:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def write_rows(path, rows):
+    """A new CSV file of {column: value} rows."""
+    path.unlink(missing_ok=True)
+    for row in rows:
+        append_row(path, row)
+
+
+def read_rows(path):
+    """[{column: text}] of such a file; what a resumed run did again replaces what was done before.
+
+    Rows that are not whole are left out: one is being written, or its process was killed.
+    """
+    rows = []
+    content = Path(path).read_bytes().decode() if Path(path).is_file() else ""
+    for row in csv.DictReader(io.StringIO(content[: content.rfind("\n") + 1])):
+        if None in row or None in row.values():  # more values than columns, or fewer
+            continue
+        if rows and int(row["step"]) < int(rows[-1]["step"]):
+            rows = [earlier for earlier in rows if int(earlier["step"]) < int(row["step"])]
+        rows.append(row)
+    return rows

@@ -1,0 +1,121 @@
+"""Finding and reading the frames of DAVIS-2017's and YouTube-VOS's folders."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import InputError
+from common.files import write_json
+from dataset.images import BrokenFrame, list_frames, read_frames
+
+
+@dataclass(frozen=True)
+class Video:
+    folder: Path
+    frames: tuple[Path, ...]
+    broken: str = ""  # why its folder cannot be listed
+
+    @property
+    def name(self):
+        return self.folder.name
+
+
+def scan_davis(root):
+    """The videos that ImageSets/2017/train.txt names, in JPEGImages/480p."""
+    names_file, images = (
+        Path(root, "ImageSets/2017/train.txt"),
+        existing_folder(root, "JPEGImages/480p", "--davis_root"),
+    )
+    if not names_file.is_file():
+        raise InputError(
+            f"{names_file} is missing: DAVIS-2017's list of training videos was needed; check --davis_root"
+        )
+    names = names_file.read_text().split()
+    if not names:
+        raise InputError(f"{names_file} names no video: fetch DAVIS-2017's list of training videos again")
+    absent = [name for name in names if not Path(images, name).is_dir()]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise InputError(f"{names_file} names {absent[0]}{more}, which {images} lacks: unpack it or remove the line")
+    return [scan_video(Path(images, name)) for name in names]
+
+
+def scan_ytvos(root):
+    """Every folder of JPEGImages."""
+    images = existing_folder(root, "JPEGImages", "--ytvos_root")
+    with os.scandir(images) as entries:
+        folders = sorted(entry.path for entry in entries if entry.is_dir())
+    videos = [scan_video(Path(folder)) for folder in folders]
+    if not videos:
+        raise InputError(f"{images} holds no folder of frames: unpack YouTube-VOS there or change --ytvos_root")
+    return videos
+
+
+def existing_folder(root, subfolder, flag):
+    folder = Path(root, subfolder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: a dataset's root with {subfolder}/ in it was needed; check {flag}")
+    return folder
+
+
+def scan_video(folder):
+    try:
+        return Video(folder, list_frames(folder))
+    except OSError as error:
+        return Video(folder, (), broken=f"{folder} cannot be listed ({error.strerror})")
+    except BrokenFrame as error:
+        return Video(folder, (), broken=str(error))
+
+
+def list_videos(args):
+    """Every training video of both datasets, each once."""
+    davis = scan_davis(args.davis_root) if args.davis_root else []
+    return davis + (scan_ytvos(args.ytvos_root) if args.ytvos_root else [])
+
+
+def find_broken(video):
+    """What is wrong with a video's frames, all of which are read; None: nothing."""
+    try:
+        read_frames(video.frames)
+    except BrokenFrame as error:
+        return str(error)
+    return None
+
+
+def scan_frames(args, memory, processes, remember=True):
+    """{folder: reason} of the videos with a broken frame; every frame is read, in `processes` processes.
+
+    What was found before is taken from the file `memory` for folders whose files keep their names, sizes and times; if
+    told to `remember`, what is new is added to it.
+    """
+    videos = list_videos(args)
+    known = json.loads(Path(memory).read_text()) if Path(memory).is_file() else {}
+    keys = {str(video.folder): listing_key(video) for video in videos}
+    new = [video for video in videos if known.get(str(video.folder), [None])[0] != keys[str(video.folder)]]
+    if new:
+        # An executor, because Pool ends its workers by SIGTERM, which the trainer's processes take for a wish to save.
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+            for video, reason in zip(new, pool.map(find_broken, new, chunksize=4), strict=True):
+                known[str(video.folder)] = [keys[str(video.folder)], reason]
+        if remember:
+            write_json(memory, known)
+    return {video.folder: known[str(video.folder)][1] for video in videos if known[str(video.folder)][1]}
+
+
+def size_and_time(path):
+    """(bytes, nanoseconds); (0, 0) of a link that leads nowhere, which reading it will say."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def listing_key(video):
+    """A short hash of the names, sizes and times of a video's files."""
+    stats = [(path.name, *size_and_time(path)) for path in video.frames]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

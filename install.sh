@@ -1,0 +1,26 @@
+# Makes .venv with the packages of a requirements file, unless it is there already: install.sh requirements.txt
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+find_python() {
+  local candidate
+  for candidate in python3 python3.13 python3.12 python3.11 python; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: Python 3.11 or newer was needed (diffusers 0.42 needs it), found $(python3 --version 2>&1 || true)" >&2
+  exit 1
+}
+
+stamp=.venv/.installed-$(sha256sum "$1" requirements.txt | sha256sum | cut -c1-16)
+if [[ ! -f "$stamp" ]]; then
+  python=$(find_python)
+  [[ -x .venv/bin/python ]] || "$python" -m venv .venv
+  echo "installing $1 into .venv (once)"
+  # torch first and alone: a package that asks for just any torch must find this one.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+  touch "$stamp"
+fi

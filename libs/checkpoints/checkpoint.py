@@ -1,0 +1,233 @@
+"""Checkpoints: written whole or not at all, found, pruned, and resumed from.
+
+checkpoint-<step>/ holds what `accelerator.save_state` writes for the one module that is trained (model.safetensors with
+keys unet_main.* and brushnet.*, only what is not frozen; FSDP and DeepSpeed add their shards), and trainer_state.json,
+which is written last.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from common.distributed import whole_state_dict
+from common.errors import InputError
+from common.files import flush, write_json
+from common.weights import compare_shapes, open_weights, read_shapes, read_tensors
+
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "trainer_state.json"
+BEST_FILE = "best_checkpoint.json"  # in the run's folder
+PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".old"
+
+
+@dataclass
+class TrainerState:
+    """Where a run is, and what its checkpoint's weights belong to."""
+
+    stage: int
+    global_step: int = 0  # optimizer steps done
+    clips_done: int = 0  # by all processes together, since the first epoch's start
+    probe_start: float | None = None  # the held-out loss before the first step
+    configs: dict = field(default_factory=dict)  # {"unet_main": config, "brushnet": config}
+    weights: dict = field(default_factory=dict)  # {model: [folder, fingerprint]} that the run started from
+    settings: dict = field(default_factory=dict)  # what the run's steps depend on
+    files: dict = field(default_factory=dict)  # {name: bytes} of all other files of the checkpoint
+
+    def write(self, folder):
+        """Last of all: a checkpoint is whole when this says so, and every file has the size it had then."""
+        paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+        files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+        Path(folder, STATE_FILE).write_text(json.dumps({**asdict(self), "files": files}, indent=1))
+
+    @classmethod
+    def read(cls, folder, weights_only=False):
+        """Raises InputError for a folder that is no complete checkpoint of these scripts.
+
+        Args:
+            weights_only: the optimizer's and other states may be missing, as in a checkpoint kept for conversion.
+        """
+        if is_original_form(folder):
+            raise InputError(
+                f"{folder} was written by the original DiffuEraser scripts, whose optimizer state does not fit: "
+                "convert it, then start from the converted folder without --resume_from_checkpoint"
+            )
+        try:
+            state = cls(**in_clips(json.loads(Path(folder, STATE_FILE).read_text())))
+        except FileNotFoundError:
+            raise InputError(f"{folder} has no {STATE_FILE}: it is no complete checkpoint; choose another") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{folder}/{STATE_FILE} is not readable ({error}): choose another checkpoint") from None
+        for name, size in {} if weights_only else state.files.items():
+            path = Path(folder, name)
+            found = path.stat().st_size if path.is_file() else "no"
+            if found != size:
+                raise InputError(f"{path} has {found} bytes, {size} were written: choose another checkpoint")
+        with open_weights(Path(folder, MODEL_FILE)):  # opening compares the header with the file's size
+            return state
+
+
+def in_clips(state):
+    """The entries of a trainer_state.json; early ones count batches per epoch and process, and no engine."""
+    if "batches_done" in state:
+        settings = state["settings"]
+        clips_per_batch = settings["num_processes"] * settings["train_batch_size"]
+        state["clips_done"] = state.pop("epoch") * settings["clips"] + state.pop("batches_done") * clips_per_batch
+        settings["engine"] = "ddp"
+    return state
+
+
+def is_original_form(folder):
+    """Whether the original scripts wrote this checkpoint: unet_main and brushnet as two models, without a prefix."""
+    if not Path(folder, "model_1.safetensors").is_file() or not Path(folder, MODEL_FILE).is_file():
+        return False
+    return any(key.removeprefix("module.") == "conv_in.weight" for key in read_shapes([Path(folder, MODEL_FILE)]))
+
+
+def list_checkpoints(run_dir):
+    """[(step, folder)] of everything that is named like a finished checkpoint, oldest first."""
+    if not Path(run_dir).is_dir():
+        return []
+    matches = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(run_dir).iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
+
+
+def find_latest(run_dir, for_conversion=False):
+    """The newest complete checkpoint in a run's folder, or None; and one line for each newer one passed over.
+
+    For conversion, weights are enough, and checkpoints of the original scripts will do.
+    """
+    skipped = []
+    for _, folder in reversed(list_checkpoints(run_dir)):
+        if for_conversion and is_original_form(folder):
+            return folder, skipped
+        try:
+            TrainerState.read(folder, weights_only=for_conversion)
+        except InputError as error:
+            if is_original_form(folder):
+                raise
+            skipped.append(str(error))
+        else:
+            return folder, skipped
+    return None, skipped
+
+
+def saved_keys(model):
+    """The keys of a checkpoint: all but frozen parameters (motion modules keep their position tables)."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return [key for key in model.state_dict() if key not in frozen]
+
+
+def register_hooks(accelerator, keys):
+    """Let save_state write, and load_state read, just `keys` of the one prepared module, without DDP's prefix.
+
+    FSDP and DeepSpeed write and read their own shards; the whole weights are written beside them, for the converters.
+    """
+
+    def save_hook(models, weights, output_dir):
+        if weights:
+            state_dict = accelerator.unwrap_model(models[0]).state_dict()
+            weights[0] = {key: state_dict[key].contiguous() for key in keys}  # compiled models are in channels_last
+            return
+        state_dict = whole_state_dict(accelerator, models[0], keys)
+        if accelerator.is_main_process:
+            save_file(state_dict, Path(output_dir, MODEL_FILE), metadata={"format": "pt"})
+
+    def load_hook(models, input_dir):
+        if not models:
+            return
+        model = accelerator.unwrap_model(models.pop())
+        files = [Path(input_dir, MODEL_FILE)]
+        state_dict = model.state_dict()
+        compare_shapes({key: tuple(state_dict[key].shape) for key in keys}, read_shapes(files), input_dir)
+        for key, tensor in read_tensors(files):
+            state_dict[key].copy_(tensor)
+
+    accelerator.register_save_state_pre_hook(save_hook)
+    accelerator.register_load_state_pre_hook(load_hook)
+
+
+def save_checkpoint(accelerator, run_dir, state):
+    """Write checkpoint-<step> beside its final name, and rename it when it is on the disk: returns its path."""
+    folder = Path(run_dir, f"checkpoint-{state.global_step}")
+    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
+    if accelerator.is_main_process:
+        clean_up(run_dir)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            state.write(partial)
+            replace_folder(partial, folder)
+    finally:
+        if accelerator.is_main_process:  # there only if something went wrong: a full disk needs the space
+            shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def clean_up(run_dir):
+    """Remove what killed runs have left half-written; what one was about to replace gets its name back."""
+    for path in Path(run_dir).glob("checkpoint-*"):
+        if path.name.endswith(PARTIAL_SUFFIX):
+            shutil.rmtree(path)
+        elif path.name.endswith(OLD_SUFFIX):
+            final = path.with_name(path.name.removesuffix(OLD_SUFFIX))
+            shutil.rmtree(path) if final.exists() else path.rename(final)
+
+
+def replace_folder(partial, folder):
+    """Flush `partial` and give it the name `folder`, in whose place nothing half-written can ever stand."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
+        flush(path)
+    flush(partial)
+    old = folder.with_name(folder.name + OLD_SUFFIX)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_best(run_dir):
+    """{"checkpoint": name, "step": n, "held_out_loss": x, "clips": ...} of the best checkpoint, or None."""
+    path = Path(run_dir, BEST_FILE)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def mark_best(run_dir, step, held_out_loss, clips):
+    """Note checkpoint-<step> as the best one if its held-out loss is lower than that of the one noted so far, which
+    counts only if it comes before (a run that was resumed from an earlier step has left it behind) and was measured on
+    the same `clips`, whatever tells them."""
+    best = read_best(run_dir)
+    counts = best and best["step"] < step and best.get("clips", clips) == clips
+    if not math.isfinite(held_out_loss) or (counts and best["held_out_loss"] <= held_out_loss):
+        return False
+    note = {"checkpoint": f"checkpoint-{step}", "step": step, "held_out_loss": held_out_loss, "clips": clips}
+    write_json(Path(run_dir, BEST_FILE), note)
+    return True
+
+
+def prune(run_dir, step, total_limit, keep_best=False):
+    """Delete all but the newest `total_limit` checkpoints up to `step` (None: keep all), and the best if asked to.
+
+    One above `step` is of no use: the run would have resumed from it, were it complete.
+    """
+    if total_limit is not None:
+        earlier = [folder for number, folder in list_checkpoints(run_dir) if number <= step]
+        best = read_best(run_dir) if keep_best else None
+        for folder in earlier[:-total_limit]:
+            if not best or folder.name != best["checkpoint"]:
+                shutil.rmtree(folder)

@@ -1,0 +1,244 @@
+"""Checkpoint -> Hugging Face folders unet_main/ and brushnet/, fp32, that DiffuEraser's inference loads.
+
+Tensors go from file to file: no optimizer, no GPU, no second copy of a model in memory.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from common.command_line import Parser
+from common.errors import InputError, one_line_errors
+from common.weights import WEIGHTS_NAME, compare_shapes, fingerprint, read_tensors, shapes_of
+from libs.brushnet_CA import BrushNetModel
+from libs.checkpoints.checkpoint import (
+    MODEL_FILE,
+    PARTIAL_SUFFIX,
+    TrainerState,
+    find_latest,
+    is_original_form,
+    replace_folder,
+)
+from libs.checkpoints.model_card import write_model_card
+from libs.inpainter import INPAINTERS
+from libs.unet_2d_condition import UNet2DConditionModel
+
+MARKER_FILE = "conversion.json"  # tells a converted folder, which may be written anew, from source weights
+HELP = {
+    "input_dir": "a checkpoint-<step> folder, or a run's folder: its newest complete checkpoint",
+    "output_dir": "where unet_main/ and brushnet/ are written",
+    "pretrained_stage1": "the converted stage 1 that the run started from",
+    "model_config": "folder whose unet_main/config.json tells the attention heads of an original script's checkpoint",
+}
+
+
+def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=None):
+    """Write `output_dir`/unet_main, /brushnet and README.md from a checkpoint; prints step, tensors and checksums.
+
+    Args:
+        stage: 1 or 2.
+        input_dir: a checkpoint-<step> folder, of these scripts or of the original ones; or a run's folder, of which the
+            newest complete checkpoint is taken.
+        pretrained_stage1: stage 2: the converted stage 1 that the run started from; it gives the frozen weights.
+        model_config: a folder with unet_main/config.json; the number of attention heads of an original script's
+            checkpoint, which has no config and whose shapes do not tell, is read there.
+
+    Raises: InputError where anything does not fit; `output_dir` is untouched then.
+    """
+    checkpoint = find_checkpoint(Path(input_dir))
+    output_dir = Path(output_dir)
+    refuse_source_weights(output_dir, [checkpoint, pretrained_stage1] if pretrained_stage1 else [checkpoint])
+    if is_original_form(checkpoint):
+        step = checkpoint.name.rpartition("-")[2]
+        parts = original_parts(stage, checkpoint, [pretrained_stage1, model_config])
+    else:
+        state = TrainerState.read(checkpoint, weights_only=True)
+        if state.stage != stage:
+            raise InputError(
+                f"{checkpoint} is a stage {state.stage} checkpoint: use save_checkpoint_stage{state.stage}.py"
+            )
+        step = state.global_step
+        parts = own_parts(state, checkpoint, pretrained_stage1)
+
+    print(f"converting {checkpoint} (stage {stage}, step {step})", flush=True)
+    created = not output_dir.exists()
+    partial = output_dir / f"conversion{PARTIAL_SUFFIX}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        for name, (cls, config, tensors) in parts.items():
+            summary = write_model(partial / name, cls, config, tensors, {"stage": stage, "step": step})
+            print(f"{output_dir / name}: {summary}", flush=True)
+        for name in parts:
+            replace_folder(partial / name, output_dir / name)
+        partial.rmdir()
+    except (InputError, OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if created and output_dir.exists() and not any(output_dir.iterdir()):
+            output_dir.rmdir()
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"output_dir {output_dir} could not be written ({error}): free some space, or change it"
+        ) from None
+    try:
+        write_model_card(output_dir, stage, step, checkpoint.parent)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # or the run's files are not what they should be
+        print(f"{output_dir}/README.md could not be written ({error}); both models are whole", flush=True)
+
+
+def find_checkpoint(input_dir):
+    """`input_dir` itself, or the newest complete checkpoint in it."""
+    if not input_dir.is_dir():
+        raise InputError(
+            f"{input_dir} is no folder: a checkpoint-<step> folder or a run's folder was needed; see input_dir"
+        )
+    if Path(input_dir, MODEL_FILE).is_file() or input_dir.name.startswith("checkpoint-"):
+        return input_dir
+    checkpoint, skipped = find_latest(input_dir, for_conversion=True)
+    for line in skipped:
+        print(f"skipped: {line}")
+    if checkpoint is None:
+        raise InputError(f"{input_dir} has no complete checkpoint-<step> folder: set input_dir to one")
+    return checkpoint
+
+
+def refuse_source_weights(output_dir, sources, flag="output_dir"):
+    """Never write over what a conversion reads, nor over weights that no conversion wrote."""
+    for source in sources:
+        if output_dir.resolve() == Path(source).resolve():
+            raise InputError(f"{flag} {output_dir} is also read from: choose another {flag}")
+    for name in ("unet_main", "brushnet"):
+        folder = output_dir / name
+        if folder.is_dir() and any(folder.iterdir()) and not Path(folder, MARKER_FILE).is_file():
+            raise InputError(f"{folder} holds weights that no converter wrote: choose another {flag}")
+
+
+def own_parts(state, checkpoint, pretrained_stage1):
+    """{model: (class, config, [(key, tensor)])} of a checkpoint of these scripts."""
+    classes = {"unet_main": INPAINTERS[state.stage].unet_class, "brushnet": BrushNetModel}
+    frozen = {name: [] for name in classes}
+    if state.stage == 2:
+        opened = open_frozen(pretrained_stage1)
+        check_frozen(state, opened, pretrained_stage1)
+        frozen = {name: weights.tensors() for name, weights in opened.items()}
+
+    def tensors(name):
+        yield from frozen[name]
+        for key, tensor in read_tensors([Path(checkpoint, MODEL_FILE)]):
+            if key.startswith(f"{name}."):
+                yield key.removeprefix(f"{name}."), tensor
+
+    return {name: (cls, state.configs[name], tensors(name)) for name, cls in classes.items()}
+
+
+def open_frozen(pretrained_stage1):
+    """What stage 2 freezes, checked but not read."""
+    if not pretrained_stage1:
+        raise InputError("a stage 2 checkpoint holds motion modules only: set pretrained_stage1 to the run's stage 1")
+    return {
+        "unet_main": UNet2DConditionModel.open_2d_part(pretrained_stage1, "unet_main"),
+        "brushnet": BrushNetModel.open(pretrained_stage1, "brushnet"),
+    }
+
+
+def check_frozen(state, opened, pretrained_stage1):
+    """The stage 1 weights must be those that the motion modules were trained on."""
+    for name, weights in opened.items():
+        folder, expected = state.weights[name]
+        if fingerprint(weights.files) != expected:
+            raise InputError(
+                f"{pretrained_stage1}/{name} is not what the checkpoint was trained on ({folder}): set "
+                "pretrained_stage1 to that folder, or restore its weights"
+            )
+
+
+def original_parts(stage, checkpoint, config_folders):
+    """{model: (class, config, tensors)} of a checkpoint that the original scripts wrote: two whole models."""
+    state_dicts = {
+        name: {key.removeprefix("module."): tensor for key, tensor in read_tensors([Path(checkpoint, file)])}
+        for name, file in (("unet_main", "model.safetensors"), ("brushnet", "model_1.safetensors"))
+    }
+    is_motion = any("motion_modules" in key for key in state_dicts["unet_main"])
+    if is_motion != (stage == 2):
+        found = 2 if is_motion else 1
+        raise InputError(f"{checkpoint} is a stage {found} checkpoint: use save_checkpoint_stage{found}.py")
+
+    sizes = infer_sizes(checkpoint, state_dicts["unet_main"])
+    sizes["norm_num_groups"], heads, motion_heads = find_untold(sizes, config_folders)
+    if stage == 2:
+        position_table = next(t for key, t in state_dicts["unet_main"].items() if key.endswith("pos_embed.pe"))
+        unet_config = {
+            **sizes,
+            "num_attention_heads": heads,
+            "motion_num_attention_heads": motion_heads,
+            "motion_max_seq_length": position_table.shape[1],
+        }
+    else:
+        unet_config = {**sizes, "attention_head_dim": heads}
+    configs = {"unet_main": unet_config, "brushnet": {**sizes, "attention_head_dim": heads}}
+    classes = {"unet_main": INPAINTERS[stage].unet_class, "brushnet": BrushNetModel}
+    return {name: (classes[name], configs[name], state_dicts[name].items()) for name in classes}
+
+
+def infer_sizes(checkpoint, state_dict):
+    """The entries of an SD1.5-like config that a UNet's shapes tell."""
+    try:
+        blocks = 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("down_blocks."))
+        channels = [state_dict[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(blocks)]
+        cross_attention = next(
+            key for key in state_dict if key.endswith("attentions.0.transformer_blocks.0.attn2.to_k.weight")
+        )
+    except (KeyError, StopIteration, ValueError):
+        raise InputError(f"{checkpoint} does not hold a DiffuEraser UNet: choose another input_dir") from None
+    return {"block_out_channels": channels, "cross_attention_dim": state_dict[cross_attention].shape[1]}
+
+
+def find_untold(sizes, config_folders):
+    """(norm groups, spatial heads, motion heads), which leave no trace in shapes: from a config of the same sizes, or
+    SD1.5's and AnimateDiff's."""
+    for folder in filter(None, config_folders):
+        path = Path(folder, "unet_main", "config.json")
+        if path.is_file():
+            config = json.loads(path.read_text())
+            if all(config.get(key) == value for key, value in sizes.items()):
+                heads = config.get("num_attention_heads") or config["attention_head_dim"]
+                motion_heads = config.get("motion_num_attention_heads", heads)
+                print(f"attention heads: {heads}, in motion modules {motion_heads} (from {path})")
+                return config["norm_num_groups"], heads, motion_heads
+    print("attention heads: 8, as in SD1.5 (no config of the checkpoint's sizes was found; see model_config)")
+    return 32, 8, 8
+
+
+def write_model(folder, cls, config, tensors, marker):
+    """Check every key and shape, then write config.json, the weights in fp32, and the marker; returns a summary."""
+    state_dict = {key: tensor.to(torch.float32).contiguous() for key, tensor in tensors}
+    model = cls.on_meta(config)
+    compare_shapes(shapes_of(model), {key: tuple(tensor.shape) for key, tensor in state_dict.items()}, folder.name)
+    folder.mkdir(parents=True)
+    model.save_config(folder)
+    file = Path(folder, f"{WEIGHTS_NAME}.safetensors")
+    save_file(state_dict, file, metadata={"format": "pt"})
+    with open(file, "rb") as stream:
+        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+    Path(folder, MARKER_FILE).write_text(json.dumps({**marker, "sha256": checksum}, indent=1))
+    millions = sum(tensor.numel() for tensor in state_dict.values()) / 1e6
+    return f"{cls.__name__}, {len(state_dict)} tensors, {millions:.1f} M values, sha256 {checksum[:16]}"
+
+
+@one_line_errors
+def main(stage, argv=None, **defaults):
+    """The command line of both converters: every path constant is also an option of its name."""
+    parser = Parser(
+        description=f"Convert a stage {stage} checkpoint into unet_main/ and brushnet/.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", default=value, metavar="DIR", help=HELP[name])
+    convert(stage, **vars(parser.parse_args(argv)))

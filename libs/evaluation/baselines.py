@@ -1,0 +1,65 @@
+"""The plain ways to fill a hole that any user would try first; a model has to beat them.
+
+Each takes frames (f, h, w, 3) uint8 RGB and holes (f, h, w) uint8, non-zero = hole, never looks at what is in the hole,
+and returns the filled frames; known pixels stay.
+"""
+
+import cv2
+import numpy as np
+
+RADIUS = 5  # pixels around a hole's border that OpenCV's methods look at
+ROWS = 32  # of the whole video whose median is taken at a time: memory stays small
+
+
+def telea(frames, holes):
+    """https://doi.org/10.1080/10867651.2004.10487596"""
+    return inpaint_frames(frames, holes, cv2.INPAINT_TELEA)
+
+
+def navier_stokes(frames, holes):
+    """https://doi.org/10.1109/CVPR.2001.990497"""
+    return inpaint_frames(frames, holes, cv2.INPAINT_NS)
+
+
+def inpaint_frames(frames, holes, method):
+    filled = [
+        cv2.inpaint(blank(frame, hole), (hole > 0).astype(np.uint8), RADIUS, method)
+        for frame, hole in zip(frames, holes, strict=True)
+    ]
+    return np.stack(filled)
+
+
+def blank(frame, hole):
+    return np.where(hole[..., None] > 0, 0, frame).astype(np.uint8)
+
+
+def temporal_median(frames, holes):
+    """Every pixel's median over the frames that show it; Telea where none does."""
+    filled = frames.copy()
+    never_seen = (holes > 0).all(axis=0)
+    for top in range(0, frames.shape[1], ROWS):
+        rows = slice(top, top + ROWS)
+        hole = holes[:, rows] > 0
+        known = np.where(hole[..., None], np.nan, frames[:, rows].astype(np.float32))
+        known[:, never_seen[rows]] = 0  # filled below
+        median = np.nanmedian(known, axis=0).round().astype(np.uint8)
+        filled[:, rows] = np.where(hole[..., None], median, frames[:, rows])
+    if never_seen.any():
+        filled = telea(filled, np.broadcast_to(never_seen, holes.shape))
+    return filled
+
+
+def mean_colour(frames, holes):
+    """The mean of the frame's known pixels."""
+    filled = frames.copy()
+    for frame, hole in zip(filled, holes > 0, strict=True):
+        frame[hole] = frame[~hole].mean(axis=0).round() if not hole.all() else 127
+    return filled
+
+
+BASELINES = {
+    "telea": telea,
+    "navier-stokes": navier_stokes,
+    "temporal-median": temporal_median,
+    "mean-colour": mean_colour,
+}

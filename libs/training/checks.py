@@ -1,0 +1,301 @@
+"""What is checked before any weights load: in one line where something is wrong, or, with --check_only, as a table."""
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.tracking import LoggerType, get_available_trackers
+from PIL import Image
+
+from common.distributed import check_engine, engine_name, state_bytes
+from common.errors import InputError
+from common.files import check_writable
+from common.hardware import compiling_lacks, gpu_is_used
+from dataset.finetune_dataset import FinetuneDataset
+from dataset.folders import scan_frames
+from dataset.images import pair_by_name
+from libs.base_model import BaseModel
+from libs.checkpoints.checkpoint import TrainerState, find_latest, list_checkpoints
+from libs.checkpoints.convert import refuse_source_weights
+from libs.checkpoints.resume import describe_run, go_on_from
+from libs.training.optimizer import eight_bit_adam
+
+ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
+EIGHT_BIT_SAVES = 6  # of them, where moments have 8 bits
+SHARD_BYTES = 4  # more with FSDP or DeepSpeed, which write the weights a second time, and what is frozen
+FROZEN_BYTES = 2
+
+
+@dataclass
+class Preflight:
+    """Runs checks one after the other; each gives (result, what was found in words) or raises InputError."""
+
+    keep_going: bool  # collect failures as rows instead of raising the first
+    rows: list = field(default_factory=list)
+
+    def check(self, name, function, *args):
+        try:
+            result, found = function(*args)
+        except InputError as error:
+            if not self.keep_going:
+                raise
+            self.rows.append((name, "FAILED", str(error)))
+            return None
+        self.rows.append((name, "ok", found))
+        return result
+
+    @property
+    def failed(self):
+        return any(verdict == "FAILED" for _, verdict, _ in self.rows)
+
+    def table(self):
+        width = max(len(name) for name, _, _ in self.rows)
+        return "\n".join(f"{name:<{width}}  {verdict:<6}  {found}" for name, verdict, found in self.rows)
+
+
+@dataclass
+class Found:
+    """What the checks have opened for the run."""
+
+    base: BaseModel
+    opened: dict  # {model: OpenedWeights or None}
+    dataset: FinetuneDataset
+    state: TrainerState  # where the run starts or goes on
+    checkpoint: Path | None  # to resume from
+    notes: list[str]  # newer checkpoints passed over, and what has changed since
+
+
+def inspect(args, stage):
+    """Check everything: (Preflight, Found). Raises InputError for the first thing wrong, except with --check_only."""
+    preflight = Preflight(keep_going=args.check_only)
+    preflight.check("flags", check_flags, args)
+    preflight.check("engine", check_engine, args)
+    base = preflight.check("frozen models", open_base_model, args)
+    opened = preflight.check("weights", open_models, args, stage)
+    if base and opened:
+        preflight.check("model family", check_fit, args, base, opened)
+    preflight.check("output folder", check_output_dir, args)
+    dataset = preflight.check("training data", open_dataset, args)
+    preflight.check("validation", check_validation_videos, args)
+    start = describe_run(args, stage, opened, dataset) if opened and dataset else None
+    state, checkpoint, notes = preflight.check("checkpoints", find_start, args, stage, start) or (start, None, [])
+    if opened:
+        preflight.check("disk space", check_disk_space, args, stage, opened)
+        preflight.check("memory", check_memory, args, stage, opened)
+    return preflight, Found(base, opened, dataset, state, checkpoint, notes)
+
+
+def check_flags(args):
+    """The tracker and the optimizer are installed, and the precision is one that the device has."""
+    known = [tracker.value for tracker in LoggerType]
+    name = args.report_to
+    if name not in (*known, "none"):
+        raise InputError(f"--report_to={name}: one of {', '.join(known)}, none was needed")
+    if name not in (*(tracker.value for tracker in get_available_trackers()), "all", "none"):
+        raise InputError(f"--report_to={name}: its package is not installed; pip install {name}, or --report_to=none")
+    precision = args.mixed_precision
+    if precision == "fp16" and not gpu_is_used():
+        raise InputError("mixed precision fp16 needs a GPU, and none was found: use --mixed_precision=no")
+    if args.use_8bit_adam:
+        eight_bit_adam()
+    if args.compile and (lacking := compiling_lacks()):
+        raise InputError(f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)")
+    if args.cuda_graph and not gpu_is_used():
+        raise InputError("--cuda_graph needs a GPU, and none was found: leave the flag out (CUDA_GRAPH=0)")
+    return None, f"{args.nframes} frames of {args.resolution} px, mixed precision {precision}, tracker {name}"
+
+
+def open_base_model(args):
+    base = BaseModel(args)
+    return base, f"{args.base_model_name_or_path}, {base.vae_folder}"
+
+
+def open_models(args, stage):
+    opened = stage.open_models(args)
+    sources = [f"{name} from {weights.folder}" if weights else f"{name} new" for name, weights in opened.items()]
+    return opened, ", ".join(sources)
+
+
+def check_fit(args, base, opened):
+    """UNet, BrushNet, VAE and text encoder must be of one family, and clips short enough for the motion modules."""
+    unet = opened["unet_main"]
+    for weights in filter(None, opened.values()):
+        for key in ("block_out_channels", "cross_attention_dim"):
+            if key in weights.config and list_of(weights.config[key]) != list_of(unet.config[key]):
+                raise InputError(
+                    f"{weights.folder} has {key} {weights.config[key]}, {unet.folder} has {unet.config[key]}: weights "
+                    "of one model family were needed"
+                )
+        longest = weights.config.get("motion_max_seq_length")
+        if longest and args.nframes > longest:
+            raise InputError(
+                f"--nframes={args.nframes}: {weights.folder} takes {longest} frames at most; lower --nframes"
+            )
+    for folder, gives, size, key in (
+        (base.text_encoder_folder, "embeddings", base.text_config["hidden_size"], "cross_attention_dim"),
+        (base.vae_folder, "latents", base.vae_config["latent_channels"], "in_channels"),
+    ):
+        if size != unet.config[key]:
+            raise InputError(
+                f"{folder} gives {gives} of {size} values, {unet.folder} takes {unet.config[key]}: models of one "
+                "family were needed"
+            )
+    return None, f"channels {list_of(unet.config['block_out_channels'])}"
+
+
+def list_of(value):
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def check_output_dir(args):
+    """It can be written to, and holds no weights that the end of the run would overwrite."""
+    folder = Path(args.output_dir)
+    if args.latent_cache:
+        check_writable(Path(args.latent_cache), "--latent_cache")
+    pretrained_stage1 = getattr(args, "pretrained_stage1", None)
+    refuse_source_weights(folder, [pretrained_stage1] if pretrained_stage1 else [], flag="--output_dir")
+    check_writable(folder, "--output_dir")
+    return None, str(folder)
+
+
+def open_dataset(args):
+    broken = {}
+    if args.scan_data:
+        # Every process finds the same; the machine's cores are shared out, and one of them writes it down.
+        processes = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        first = int(os.environ.get("RANK", 0)) == 0
+        broken = scan_frames(args, Path(args.output_dir, "scan.json"), processes, remember=first)
+    dataset = FinetuneDataset(args, broken=broken)
+    videos = set(dataset.videos)
+    frames = sum(len(video.frames) for video in videos)
+    found = f"{len(videos)} videos, {frames} frames, {len(dataset)} clips an epoch"
+    for count, reason in (
+        (len(dataset.too_short), f"shorter than {args.nframes} frames"),
+        (len(dataset.held_out), "used for validation"),
+        (len(dataset.left_out), f"broken, such as {dataset.left_out[0]}" if dataset.left_out else ""),
+    ):
+        if count:
+            found += f"; {count} left out: {reason}"
+    return dataset, found
+
+
+def check_validation_videos(args):
+    """Every mask has its frame's size. (The lists were compared when the flags were parsed.)"""
+    if not args.validation_image:
+        return None, "off (--validation_image and --validation_mask turn it on)"
+    if not args.validation_steps:
+        return None, "off (--validation_steps=0)"
+    counts = []
+    for folders in zip(args.validation_image, args.validation_mask, strict=True):
+        pairs = pair_by_name(*folders)
+        for frame, mask in pairs:
+            sizes = [image_size(path) for path in (frame, mask)]
+            if sizes[0] != sizes[1]:
+                raise InputError(
+                    f"{mask} is {sizes[1]}, its frame {frame} {sizes[0]}: --validation_mask needs masks of the frames' "
+                    "size"
+                )
+        counts.append(len(pairs))
+    short = sum(count < args.nframes for count in counts)
+    note = f"; {short} shorter than {args.nframes} frames: sampled, but not in the held-out loss" if short else ""
+    return None, f"{len(counts)} videos of {', '.join(map(str, counts))} frames with masks{note}"
+
+
+def image_size(path):
+    """Such as 854x480, from the file's header."""
+    try:
+        with Image.open(path) as image:
+            return f"{image.width}x{image.height}"
+    except OSError as error:
+        raise InputError(f"{path} is no readable image ({error}): fetch it again") from None
+
+
+def find_start(args, stage, start):
+    """((TrainerState, checkpoint or None, notes), words) for --resume_from_checkpoint.
+
+    Args:
+        start: a fresh run's state, or None where the checks before have failed.
+    """
+    wanted, present = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
+    if not wanted:
+        if present:
+            raise InputError(
+                f"--output_dir {args.output_dir} holds checkpoints of an earlier run, such as {present[-1][1].name}: "
+                "resume with --resume_from_checkpoint=latest, or choose another --output_dir"
+            )
+        return (start, None, []), "a fresh start"
+    if wanted == "latest":
+        folder, skipped = find_latest(args.output_dir)
+        if folder is None:
+            if skipped:
+                raise InputError(f"none of the checkpoints in {args.output_dir} is complete; {skipped[0]}")
+            return (start, None, []), "none yet: a fresh start"
+    else:
+        folder, skipped = Path(wanted), []
+        if not folder.is_dir():
+            folder = Path(args.output_dir, folder.name)
+        if not folder.is_dir():
+            raise InputError(f"--resume_from_checkpoint={wanted} is no folder: a checkpoint-<step> folder was needed")
+    state = TrainerState.read(folder)
+    if state.stage != stage.number:
+        raise InputError(f"{folder} is of stage {state.stage}, this is stage {stage.number}: use another --output_dir")
+    newer = [path for step, path in present if step > state.global_step]
+    if newer and wanted != "latest":
+        raise InputError(
+            f"{newer[-1]} is newer than {folder}: remove it, or continue {folder.name} in another --output_dir"
+        )
+    notes = [f"skipped: {line}" for line in skipped]
+    words = f"resuming from {folder} at step {state.global_step}"
+    if start is not None:
+        state, changes = go_on_from(folder, state, start, args.resume_anyway)
+        notes += changes
+    return (state, folder, notes), words
+
+
+def count_parameters(stage, opened):
+    """(trained, frozen) parameters of the models; a BrushNet that is not given is as large as the UNet."""
+    sizes = {name: (weights or opened["unet_main"]).parameters for name, weights in opened.items()}
+    trained = sum(size for name, size in sizes.items() if name in stage.trained)
+    return trained, sum(sizes.values()) - trained
+
+
+def check_disk_space(args, stage, opened):
+    """One checkpoint has to fit: it is written before an old one is deleted."""
+    trained, frozen = count_parameters(stage, opened)
+    needed = trained * (ADAM_BYTES - EIGHT_BIT_SAVES * args.use_8bit_adam)
+    if engine_name() != "ddp":
+        needed += trained * SHARD_BYTES + frozen * FROZEN_BYTES
+    folder = Path(args.output_dir).resolve()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+    if free < needed:
+        raise InputError(
+            f"a checkpoint takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {args.output_dir}: free some "
+            "space, or choose another --output_dir"
+        )
+    return None, f"{free / 1e9:.0f} GB free, a checkpoint takes {needed / 1e9:.1f} GB"
+
+
+def check_memory(args, stage, opened):
+    """Weights, gradients and optimizer state must fit the GPU; activations are an estimate from measured runs."""
+    trained, frozen = count_parameters(stage, opened)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    state = state_bytes(trained, frozen, engine_name(), processes)
+    fixed = (state - trained * EIGHT_BIT_SAVES * args.use_8bit_adam) / 2**30
+    frames = args.train_batch_size * args.nframes * (args.resolution / 512) ** 2
+    width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
+    activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]
+    several = engine_name() == "ddp" and processes * args.gradient_accumulation_steps > 1
+    if args.cuda_graph or (several and not args.gradient_checkpointing):
+        activations += trained * 4 / 2**30  # gradients, which the measured runs did not hold in the forward pass
+    about = "more than" if args.mixed_precision == "no" else "about"  # what was measured was half precision
+    if not gpu_is_used():
+        return None, f"{about} {fixed + activations:.1f} GiB; no GPU was found"
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if fixed > total:
+        raise InputError(
+            f"weights, gradients and optimizer state take {fixed:.0f} GiB, the GPU has {total:.0f}: use "
+            "--use_8bit_adam, or several GPUs with ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"
+        )
+    return None, f"{about} {fixed + activations:.0f} GiB, the GPU has {total:.0f}"

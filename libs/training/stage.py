@@ -1,0 +1,36 @@
+"""What a train script says of its stage."""
+
+from pathlib import Path
+
+from libs.brushnet_CA import BrushNetModel
+from libs.unet_2d_condition import UNet2DConditionModel
+
+
+class Stage:
+    """Which models a stage has, where their weights come from, and what is trained."""
+
+    number: int
+    description: str
+    model_class: type  # the Inpainter of this stage
+    trained: tuple[str, ...]  # the names in open_models whose weights are trained
+    gib_per_frame: tuple[float, float, float]  # measured at full size, 512x512: plain, compiled, with recomputation
+
+    @staticmethod
+    def add_model_flags(add):
+        """Declare the stage's own flags: `add` is an argparse group's add_argument."""
+
+    @staticmethod
+    def open_models(args):
+        """Check the stage's weights folders without reading a tensor: {name: OpenedWeights or None}."""
+
+    @staticmethod
+    def load_models(opened, frozen_dtype):
+        """The Inpainter, its frozen parameters in `frozen_dtype`."""
+
+
+def open_frame_models(folder):
+    """{name: OpenedWeights} of a converted folder, or of DiffuEraser's: the 2D part of unet_main/, and brushnet/."""
+    return {
+        "unet_main": UNet2DConditionModel.open_2d_part(Path(folder, "unet_main")),
+        "brushnet": BrushNetModel.open(Path(folder, "brushnet")),
+    }

@@ -1,0 +1,36 @@
+"""What toy/learn.sh does: a VAE and stage 1 from scratch."""
+
+import json
+import re
+
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from toy import train_vae
+from toy.make_weights import make_weights
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def test_learning_from_scratch(train, videos, tmp_path, capsys):
+    """The VAE learns, and its latents' scale is noted; stage 1 starts from the base model's UNet."""
+    weights = tmp_path / "weights"
+    make_weights(weights)
+    train_vae.main([f"--weights={weights}", f"--davis_root={videos / 'DAVIS'}", f"--ytvos_root={videos / 'YTBV'}",
+                    "--resolution=32", "--steps=20", "--batch_size=4"])  # fmt: skip
+    output = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"vae step \d+/20  loss ([\d.]+)", output)]
+    assert len(losses) == 10 and losses[-1] < 0.8 * losses[0]
+    assert re.search(r"sd-vae-ft-mse: \d+\.\d\d dB on 26 frames of held-out videos, scaling factor [\d.]+", output)
+    config = json.loads((weights / "sd-vae-ft-mse/config.json").read_text())
+    assert config["scaling_factor"] == AutoencoderKL.from_pretrained(weights / "sd-vae-ft-mse").config.scaling_factor
+    assert f"scaling factor {config['scaling_factor']}" in output
+
+    base = weights / "stable-diffusion-v1-5"
+    train(1, base_model_name_or_path=base, vae_path=weights / "sd-vae-ft-mse", pretrained_stage1_path="")
+    output = capsys.readouterr().out
+    assert f"unet_main: UNet2DConditionModel from a UNet2DConditionModel in {base / 'unet'}" in output
+    assert "brushnet: a copy of the UNet with a zero-initialised output" in output
+    assert re.findall(r"step (\d)/2  loss \d", output) == ["1", "2"]
+    trained, start = load_file(tmp_path / "run/unet_main" / WEIGHTS), load_file(base / "unet" / WEIGHTS)
+    assert trained.keys() == start.keys() and sum(trained[key].equal(start[key]) for key in start) < 0.01 * len(start)
