@@ -18,9 +18,7 @@ class PixelVAE:
 
     scale = 4
 
-    class vae:
-        class config:
-            latent_channels = 3
+    channels = 3
 
     def encode(self, pixel_values, noise):
         return torch.nn.functional.avg_pool2d(pixel_values, 4)
