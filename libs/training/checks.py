@@ -19,7 +19,7 @@ from dataset.images import pair_by_name
 from libs.base_model import BaseModel
 from libs.checkpoints.checkpoint import TrainerState, find_latest, list_checkpoints
 from libs.checkpoints.convert import refuse_source_weights
-from libs.checkpoints.resume import describe_run, go_on_from
+from libs.checkpoints.resume import describe_run, global_batch, go_on_from
 from libs.training.optimizer import eight_bit_adam
 
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
@@ -65,6 +65,11 @@ class Found:
     state: TrainerState  # where the run starts or goes on
     checkpoint: Path | None  # to resume from
     notes: list[str]  # newer checkpoints passed over, and what has changed since
+
+    @property
+    def global_batch(self):
+        """Clips in a step of all processes together."""
+        return global_batch(self.state.settings)
 
 
 def inspect(args, stage):
