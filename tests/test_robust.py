@@ -132,7 +132,7 @@ def test_frames_and_their_masks_in_one_folder(tmp_path):
 
 def test_two_runs_in_one_folder(train, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    other = "import sys; from libs.files import locked\nwith locked(sys.argv[1]): print(flush=True); sys.stdin.read()"
+    other = "import sys; from common.files import locked\nwith locked(sys.argv[1]): print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", other, tmp_path / "run"], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
