@@ -5,7 +5,7 @@
 
 Prints one JSON line per stage and variant. Counted are weights, optimizer state, and what forward and backward keep and
 make, 512 px, half precision; not the VAE, nor what kernels take for themselves, nor norms in fp32, as CUDA has them. So
-a GPU needs more, see RESULTS.md; what moves a peak, and where it lies, shows without one.
+a GPU needs more, see docs/results.md; what moves a peak, and where it lies, shows without one.
 """
 
 import argparse

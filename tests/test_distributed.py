@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,6 @@ from conftest import REPOSITORY, equal_files, wait_for_line
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-import benchmarks.scaling
 from common.distributed import check_engine, require_agreement
 from common.errors import InputError
 from dataset.loader import EpochSampler
@@ -287,8 +285,3 @@ def test_two_machines_of_which_one_is_cut_off(hosts, weights, videos, tmp_path):
     )
     assert one.returncode == 0, one.stderr
     assert equal_files(tmp_path / "run" / FINAL, tmp_path / "one" / FINAL)
-
-
-def test_the_tables_in_the_docs_are_the_script_s(capsys):
-    benchmarks.scaling.main()
-    assert capsys.readouterr().out.strip() in Path(REPOSITORY, "docs/scaling.md").read_text()
