@@ -64,7 +64,7 @@ class EpochSampler(Sampler):
 
     Epochs follow each other without a gap, so that one batch may hold the end of an epoch and the start of the next:
     every batch is full and no clip is repeated or left out, whatever the numbers of clips, processes and batches are.
-    `start` and `stop` are positions in this stream; they may be set until the iteration begins.
+    `start` and `stop` are positions in this stream.
     """
 
     def __init__(self, length, seed, start=0, stop=0):

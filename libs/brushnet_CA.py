@@ -73,7 +73,7 @@ class BrushNetModel(LayerWalk, StrictLoading, diffusers.UNet2DConditionModel):
         global_pool_conditions=False,
         addition_embed_type_num_heads=64,
     ):
-        """The arguments are the published config's entries, one for one."""
+        """The arguments are the published config's entries."""
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         if brushnet_conditioning_channel_order != "rgb" or global_pool_conditions:
             raise ValueError("BrushNetModel supports the channel order 'rgb' without global pooling only")
@@ -89,8 +89,7 @@ class BrushNetModel(LayerWalk, StrictLoading, diffusers.UNet2DConditionModel):
         )
 
         channels = list(block_out_channels)
-        down = [channels[0]]
-        up = []
+        down, up = [channels[0]], []
         for block, c in zip(self.down_blocks, channels, strict=True):
             down += [c] * (len(block.resnets) + len(block.downsamplers or []))
         for block, c in zip(self.up_blocks, reversed(channels), strict=True):

@@ -19,8 +19,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import libs.report.__main__
-import libs.training.validation_loss
 import libs.training.validation
+import libs.training.validation_loss
 from common.errors import InputError
 from common.run_files import append_row, read_rows
 from libs.checkpoints.checkpoint import mark_best, prune, read_best

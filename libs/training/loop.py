@@ -60,17 +60,15 @@ def train(config, stage, accelerator, found, stop):
     """Step until the last step, or until a signal asks to stop.
 
     Args:
-        config: the stage's settings.
         stage: Stage; which models there are and what is trained.
         found: what the checks have opened: weights, dataset, and the state to start from.
-        stop: StopRequest.
     """
     seed_everything(config)
     base, validation_embeds = load_base(config, accelerator, found)
     validation = Validation(config, stage, accelerator, found, base, validation_embeds, stop)
     model = build_model(config, stage, accelerator, found)
-    loader, clip_order = make_loader(config, accelerator, found.dataset, base.vae.cache)
-    optimizer, schedule, max_train_steps = make_optimizer_and_schedule(config, accelerator, model, found, stop)
+    optimizer, schedule, last_step = make_optimizer_and_schedule(config, accelerator, model, found, stop)
+    loader = make_loader(config, accelerator, found, base.vae.cache, last_step)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     passes = GraphedForwardBackward if config.cuda_graph else ForwardBackward
     forward_backward = passes(accelerator, model, base)
@@ -79,11 +77,8 @@ def train(config, stage, accelerator, found, stop):
     if found.checkpoint:
         resume(config, accelerator, optimizer, schedule, found)
 
-    broken_videos, meter = BrokenVideos(config.max_broken_share), Meter(accelerator, max_train_steps)
+    broken_videos, meter = BrokenVideos(config.max_broken_share), Meter(accelerator, last_step)
     first_step = state.global_step + 1
-    clip_order.start = state.clips_done
-    clip_order.stop = state.clips_done + max(0, max_train_steps - state.global_step) * found.global_batch
-    log.info("%d steps are left", max(0, max_train_steps - state.global_step))
     validation.loss.start(unwrapped, state)
     model.train()
     for batch in loader:
@@ -103,8 +98,7 @@ def train(config, stage, accelerator, found, stop):
             schedule.step()
         state.global_step += 1
         state.clips_done += found.global_batch
-        meter.steps += 1
-        step, last = state.global_step, state.global_step == max_train_steps
+        step, last = state.global_step, state.global_step == last_step
         if step % config.logging_steps == 0 or step == first_step or last:
             meter.report(step, float(schedule.get_last_lr()[0]))
             meter.refuse_bad_losses(checkpoints.last)

@@ -39,6 +39,7 @@ class Meter:
         self.losses.append(loss)
         self.clips.append((step, videos))
         self.grad_norm = grad_norm
+        self.steps += grad_norm is not None
 
     def bad_streak(self):
         """(number of the latest losses in a row that are not finite, (step, videos) of the first of them)."""

@@ -95,9 +95,12 @@ def build_model(config, stage, accelerator, found):
     return model
 
 
-def make_loader(config, accelerator, dataset, cache):
-    """(the process's part of the batches, EpochSampler: positions where the stream of clips starts and stops)."""
-    clips, order = TrainingClips(dataset, cache), EpochSampler(len(dataset), config.seed)
+def make_loader(config, accelerator, found, cache, last_step):
+    """The process's part of the batches from the start state to the last step."""
+    state, clips = found.state, TrainingClips(found.dataset, cache)
+    steps_left = max(0, last_step - state.global_step)
+    log.info("%d steps are left", steps_left)
+    order = EpochSampler(len(clips), config.seed, state.clips_done, state.clips_done + steps_left * found.global_batch)
     # No persistent workers: they live until the interpreter ends, which then waits 5 s for each of them.
     loader = DataLoader(
         clips,
@@ -107,7 +110,7 @@ def make_loader(config, accelerator, dataset, cache):
         num_workers=config.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    return accelerator.prepare(loader), order
+    return accelerator.prepare(loader)
 
 
 def make_optimizer_and_schedule(config, accelerator, model, found, stop):
