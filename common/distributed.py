@@ -33,7 +33,7 @@ STATE_BYTES = {"ddp": (16, 0), "fsdp": (0, 16), "deepspeed": (2, 16)}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
-def engine_name():
+def distributed_type():
     """One of "fsdp", "deepspeed" and "ddp" (one process included), as `accelerate launch` passes it on."""
     for name in ("fsdp", "deepspeed"):
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
@@ -43,7 +43,7 @@ def engine_name():
 
 def check_engine(args):
     """What the engine needs is there. Raises InputError; returns the engine in words."""
-    name = engine_name()
+    name = distributed_type()
     if name == "deepspeed" and not importlib.util.find_spec("deepspeed"):
         raise InputError("the configuration asks for DeepSpeed, which is not installed: pip install deepspeed")
     if name != "ddp" and not gpu_is_used():

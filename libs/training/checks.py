@@ -9,7 +9,7 @@ import torch
 from accelerate.tracking import LoggerType, get_available_trackers
 from PIL import Image
 
-from common.distributed import check_engine, engine_name, state_bytes
+from common.distributed import check_engine, distributed_type, state_bytes
 from common.errors import InputError
 from common.files import check_writable
 from common.hardware import compiling_lacks, gpu_is_used
@@ -20,6 +20,7 @@ from libs.base_model import BaseModel
 from libs.checkpoints.checkpoint import TrainerState, find_latest, list_checkpoints
 from libs.checkpoints.convert import refuse_source_weights
 from libs.checkpoints.resume import describe_run, go_on_from
+from libs.training.config import resume_policy
 from libs.training.optimizer import eight_bit_adam
 
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
@@ -79,7 +80,7 @@ def inspect(args, stage):
     preflight.check("output folder", check_output_dir, args)
     dataset = preflight.check("training data", open_dataset, args)
     preflight.check("validation", check_validation_videos, args)
-    start = describe_run(args, stage, opened, dataset) if opened and dataset else None
+    start = describe_run(args, stage, opened, dataset, resume_policy()) if opened and dataset else None
     state, checkpoint, notes = preflight.check("checkpoints", find_start, args, stage, start) or (start, None, [])
     if opened:
         preflight.check("disk space", check_disk_space, args, stage, opened)
@@ -249,7 +250,7 @@ def find_start(args, stage, start):
     notes = [f"skipped: {line}" for line in skipped]
     words = f"resuming from {folder} at step {state.global_step}"
     if start is not None:
-        state, changes = go_on_from(folder, state, start, args.resume_anyway)
+        state, changes = go_on_from(folder, state, start, resume_policy(), args.resume_anyway)
         notes += changes
     return (state, folder, notes), words
 
@@ -257,7 +258,7 @@ def find_start(args, stage, start):
 def count_parameters(stage, opened):
     """(trained, frozen) parameters of the models; a BrushNet that is not given is as large as the UNet."""
     sizes = {name: (weights or opened["unet_main"]).parameters for name, weights in opened.items()}
-    trained = sum(size for name, size in sizes.items() if name in stage.trained)
+    trained = sum(size for name, size in sizes.items() if name in stage.model_class.trains)
     return trained, sum(sizes.values()) - trained
 
 
@@ -265,7 +266,7 @@ def check_disk_space(args, stage, opened):
     """One checkpoint has to fit: it is written before an old one is deleted."""
     trained, frozen = count_parameters(stage, opened)
     needed = trained * (ADAM_BYTES - EIGHT_BIT_SAVES * args.use_8bit_adam)
-    if engine_name() != "ddp":
+    if distributed_type() != "ddp":
         needed += trained * SHARD_BYTES + frozen * FROZEN_BYTES
     folder = Path(args.output_dir).resolve()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
@@ -281,12 +282,12 @@ def check_memory(args, stage, opened):
     """Weights, gradients and optimizer state must fit the GPU; activations are an estimate from measured runs."""
     trained, frozen = count_parameters(stage, opened)
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    state = state_bytes(trained, frozen, engine_name(), processes)
+    state = state_bytes(trained, frozen, distributed_type(), processes)
     fixed = (state - trained * EIGHT_BIT_SAVES * args.use_8bit_adam) / 2**30
     frames = args.train_batch_size * args.nframes * (args.resolution / 512) ** 2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
     activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]
-    several = engine_name() == "ddp" and processes * args.gradient_accumulation_steps > 1
+    several = distributed_type() == "ddp" and processes * args.gradient_accumulation_steps > 1
     if args.cuda_graph or (several and not args.gradient_checkpointing):
         activations += trained * 4 / 2**30  # gradients, which the measured runs did not hold in the forward pass
     about = "more than" if args.mixed_precision == "no" else "about"  # what was measured was half precision

@@ -21,9 +21,9 @@ from dataset.loader import EpochSampler, TrainingClips
 from libs.base_model import LoadedBase
 from libs.checkpoints.checkpoint import find_latest, mark_best, prune, register_hooks, save_checkpoint, saved_keys
 from libs.checkpoints.convert import convert
-from libs.checkpoints.resume import BATCH_SETTINGS, global_batch, probe
+from libs.checkpoints.resume import BATCH_SETTINGS, global_batch
 from libs.training.checks import inspect
-from libs.training.config import parse_args
+from libs.training.config import parse_args, settings_with, what_sets_clips
 from libs.training.cuda_graph import TrainingStep
 from libs.training.latent_cache import LatentCache
 from libs.training.log import Meter, log, log_on_main_process, log_parameters, log_start, start_trackers
@@ -32,12 +32,6 @@ from libs.training.stopping import StopRequest, start_compilers
 from libs.training.validation import Validation
 
 SCALER_FILE = "scaler.pt"  # accelerate's, of fp16 runs
-# Flags that may differ from machine to machine: where files lie, and what changes nothing in the result.
-LOCAL_FLAGS = {
-    "base_model_name_or_path", "vae_path", "tokenizer_name", "pretrained_stage1_path", "brushnet_model_name_or_path",
-    "pretrained_stage1", "motion_adapter_path", "davis_root", "ytvos_root", "validation_image", "validation_mask",
-    "output_dir", "resume_from_checkpoint", "latent_cache", "latent_cache_gb", "dataloader_num_workers",
-}  # fmt: skip
 MAX_BAD_LOSSES = 5  # in a row, before a run is stopped
 MIN_BROKEN = 5  # broken clips met, before their share means anything
 
@@ -78,7 +72,8 @@ def train(args, stage, preflight, found, stop):
 
 def what_must_agree(args, found):
     """{name: value} that all processes need in common."""
-    flags = {f"--{name}": value for name, value in vars(args).items() if name not in LOCAL_FLAGS}
+    per_machine = settings_with("per_machine")
+    flags = {f"--{name}": value for name, value in vars(args).items() if name not in per_machine}
     files = {name: weights.files for name, weights in found.opened.items() if weights}
     files["VAE"] = weight_files(found.base.vae_folder, found.base.variant)
     return {
@@ -345,7 +340,7 @@ class Trainer:
         if held_out is None or not saved or not self.accelerator.is_main_process:
             return
         try:
-            if mark_best(self.args.output_dir, self.state.global_step, held_out, probe(self.state.settings)):
+            if mark_best(self.args.output_dir, self.state.global_step, held_out, what_sets_clips(self.state.settings)):
                 log.info("%s is the best checkpoint so far, by held-out loss", self.last_checkpoint.name)
         except OSError as error:
             log.info("the best checkpoint could not be noted (%s)", error)
