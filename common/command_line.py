@@ -1,6 +1,7 @@
-"""Command lines: errors of one line, defaults in --help, checks of numbers, and flags from the fields of a dataclass."""
+"""Command lines: errors of one line, defaults in --help, checks of numbers, and flags from a dataclass's fields."""
 
 import argparse
+import ast
 from dataclasses import MISSING, fields
 from typing import get_args
 
@@ -42,7 +43,7 @@ def default_of(field):
 
 
 def add_setting(add, field):
-    """A field as a flag: `add` is an argparse group's add_argument. A bool is a switch; other types convert the text."""
+    """A field as a flag: `add` is an argparse group's add_argument. A bool is a switch."""
     meta = field.metadata
     text = f"{meta['help']} (default: {meta['default_text']})" if meta["default_text"] else meta["help"]
     if field.type is bool:
@@ -93,6 +94,32 @@ def positive(value):
 
 def share(value):
     return None if 0 <= value <= 1 else "a share between 0 and 1 was needed"
+
+
+def below_one(value):
+    return None if 0 <= value < 1 else "a number from 0 to below 1 was needed"
+
+
+def multiple_of_8(value):
+    nearest = max(8, round(value / 8) * 8)
+    return one_or_more(value) or (f"a multiple of 8 was needed; use {nearest}" if value % 8 else None)
+
+
+def seed_range(value):
+    return zero_or_more(value) or ("a number below 4294967296 was needed" if value >= 2**32 else None)
+
+
+def python_list(text):
+    """'["a", "b"]' as a list of strings; 'None' or nothing as an empty list."""
+    try:
+        value = ast.literal_eval(text) if text.strip() else []
+    except (ValueError, SyntaxError):
+        raise argparse.ArgumentTypeError(f'a Python list such as \'["a", "b"]\' was needed, not {text!r}') from None
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise argparse.ArgumentTypeError(f"a Python list of strings was needed, not {text!r}")
+    return value
 
 
 def at_least(least, args, *names):

@@ -1,21 +1,23 @@
 """Every setting of a training run, once: flag, default, meaning, check, variable, and what resuming makes of a change.
 
-The parser, the checks, the shell scripts' variables, what checkpoints record and docs/settings.md follow from here:
-`python -m libs.training.config > docs/settings.md`.
+The parser, the checks, the shell scripts' variables, what checkpoints record and compare, the model card and
+docs/settings.md (python -m libs.training.settings_page > docs/settings.md) follow from here.
 """
 
-import ast
 import os
-from argparse import ArgumentTypeError
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from common.command_line import (
+    below_one,
     build_settings_parser,
     check_settings,
     default_of,
+    multiple_of_8,
     one_or_more,
     positive,
-    settings_by_group,
+    python_list,
+    seed_range,
     share,
     zero_or_more,
 )
@@ -58,41 +60,14 @@ def other_default(name, default):
     return field(default=default, metadata=TrainConfig.__dataclass_fields__[name].metadata)
 
 
-def python_list(text):
-    """'["a", "b"]' as a list of strings; 'None' or nothing as an empty list."""
-    try:
-        value = ast.literal_eval(text) if text.strip() else []
-    except (ValueError, SyntaxError):
-        raise ArgumentTypeError(f'a Python list such as \'["a", "b"]\' was needed, not {text!r}') from None
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ArgumentTypeError(f"a Python list of strings was needed, not {text!r}")
-    return value
-
-
-def multiple_of_8(value):
-    return one_or_more(value) or (
-        f"a multiple of 8 was needed; use {max(8, round(value / 8) * 8)}" if value % 8 else None
-    )
-
-
-def seed_range(value):
-    return zero_or_more(value) or ("a number below 4294967296 was needed" if value >= 2**32 else None)
-
-
-def below_one(value):
-    return None if 0 <= value < 1 else "a number from 0 to below 1 was needed"
-
-
 # fmt: off
 @dataclass
 class TrainConfig:
     """The settings of both stages."""
 
     base_model_name_or_path: str = setting(
-        "weights/stable-diffusion-v1-5", "Stable Diffusion 1.5: tokenizer, text_encoder and scheduler are taken from it",
-        group="models", metavar="DIR", per_machine=True)
+        "weights/stable-diffusion-v1-5", group="models", metavar="DIR", per_machine=True,
+        help="Stable Diffusion 1.5: tokenizer, text_encoder and scheduler are taken from it")
     vae_path: str = setting(
         "weights/sd-vae-ft-mse", "VAE folder, or one with vae/ in it", metavar="DIR", per_machine=True)
     tokenizer_name: str | None = setting(
@@ -205,14 +180,14 @@ class TrainConfig:
     validation_steps: int = setting(
         2000, "score and sample the validation videos every N optimizer steps and after the first; 0: never",
         check=zero_or_more, variable="VALIDATION_STEPS")
-    validation_image: list = setting(
+    validation_image: Sequence = setting(
         list, "Python list of folders of frames; they are left out of training", metavar="LIST", parse=python_list,
         on_change=LOGGED, per_machine=True, sets_clips=True,
         launcher="the first two videos of DAVIS's `val.txt` that have masks")
-    validation_mask: list = setting(
+    validation_mask: Sequence = setting(
         list, "Python list of folders of masks, any value above 0 = hole, with the frames' names", metavar="LIST",
         parse=python_list, per_machine=True, launcher="their `Annotations/480p/`")
-    validation_prompt: list | None = setting(
+    validation_prompt: Sequence | None = setting(
         None, "Python list of prompts", metavar="LIST", parse=python_list, default_text=f"'{PROMPT}' for every video")
     probe_clips: int = setting(
         16, "held-out loss: on N fixed clips of the validation videos, with fixed masks, timesteps and noises; 0: off",
@@ -254,6 +229,22 @@ class Stage2Config(TrainConfig):
 # fmt: on
 
 CONFIGS = {1: Stage1Config, 2: Stage2Config}
+
+# Variables of the shell scripts that belong to no flag: (name, default, meaning).
+LAUNCHER_VARIABLES = (
+    ("WEIGHTS", "`weights`", "the folder that the models' defaults above start with"),
+    ("NUM_PROCESSES", "1; with `ACCELERATE_CONFIG` that file's number, else all GPUs", "GPUs to use on each machine"),
+    ("OMP_NUM_THREADS", "all cores", "CPU threads of the machine's processes together, without a GPU"),
+    ("ACCELERATE_CONFIG", "`configs/accelerate/` `one_gpu.yaml`, `multi_gpu.yaml` or `multi_node.yaml`",
+     "accelerate's configuration: one of these, `fsdp.yaml` or your own, whose processes, machines, address and "
+     "precision count unless the variable is set"),
+    ("NUM_MACHINES", "1", "how many machines"),
+    ("MACHINE_RANK", "0; under SLURM the node's number", "which of them this one is"),
+    ("MAIN_ADDRESS", "", "name or address of machine 0"),
+    ("MAIN_PORT", "29500; on one machine any free one", "a port of machine 0"),
+    ("LOG", "`finetune-stage<n>.log`, `-machine<rank>` beyond the first", "the log, which is appended to"),
+    ("PYTHON", "the active environment's or `.venv/bin/python`", "the interpreter"),
+)  # fmt: skip
 
 # Flags of the original scripts that are gone, and what to use instead.
 REMOVED_FLAGS = {
