@@ -20,8 +20,8 @@ from PIL import Image
 from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
 
 import libs.training.checks
-import libs.training.loss
 import libs.training.loop
+import libs.training.loss
 from common.errors import InputError
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_video
@@ -132,7 +132,7 @@ def test_frames_and_their_masks_in_one_folder(tmp_path):
 
 def test_two_runs_in_one_folder(train, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    other = "import sys; from libs.files import locked\nwith locked(sys.argv[1]): print(flush=True); sys.stdin.read()"
+    other = "import sys; from common.files import locked\nwith locked(sys.argv[1]): print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", other, tmp_path / "run"], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
@@ -387,7 +387,7 @@ def test_the_memory_line_counts_gradients_held_in_the_forward_pass(flags, monkey
         **changes,
     }
     opened = {"unet_main": SimpleNamespace(parameters=860e6, config={"block_out_channels": [320]}), "brushnet": None}
-    _, line = libs.training.checks.check_memory(parse_args(Stage1, flags(1, **settings)), Stage1, opened)
+    line = libs.training.checks.check_memory(parse_args(Stage1, flags(1, **settings)), Stage1, opened)
     assert line.startswith(f"about {gib} GiB")
 
 

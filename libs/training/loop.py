@@ -12,7 +12,7 @@ from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
-from common.distributed import DTYPES, fit_to_engine, lost_processes_named, make_accelerator, require_agreement
+from common.distributed import DTYPES, autocast_under_fsdp, lost_processes_named, make_accelerator, require_agreement
 from common.errors import InputError, first_line, one_line_errors
 from common.files import locked
 from common.weights import fingerprint, weight_files
@@ -22,7 +22,7 @@ from libs.base_model import LoadedBase
 from libs.checkpoints.checkpoint import find_latest, mark_best, prune, register_hooks, save_checkpoint, saved_keys
 from libs.checkpoints.convert import convert
 from libs.checkpoints.resume import BATCH_SETTINGS, global_batch
-from libs.training.checks import inspect
+from libs.training.checks import check_run
 from libs.training.config import parse_args, settings_with, what_sets_clips
 from libs.training.cuda_graph import TrainingStep
 from libs.training.latent_cache import LatentCache
@@ -42,56 +42,56 @@ def run(stage, argv=None):
     stop = StopRequest()
     try:
         args = parse_args(stage, argv)
-        preflight, found = inspect(args, stage)
+        checks, inputs = check_run(args, stage)
         if args.check_only:
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # every machine has its own files, and its own log
-                print(preflight.table(), flush=True)
-            raise SystemExit(int(preflight.failed))
-        train(args, stage, preflight, found, stop)
+                print(checks.table(), flush=True)
+            raise SystemExit(int(checks.failed))
+        train(args, stage, checks, inputs, stop)
     finally:
         stop.restore()
 
 
-def train(args, stage, preflight, found, stop):
+def train(args, stage, checks, inputs, stop):
     accelerator = make_accelerator(args)
     alone = locked(args.output_dir) if accelerator.is_main_process else nullcontext()
     with alone, log_on_main_process(accelerator), lost_processes_named(args.output_dir):
-        log_start(args, stage, accelerator, preflight, found.opened)
-        for line in found.notes:
+        log_start(args, stage, accelerator, checks, inputs.opened)
+        for line in inputs.notes:
             log.info("%s", line)
-        require_agreement(accelerator, what_must_agree(args, found))
+        require_agreement(accelerator, what_must_agree(args, inputs))
         start_trackers(accelerator, args)
-        trainer = Trainer(args, stage, accelerator, found, stop)
-        if found.checkpoint:
-            trainer.resume(found.checkpoint)
+        trainer = Trainer(args, stage, accelerator, inputs, stop)
+        if inputs.checkpoint:
+            trainer.resume(inputs.checkpoint)
         trainer.train()
         if trainer.base.vae.cache:
             trainer.base.vae.cache.close()
         accelerator.end_training()
 
 
-def what_must_agree(args, found):
+def what_must_agree(args, inputs):
     """{name: value} that all processes need in common."""
     per_machine = settings_with("per_machine")
     flags = {f"--{name}": value for name, value in vars(args).items() if name not in per_machine}
-    files = {name: weights.files for name, weights in found.opened.items() if weights}
-    files["VAE"] = weight_files(found.base.vae_folder, found.base.variant)
+    files = {name: weights.files for name, weights in inputs.opened.items() if weights}
+    files["VAE"] = weight_files(inputs.base.vae_folder, inputs.base.variant)
     return {
         **flags,
         **{f"the {name}'s fingerprint": fingerprint(paths) for name, paths in files.items()},
-        "the list of validation videos": found.state.settings["validation_image"],
-        "the number of clips an epoch": len(found.dataset),
-        "the checkpoint to resume from": found.checkpoint.name if found.checkpoint else "none",
+        "the list of validation videos": inputs.state.settings["validation_image"],
+        "the number of clips an epoch": len(inputs.dataset),
+        "the checkpoint to resume from": inputs.checkpoint.name if inputs.checkpoint else "none",
     }
 
 
 class Trainer:
     """Models, optimizer and data of one run, and its position."""
 
-    def __init__(self, args, stage, accelerator, found, stop):
+    def __init__(self, args, stage, accelerator, inputs, stop):
         self.args, self.stage, self.accelerator, self.device = args, stage, accelerator, accelerator.device
         self.stop = stop
-        base, opened, dataset = found.base, found.opened, found.dataset
+        base, opened, dataset = inputs.base, inputs.opened, inputs.dataset
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
         half = DTYPES[accelerator.mixed_precision]
@@ -110,13 +110,13 @@ class Trainer:
         model = stage.load_models(opened, frozen_dtype=half)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        fit_to_engine(accelerator, model)
+        autocast_under_fsdp(accelerator, model)
         if args.compile:
             model.compile_models(channels_last=not args.use_8bit_adam)
             vae.compile_encoder()
             log.info("compiling in the first step: about five minutes, less in later starts (COMPILE=0 turns it off)")
         log_parameters(model, args.checkpoints_total_limit)
-        self.state = found.state
+        self.state = inputs.state
         self.state.configs = {name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")}
         register_hooks(accelerator, saved_keys(model))
 
