@@ -107,7 +107,7 @@ def refuse_other_optimizer(checkpoint, saved, now):
             f"{checkpoint} holds optimizer state of {saved['engine']}, this run's engine is {now['engine']}: choose "
             f"the same ACCELERATE_CONFIG, {kept}"
         )
-    if saved.get("use_8bit_adam", now["use_8bit_adam"]) != now["use_8bit_adam"]:
+    if saved["use_8bit_adam"] != now["use_8bit_adam"]:
         before, after = ("8-bit AdamW", "fp32 AdamW") if saved["use_8bit_adam"] else ("fp32 AdamW", "8-bit AdamW")
         change = "add --use_8bit_adam" if saved["use_8bit_adam"] else "drop --use_8bit_adam (LOW_MEMORY=1 sets it)"
         raise InputError(f"{checkpoint} holds optimizer state of {before}, this run's is {after}: {change}, {kept}")
