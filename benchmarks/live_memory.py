@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.train_step import NFRAMES, VARIANTS, make_model
+from benchmarks.train_step import VARIANTS, make_model
+from libs.inpainter import INPAINTERS
 
 MIN_8BIT_SIZE = 4096  # values of a tensor below which bitsandbytes keeps its moments in fp32
 
@@ -50,7 +51,7 @@ class LiveMemory(TorchDispatchMode):
 
 def peak_bytes(stage, gradient_checkpointing=False, use_8bit_adam=False):
     """The most bytes that tensors of a step of the stage hold at once."""
-    frames, half = NFRAMES[stage], torch.bfloat16  # which CPUs know
+    frames, half = INPAINTERS[stage].nframes, torch.bfloat16  # which CPUs know
     with FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
         model = make_model(stage, half, device="cpu")
         memory.peak = memory.now  # making it takes more, once

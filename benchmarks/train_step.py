@@ -22,8 +22,9 @@ from common.distributed import DTYPES
 from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
 from libs.brushnet_CA import BrushNetModel
-from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
-from libs.training.cuda_graph import WARM_UP, TrainingStep
+from libs.inpainter import INPAINTERS, ClipInpainter, FrameInpainter, train_motion_modules_only
+from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward
+from libs.training.loss import ForwardBackward
 from libs.training.optimizer import make_optimizer
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
@@ -72,7 +73,6 @@ def make_model(stage, frozen_dtype, device="cuda"):
         )
 
 
-NFRAMES = {1: 10, 2: 22}  # by stage, as the shell scripts have it
 VARIANTS = {  # flags of the trainer
     "plain": {},
     "checkpointed": {"gradient_checkpointing": True},
@@ -103,64 +103,81 @@ def make_batch(nframes, size):
     return batch
 
 
-def measure(options, stage, variant):
-    torch.manual_seed(0)
-    flags = argparse.Namespace(**{**vars(options), **VARIANTS[variant]})
-    accelerator = Accelerator(mixed_precision=flags.mixed_precision)
-    dtype = DTYPES[flags.mixed_precision]
-    nframes, size = NFRAMES[stage], flags.resolution
-    vae, model, batch = make_vae(dtype, nframes), make_model(stage, dtype), make_batch(nframes, size)
-    if flags.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if flags.compile:
-        model.compile_models(channels_last=not flags.use_8bit_adam)
-        vae.compile_encoder()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(flags, parameters, flags.learning_rate, accelerator.device)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    noise_scheduler = DDPMScheduler.from_config(SCHEDULER)
-    prompt_embeds = torch.randn(2, 77, 768, device="cuda")
+class Step:
+    """A stage's model, optimizer and batch, and the trainer's own step on them."""
 
-    base = LoadedBase(vae, noise_scheduler, prompt_embeds, accelerator.device)
-    training_step = TrainingStep(accelerator, model, optimizer, base, 1.0, flags.cuda_graph)
+    def __init__(self, flags, stage):
+        torch.manual_seed(0)
+        self.flags, self.stage, self.nframes = flags, stage, INPAINTERS[stage].nframes
+        self.accelerator = accelerator = Accelerator(mixed_precision=flags.mixed_precision)
+        dtype = DTYPES[flags.mixed_precision]
+        vae, model = make_vae(dtype, self.nframes), make_model(stage, dtype)
+        self.batch = make_batch(self.nframes, flags.resolution)
+        if flags.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if flags.compile:
+            model.compile_models(channels_last=not flags.use_8bit_adam)
+            vae.compile_encoder()
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(flags, parameters, flags.learning_rate, accelerator.device)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        prompt_embeds = torch.randn(2, 77, 768, device="cuda")
+        self.base = LoadedBase(vae, DDPMScheduler.from_config(SCHEDULER), prompt_embeds, accelerator.device)
+        passes = GraphedForwardBackward if flags.cuda_graph else ForwardBackward
+        self.forward_backward, self.parts = passes(accelerator, self.model, self.base), Parts()
+        self.time_parts()
 
-    parts = Parts()
-    vae.posterior = parts.wrap("vae", vae.posterior)
-    if flags.cuda_graph:
-        training_step.replay = parts.wrap("vae, forward and backward", training_step.replay)
-    else:
-        model.forward = parts.wrap("forward", model.forward)
-        accelerator.backward = parts.wrap("backward", accelerator.backward)
-    accelerator.clip_grad_norm_ = parts.wrap("clip", accelerator.clip_grad_norm_)
-    optimizer.step = parts.wrap("optimizer", optimizer.step)
+    def time_parts(self):
+        wrap, accelerator = self.parts.wrap, self.accelerator
+        self.base.vae.posterior = wrap("vae", self.base.vae.posterior)
+        if self.flags.cuda_graph:
+            self.forward_backward.replay = wrap("vae, forward and backward", self.forward_backward.replay)
+        else:
+            self.model.forward = wrap("forward", self.model.forward)
+            accelerator.backward = wrap("backward", accelerator.backward)
+        accelerator.clip_grad_norm_ = wrap("clip", accelerator.clip_grad_norm_)
+        self.optimizer.step = wrap("optimizer", self.optimizer.step)
 
-    def run(steps):
+    def run(self, steps):
         """Seconds and parts of each step, and the last loss."""
         seconds, all_parts = [], []
         for step in range(steps):
-            batch["noise_seeds"] = [step]
+            self.batch["noise_seeds"] = [step]
             torch.cuda.synchronize()
             start = time.perf_counter()
-            loss, _ = training_step(batch)
+            loss = self.forward_backward(self.batch)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.forward_backward.clear_gradients(self.optimizer)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-            all_parts.append(parts.read())
+            all_parts.append(self.parts.read())
         return seconds, all_parts, loss
 
+    def fill_cache(self):
+        """As if the latent cache held every frame."""
+        pixel_values, _, _ = to_tensors(self.batch["frames"], self.batch["holes"])
+        posteriors = self.base.vae.posterior(pixel_values.flatten(0, 1))
+        self.batch["posteriors"] = posteriors.unflatten(0, (1, self.nframes))
+        self.batch["missing"], self.base.vae.cache = [None] * self.nframes, True
+
+
+def measure(options, stage, variant):
+    """One result with an empty latent cache, and one with a full one."""
+    flags = argparse.Namespace(**{**vars(options), **VARIANTS[variant]})
+    step = Step(flags, stage)
     for cached in (False, True):
         if cached:
-            pixel_values, _, _ = to_tensors(batch["frames"], batch["holes"])
-            batch["posteriors"] = vae.posterior(pixel_values.flatten(0, 1)).unflatten(0, (1, nframes))
-            batch["missing"], vae.cache = [None] * nframes, True
-        warm_up, _, _ = run(flags.warmup)
+            step.fill_cache()
+        warm_up, _, _ = step.run(flags.warmup)
         torch.cuda.reset_peak_memory_stats()
-        seconds, all_parts, loss = run(flags.steps)
+        seconds, all_parts, loss = step.run(flags.steps)
         yield {
             "stage": stage,
             "variant": variant,
             "frames_cached": cached,
-            "nframes": nframes,
-            "resolution": size,
+            "nframes": step.nframes,
+            "resolution": flags.resolution,
             "precision": flags.mixed_precision,
             "median_s": round(statistics.median(seconds), 3),
             "min_s": round(min(seconds), 3),

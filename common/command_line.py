@@ -79,34 +79,22 @@ def check_settings(config):
         require(not needed, f"--{field.name}={value}: {needed}{optional}")
 
 
-# Checks of a setting: they return what was needed, or None where the value is good.
-def one_or_more(value):
-    return None if value >= 1 else "at least 1 was needed"
+def needs(words, holds):
+    """A setting's check: value -> `words` where it does not hold, else None."""
+    return lambda value: None if holds(value) else words
 
 
-def zero_or_more(value):
-    return None if value >= 0 else "0 or more was needed"
-
-
-def positive(value):
-    return None if value > 0 else "a positive number was needed"
-
-
-def share(value):
-    return None if 0 <= value <= 1 else "a share between 0 and 1 was needed"
-
-
-def below_one(value):
-    return None if 0 <= value < 1 else "a number from 0 to below 1 was needed"
+one_or_more = needs("at least 1 was needed", lambda value: value >= 1)
+zero_or_more = needs("0 or more was needed", lambda value: value >= 0)
+positive = needs("a positive number was needed", lambda value: value > 0)
+share = needs("a share between 0 and 1 was needed", lambda value: 0 <= value <= 1)
+below_one = needs("a number from 0 to below 1 was needed", lambda value: 0 <= value < 1)
+seed_range = needs("a number from 0 to 4294967295 was needed", lambda value: 0 <= value < 2**32)
 
 
 def multiple_of_8(value):
     nearest = max(8, round(value / 8) * 8)
     return one_or_more(value) or (f"a multiple of 8 was needed; use {nearest}" if value % 8 else None)
-
-
-def seed_range(value):
-    return zero_or_more(value) or ("a number below 4294967296 was needed" if value >= 2**32 else None)
 
 
 def python_list(text):

@@ -129,7 +129,12 @@ def unsharded_state_dict(accelerator, model, keys):
     return result
 
 
-def require_agreement(accelerator, facts):
+def sum_over_processes(accelerator, value):
+    """What all processes decide by, together: one that went its own way would leave the others waiting."""
+    return accelerator.reduce(torch.tensor(float(value), device=accelerator.device), "sum").item()
+
+
+def refuse_differences(accelerator, facts):
     """Raise InputError, naming the first thing that differs, where the {name: value} of the processes are not equal."""
     if accelerator.num_processes == 1:
         return

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from uuid import uuid4
 
@@ -57,6 +57,11 @@ def locked(folder):
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
                 raise
         yield
+
+
+def locked_by_main_process(folder, accelerator):
+    """`locked` in the main process, nothing in the others."""
+    return locked(folder) if accelerator.is_main_process else nullcontext()
 
 
 def flush(path):

@@ -42,6 +42,11 @@ class LoadedBase:
     prompt_embeds: torch.Tensor  # (2, n, d): the prompt's, and the empty prompt's
     device: torch.device
 
+    def close(self):
+        """Wait for what the latent cache is writing."""
+        if self.vae.cache:
+            self.vae.cache.close()
+
 
 class BaseModel:
     """The folders of these models; checked when made, read by the methods.

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import benchmarks.scaling
-from common.distributed import check_distributed, require_agreement
+from common.distributed import check_distributed, refuse_differences
 from common.errors import InputError
 from dataset.loader import EpochSampler
 from libs.checkpoints.convert import convert
 from libs.checkpoints.resume import BATCH_SETTINGS, global_batch
 from libs.training.checks import check_run
 from libs.training.config import parse_args
-from libs.training.loop import what_must_agree
+from libs.training.setup import what_must_agree
 from train_DiffuEraser_stage1 import Stage1
 
 FINAL = "unet_main/diffusion_pytorch_model.safetensors"
@@ -81,7 +81,7 @@ def test_machines_that_disagree_are_named(flags, videos, tmp_path, monkeypatch):
 
     def compare(there):
         monkeypatch.setattr("common.distributed.gather_object", lambda here: [*here, there])
-        require_agreement(Accelerator, facts())
+        refuse_differences(Accelerator, facts())
 
     (tmp_path / "elsewhere").symlink_to(videos)
     compare(facts(davis_root=tmp_path / "elsewhere/DAVIS", output_dir=tmp_path / "mine", dataloader_num_workers=1))

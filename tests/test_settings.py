@@ -44,7 +44,7 @@ def test_every_check_names_flag_and_value(stage):
         with pytest.raises(InputError, match=rf"^--{name}=-1(\.0)?: .* needed"):
             parse_args(STAGES[stage], [f"--{name}=-1"])
     for flag, needed in (
-        ("--seed=4294967296", "a number below 4294967296 was needed"),
+        ("--seed=4294967296", "a number from 0 to 4294967295 was needed"),
         ("--adam_beta1=1", "a number from 0 to below 1 was needed"),
         ("--max_train_steps=0", "at least 1 was needed, or leave the flag out"),
         ("--resolution=1", "a multiple of 8 was needed; use 8"),

@@ -15,8 +15,8 @@ from benchmarks.live_memory import peak_bytes
 from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
-from libs.training.cuda_graph import TrainingStep
 from libs.training.latent_cache import LatentCache
+from libs.training.loss import ForwardBackward
 from libs.training.optimizer import match_layout
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
@@ -73,13 +73,13 @@ def frames(tmp_path):
 
 def test_a_frame_is_held_until_it_changes(tmp_path, frames):
     cache = LatentCache(tmp_path / "cache", "vae", (8, 2, 2), torch.float16)
-    moments, missing = cache.read(frames)
-    assert moments.shape == (3, 8, 2, 2) and all(missing) and len(set(missing)) == 3
+    posteriors, missing = cache.read(frames)
+    assert posteriors.shape == (3, 8, 2, 2) and all(missing) and len(set(missing)) == 3
     values = torch.randn(2, 8, 2, 2).half()
     cache.add(missing[:2], values)
     cache.close()
-    moments, missing = cache.read(frames)
-    assert torch.equal(moments[:2], values) and missing[:2] == [None, None] and missing[2]
+    posteriors, missing = cache.read(frames)
+    assert torch.equal(posteriors[:2], values) and missing[:2] == [None, None] and missing[2]
     os.utime(frames[0], (1, 1))
     assert cache.read(frames)[1][0]
     for other in ({"vae": "another"}, {"shape": (8, 4, 4)}, {"dtype": torch.bfloat16}):
@@ -139,9 +139,9 @@ def test_frames_are_encoded_in_slices_of_one_size():
     )  # fmt: skip
     pixels, sizes = torch.randn(7, 3, 16, 16), []
     vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    moments = FrozenVAE(vae, frames=3).posterior(pixels)
-    assert moments.shape == (7, 8, 8, 8) and sizes == [3, 3, 3]
-    torch.testing.assert_close(moments, vae.encode(pixels).latent_dist.parameters)
+    posteriors = FrozenVAE(vae, frames=3).posterior(pixels)
+    assert posteriors.shape == (7, 8, 8, 8) and sizes == [3, 3, 3]
+    torch.testing.assert_close(posteriors, vae.encode(pixels).latent_dist.parameters)
     assert [frames_at_once(n, 512, 512) for n in (1, 10, 11, 12, 22, 24)] == [1, 10, 11, 6, 11, 8]
     sizes = [(256, 64, 64), (2, 1024, 1024), (3, 1024, 1024), (10, 1080, 1920), (1, 4096, 4096)]
     assert [frames_at_once(*size) for size in sizes] == [256, 2, 2, 1, 1]
@@ -272,7 +272,7 @@ def test_accumulated_gradients_stay_in_ddp_s_buckets(ddp):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = ddp(torch.nn.Linear(3, 2))
     optimizer = torch.optim.AdamW(model.parameters())
-    training_step = TrainingStep(accelerator, model, optimizer, None, 1.0, prepare=None)
+    forward_backward = ForwardBackward(accelerator, model, None)
     places = []
     for step in range(6):
         accelerator.gradient_state._set_sync_gradients(step % 2 == 1)
@@ -282,7 +282,7 @@ def test_accumulated_gradients_stay_in_ddp_s_buckets(ddp):
         places.append([parameter.grad.data_ptr() for parameter in model.parameters()])
         if accelerator.sync_gradients:
             optimizer.step()
-            training_step.clear_gradients()
+            forward_backward.clear_gradients(optimizer)
             assert not any(parameter.grad.any() for parameter in model.parameters())
     assert places[2] == places[3] == places[4] == places[5]
     reset_accelerate()

@@ -13,13 +13,15 @@ from conftest import fill_by_formula, parity_case, reset_accelerate
 from diffusers import DDPMScheduler
 
 import libs.training.cuda_graph
-import libs.training.loop
+import libs.training.loss
+import libs.training.setup
 from common.errors import InputError
 from dataset.finetune_dataset import to_tensors
+from libs.base_model import LoadedBase
 from libs.brushnet_CA import BrushNetModel
 from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
-from libs.training.cuda_graph import Captured, TrainingStep
-from libs.training.loss import Draws, diffusion_loss, model_inputs
+from libs.training.cuda_graph import Captured, GraphedForwardBackward
+from libs.training.loss import Draws, EncodedBatch, ForwardBackward, denoising_loss, inpainting_loss
 from libs.training.optimizer import eight_bit_adam, make_optimizer
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
@@ -49,9 +51,8 @@ def test_batch_two_is_the_mean_of_two_batches_of_one(stage):
 
     def loss(clips):
         frames = slice(clips.start * f, clips.stop * f)
-        return diffusion_loss(
-            model, scheduler, latents[frames], noise[frames], conditioning[frames], timesteps[clips], text[clips]
-        )
+        encoded = EncodedBatch(latents[frames], noise[frames], conditioning[frames], timesteps[clips], text[clips])
+        return denoising_loss(model, scheduler, encoded)
 
     both = loss(slice(0, 2))
     torch.testing.assert_close(both, (loss(slice(0, 1)) + loss(slice(1, 2))) / 2)
@@ -82,7 +83,7 @@ def test_velocity_prediction():
     latents, noise, conditioning = (torch.randn(f, c, 8, 8, dtype=torch.float64) for c in (4, 4, 5))
     inputs = (latents, noise, conditioning, torch.tensor([300]), torch.randn(1, 7, 16, dtype=torch.float64))
     scheduler = DDPMScheduler(prediction_type="v_prediction")
-    loss = diffusion_loss(model, scheduler, *inputs)
+    loss = denoising_loss(model, scheduler, EncodedBatch(*inputs))
     noisy = scheduler.add_noise(latents, noise, torch.tensor([300, 300]))
     a = scheduler.alphas_cumprod[300]
     velocity = a.sqrt() * noise - (1 - a).sqrt() * latents
@@ -117,8 +118,8 @@ def test_a_batch_reaches_the_model_as_it_should():
         seen.extend(inputs)
         return torch.zeros_like(inputs[0])
 
-    inputs = model_inputs(FrozenVAE(KnownPosterior(), f), scheduler, prompt_embeds, torch.device("cpu"), batch)
-    loss = diffusion_loss(model, scheduler, *inputs)
+    base = LoadedBase(FrozenVAE(KnownPosterior(), f), scheduler, prompt_embeds, torch.device("cpu"))
+    loss = inpainting_loss(model, base, batch)
     noisy_latents, conditioning, timesteps, encoder_hidden_states = seen
     draws = Draws.from_seeds([5, 6], (f, 3, 2, 3), 1000, torch.device("cpu"))
     pixel_values, masked, _ = (tensor.flatten(0, 1) for tensor in to_tensors(batch["frames"], batch["holes"]))
@@ -178,7 +179,7 @@ def test_without_an_eight_bit_optimizer(monkeypatch):
 def test_rate_warm_up_and_clipping_reach_the_optimizer(train, monkeypatch, capsys):
     """scale_lr multiplies by the global batch; gradients that arrive are no longer than the limit."""
     norms = []
-    make = libs.training.loop.make_optimizer
+    make = libs.training.setup.make_optimizer
 
     def watch(*args):
         optimizer = make(*args)
@@ -188,7 +189,7 @@ def test_rate_warm_up_and_clipping_reach_the_optimizer(train, monkeypatch, capsy
     def norm_of(optimizer):
         return torch.stack([p.grad.norm() for p in optimizer.param_groups[0]["params"] if p.grad is not None]).norm()
 
-    monkeypatch.setattr(libs.training, "make_optimizer", watch)
+    monkeypatch.setattr(libs.training.setup, "make_optimizer", watch)
     train(
         1, max_train_steps=3, learning_rate=1e-5, scale_lr=True, train_batch_size=2, gradient_accumulation_steps=2,
         lr_scheduler="linear", lr_warmup_steps=2, max_grad_norm=1e-3,
@@ -206,7 +207,7 @@ def graphs(monkeypatch):
     def capture(step, inputs):
         places = [parameter.grad for parameter in step.model.parameters()]
         values = [None if place is None else place.clone() for place in places]
-        loss = step.loss_and_gradients(*inputs)
+        loss = step.backward(inputs)
         gradients = [parameter.grad for parameter in step.model.parameters()]
         captures.append(inputs)
 
@@ -214,7 +215,7 @@ def graphs(monkeypatch):
             held = [parameter.grad for parameter in step.model.parameters()]
             for parameter, place in zip(step.model.parameters(), places, strict=True):
                 parameter.grad = place  # None: the backward pass writes gradients, else it adds to them
-            loss.copy_(step.loss_and_gradients(*inputs))
+            loss.copy_(step.backward(inputs))
             for parameter, gradient, before in zip(step.model.parameters(), gradients, held, strict=True):
                 gradient.copy_(parameter.grad)
                 parameter.grad = before  # a replay writes to memory, it gives nobody a tensor
@@ -230,14 +231,16 @@ def graphs(monkeypatch):
     for name in ("stream", "use_mem_pool"):
         monkeypatch.setattr(torch.cuda, name, lambda anything: nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(TrainingStep, "capture", capture)
+    monkeypatch.setattr(GraphedForwardBackward, "capture", capture)
     return captures
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 def test_replayed_steps_are_steps(graphs, monkeypatch, accumulation):
     """After a few as they are, and again after the graph was given up in between: with the same losses and weights."""
-    monkeypatch.setattr(libs.step, "diffusion_loss", lambda model, _, value: model(value).square().mean())
+    for module in (libs.training.loss, libs.training.cuda_graph):
+        monkeypatch.setattr(module, "encode_batch", lambda base, batch, _=None: SimpleNamespace(x=batch.clone()))
+        monkeypatch.setattr(module, "denoising_loss", lambda model, _, encoded: model(encoded.x).square().mean())
     results, releases = [], (accumulation, 5 * accumulation)  # before the first capture, and later
     for cuda_graph in (False, True):
         reset_accelerate()
@@ -245,18 +248,20 @@ def test_replayed_steps_are_steps(graphs, monkeypatch, accumulation):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
         model = torch.nn.Linear(3, 2)
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
-        step = TrainingStep(accelerator, model, optimizer, None, 1.0, lambda batch: (batch.clone(),), cuda_graph)
-        losses, norms = [], []
+        passes = GraphedForwardBackward if cuda_graph else ForwardBackward
+        step = passes(accelerator, model, SimpleNamespace(noise_scheduler=None))
+        losses = []
         for i in range(8 * accumulation):
             before = len(graphs)
             with accelerator.accumulate(model):
-                loss, grad_norm = step(torch.randn(4, 3))
-            losses.append(loss)
-            norms.append(grad_norm)
+                losses.append(step(torch.randn(4, 3)))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                step.clear_gradients(optimizer)
             assert len(graphs) == before or i not in releases  # none at once after a release
             if i + 1 in releases:
                 step.release()
-        assert [norm is not None for norm in norms] == ([False] * (accumulation - 1) + [True]) * 8
         results.append((torch.stack(losses), model.weight.detach().clone()))
     assert len(graphs) == 2
     torch.testing.assert_close(*results, rtol=0, atol=0)
@@ -286,7 +291,9 @@ def test_a_capture_that_fails_says_why(monkeypatch, cause, expected):
     for name in ("CUDAGraph", "MemPool"):
         monkeypatch.setattr(torch.cuda, name, lambda: SimpleNamespace(id=None))
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(libs.step, "diffusion_loss", fail)
-    step = TrainingStep(SimpleNamespace(gradient_accumulation_steps=1), None, None, None, 1.0, prepare=None)
+    monkeypatch.setattr(libs.training.cuda_graph, "denoising_loss", fail)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    accelerator, base = SimpleNamespace(gradient_accumulation_steps=1), SimpleNamespace(noise_scheduler=None)
+    step = GraphedForwardBackward(accelerator, None, base)
     with pytest.raises(expected, match=str(cause).splitlines()[0]):
-        step.capture(())
+        step.capture(None)

@@ -19,7 +19,7 @@ from dataset.images import pair_by_name
 from libs.base_model import BaseModel
 from libs.checkpoints.checkpoint import TrainerState, find_latest, list_checkpoints
 from libs.checkpoints.convert import refuse_source_weights
-from libs.checkpoints.resume import describe_run, go_on_from
+from libs.checkpoints.resume import describe_run, global_batch, go_on_from
 from libs.training.config import resume_policy
 from libs.training.optimizer import eight_bit_adam
 
@@ -71,6 +71,11 @@ class RunInputs:
     state: TrainerState  # where the run starts or goes on
     checkpoint: Path | None  # to resume from
     notes: list[str]  # newer checkpoints passed over, and what has changed since
+
+    @property
+    def global_batch(self):
+        """Clips in a step of all processes together."""
+        return global_batch(self.state.settings)
 
 
 def check_run(args, stage):

@@ -304,35 +304,23 @@ def what_sets_clips(settings):
     return {name: settings[name] for name in settings_with("sets_clips")}
 
 
-def settings_from_environment(stage_number, environ):
-    """{setting: text or None} as the shell scripts' variables and their own defaults have it, but for what the launcher
-    decides. Defaults in weights/ follow WEIGHTS."""
-    values = {}
-    weights = environ.get("WEIGHTS") or "weights"
+def flags_from_environment(stage_number, environ):
+    """The trainer's flags that follow from the shell scripts' variables and their own defaults: ["--nframes=10", ...].
+
+    Defaults in weights/ follow WEIGHTS. What the launcher decides is left out: --validation_image, --validation_mask,
+    --compile, --cuda_graph and --mixed_precision.
+    """
+    flags, weights = [], environ.get("WEIGHTS") or "weights"
     for f in fields(CONFIGS[stage_number]):
-        meta, default = f.metadata, default_of(f)
-        text = meta["shell_default"] or (None if default is None else str(default))
-        in_weights = text is not None and text.startswith("weights/")
+        meta, default = f.metadata, f.metadata["shell_default"] or default_of(f)
+        in_weights = str(default).startswith("weights/")
         if meta["launcher"] or not (meta["variable"] or in_weights):
             continue
-        given = environ.get(meta["variable"] or "")
-        if given is None or (given == "" and not meta["may_be_empty"]):
-            given = text.replace("weights", weights, 1) if in_weights else text
-        values[f.name] = given
-    return values
-
-
-def flags_from_environment(stage_number, environ):
-    """The trainer's flags that follow from the shell scripts' variables: ["--nframes=10", ...].
-
-    Without those that the launcher decides: --validation_image and --validation_mask, --compile, --cuda_graph and
-    --mixed_precision.
-    """
-    flags = []
-    types = {f.name: f.type for f in fields(CONFIGS[stage_number])}
-    for name, value in settings_from_environment(stage_number, environ).items():
-        if types[name] is bool:
-            flags += [f"--{name}"] if value == "1" else []
+        value = environ.get(meta["variable"] or "")
+        if value is None or (value == "" and not meta["may_be_empty"]):
+            value = default.replace("weights", weights, 1) if in_weights else default
+        if f.type is bool:
+            flags += [f"--{f.name}"] if value == "1" else []
         elif value is not None:
-            flags.append(f"--{name}={value}")
+            flags.append(f"--{f.name}={value}")
     return flags

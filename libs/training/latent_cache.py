@@ -106,7 +106,7 @@ class LatentCache:
         self.writer.submit(self.write, keys, host, copied)
 
     def copy_to_host(self, posteriors):
-        """(the posteriors in pinned memory, an event after which they are there). On a stream of the cache's own: pinned
+        """(the posteriors in pinned memory, an event after which they are there). On the cache's own stream: pinned
         memory must not be freed, as the writer does, while a CUDA graph is captured on its stream."""
         self.stream = self.stream or torch.cuda.Stream()
         host = torch.empty(posteriors.shape, dtype=posteriors.dtype, pin_memory=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from dataset.finetune_dataset import to_tensors
 from libs.inpainter import conditioning_latents
@@ -89,3 +90,31 @@ class Draws:
             clips.append(torch.randn((3, *shape), generator=generator, device=device))
             timesteps.append(torch.randint(num_train_timesteps, (1,), generator=generator, device=device))
         return cls(*torch.cat(clips, dim=1), torch.cat(timesteps))
+
+
+class ForwardBackward:
+    """Called with every batch: writes gradients, returns the loss () on the device.
+
+    Args:
+        accelerator, model: as prepared; `accelerator.accumulate(model)` encloses every call.
+        base: LoadedBase.
+    """
+
+    keeps_gradients = False  # whether they have places of their own, as a CUDA graph's and DDP's in its buckets
+
+    def __init__(self, accelerator, model, base):
+        self.accelerator, self.model, self.base = accelerator, model, base
+        keeps_gradients = self.keeps_gradients or isinstance(model, DistributedDataParallel)
+        self.accumulates_in_place = keeps_gradients and accelerator.gradient_accumulation_steps > 1
+
+    def __call__(self, batch):
+        loss = inpainting_loss(self.model, self.base, batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def clear_gradients(self, optimizer):
+        """After the optimizer's step. Where several passes add to kept places, a second set would take memory."""
+        optimizer.zero_grad(set_to_none=not self.accumulates_in_place)
+
+    def release(self):
+        """Give memory back, to validate or save."""

@@ -1,0 +1,84 @@
+"""When a run's checkpoints are written, kept and converted, and what a failure costs."""
+
+import time
+
+from safetensors import SafetensorError
+
+from common.distributed import sum_over_processes
+from common.errors import InputError, first_line
+from libs.checkpoints.checkpoint import mark_best, prune, save_checkpoint
+from libs.checkpoints.convert import convert
+from libs.training.config import what_sets_clips
+from libs.training.log import log
+
+
+class Checkpoints:
+    """Those of one run. Processes make every call together.
+
+    Args:
+        state: TrainerState, moved on by the loop.
+        last: the checkpoint that the run goes on from, or None.
+    """
+
+    def __init__(self, config, stage, accelerator, state, last):
+        self.config, self.stage, self.accelerator, self.state, self.last = config, stage, accelerator, state, last
+
+    def save(self, bad_streak, must):
+        """Save a checkpoint. One that fails leaves the earlier ones and the run alone, unless it `must` be saved.
+
+        Args:
+            bad_streak: of Meter; weights after losses that are not finite are not worth keeping.
+        """
+        config, step, start = self.config, self.state.global_step, time.perf_counter()
+        bad, _ = bad_streak
+        if sum_over_processes(self.accelerator, bad):
+            losses = f"the last {bad} losses" if bad else "losses of another process"
+            reason = f"no checkpoint at step {step}: {losses} are not finite"
+            if must:
+                raise InputError(f"{reason}; the last good one is {self.last}: resume with a lower --learning_rate")
+            log.info(reason)
+            return
+        try:
+            self.last = save_checkpoint(self.accelerator, config.output_dir, self.state)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_write_error(error):
+                raise
+            # Other processes wait for this one: then only ending is left.
+            reason = f"checkpoint of step {step} could not be written ({first_line(error)})"
+            if must or self.accelerator.num_processes > 1:
+                raise InputError(f"{reason}: free some space and run the same command to resume") from None
+            log.info("%s: free some space; the next one is tried after %d steps", reason, config.checkpointing_steps)
+            return
+        log.info("saved %s in %.0f s", self.last, time.perf_counter() - start)
+        if self.accelerator.is_main_process:
+            try:
+                prune(config.output_dir, step, config.checkpoints_total_limit, config.keep_best_checkpoint)
+            except OSError as error:
+                log.info("older checkpoints could not be deleted (%s)", error)
+
+    def mark_best(self, validation_loss):
+        """Note the checkpoint just written as the best one, if its held-out loss is the lowest so far."""
+        step = self.state.global_step
+        saved = self.last is not None and self.last.name == f"checkpoint-{step}"
+        if validation_loss is None or not saved or not self.accelerator.is_main_process:
+            return
+        try:
+            if mark_best(self.config.output_dir, step, validation_loss, what_sets_clips(self.state.settings)):
+                log.info("%s is the best checkpoint so far, by held-out loss", self.last.name)
+        except OSError as error:
+            log.info("the best checkpoint could not be noted (%s)", error)
+
+    def convert(self):
+        """The last checkpoint as the two folders that inference loads."""
+        folder, source = self.config.output_dir, getattr(self.config, "pretrained_stage1", None)
+        if self.accelerator.is_main_process:
+            convert(self.stage.number, self.last, folder, source)
+        self.accelerator.wait_for_everyone()
+        log.info("done at step %d: %s/unet_main and %s/brushnet", self.state.global_step, folder, folder)
+
+
+def is_write_error(error):
+    """Whether a checkpoint failed for the disk's sake; torch's writers raise plain RuntimeErrors then."""
+    return isinstance(error, (OSError, SafetensorError)) or any(
+        name in str(error) for name in ("PytorchStreamWriter", "inline_container", "iostream")
+    )

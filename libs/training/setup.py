@@ -1,0 +1,163 @@
+"""How the parts of a run are made: base models, model, data, optimizer and schedule; and a resumed start."""
+
+import math
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from torch.utils.data import DataLoader
+
+from common.distributed import DTYPES, autocast_under_fsdp, refuse_differences
+from common.weights import fingerprint, weight_files
+from dataset.finetune_dataset import PROMPTS
+from dataset.loader import EpochSampler, TrainingClips
+from libs.base_model import LoadedBase
+from libs.checkpoints.checkpoint import register_hooks, saved_keys
+from libs.checkpoints.resume import BATCH_SETTINGS
+from libs.training.config import settings_with
+from libs.training.latent_cache import LatentCache
+from libs.training.log import log, log_parameters
+from libs.training.optimizer import make_optimizer, match_layout
+from libs.training.stopping import start_compilers
+
+SCALER_FILE = "scaler.pt"  # accelerate's, of fp16 runs
+
+
+def require_agreement(accelerator, config, found):
+    """Raise InputError where machines have other settings, weights or data; where files lie may differ."""
+    refuse_differences(accelerator, what_must_agree(config, found))
+
+
+def what_must_agree(config, found):
+    """{name: value} that all processes need in common."""
+    flags = {f"--{name}": value for name, value in vars(config).items() if name not in settings_with("per_machine")}
+    files = {name: weights.files for name, weights in found.opened.items() if weights}
+    files["VAE"] = weight_files(found.base.vae_folder, found.base.variant)
+    return {
+        **flags,
+        **{f"the {name}'s fingerprint": fingerprint(paths) for name, paths in files.items()},
+        "the list of validation videos": found.state.settings["validation_image"],
+        "the number of clips an epoch": len(found.dataset),
+        "the checkpoint to resume from": found.checkpoint.name if found.checkpoint else "none",
+    }
+
+
+def seed_everything(config):
+    set_seed(config.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+
+
+def load_base(config, accelerator, found):
+    """(LoadedBase, (V, n, d) embeddings of the validation prompts).
+
+    One embedding per prompt for the whole run; the text encoder is gone before the large models come.
+    """
+    device, half = accelerator.device, DTYPES[accelerator.mixed_precision]
+    embeds = found.base.encode_prompts([*PROMPTS, *config.validation_prompt], device)
+    cache = open_latent_cache(config, accelerator, found.base, half) if config.latent_cache else None
+    vae = found.base.load_vae(device, half, config.nframes, cache)
+    if config.compile:
+        vae.compile_encoder()
+    base = LoadedBase(vae, found.base.noise_scheduler, embeds[: len(PROMPTS)], device)
+    return base, embeds[len(PROMPTS) :]
+
+
+def open_latent_cache(config, accelerator, base, dtype):
+    side = config.resolution // 2 ** (len(base.vae_config["block_out_channels"]) - 1)
+    return LatentCache(
+        config.latent_cache,
+        vae=fingerprint(weight_files(base.vae_folder, base.variant)),
+        shape=(2 * base.vae_config["latent_channels"], side, side),
+        dtype=dtype,
+        limit_gb=config.latent_cache_gb,
+        num_processes=accelerator.num_processes,
+    )
+
+
+def build_model(config, stage, accelerator, found):
+    """The stage's Inpainter, ready for `accelerator.prepare`: frozen, recomputed and compiled as the settings say."""
+    model = stage.load_models(found.opened, frozen_dtype=DTYPES[accelerator.mixed_precision])
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    autocast_under_fsdp(accelerator, model)
+    if config.compile:
+        model.compile_models(channels_last=not config.use_8bit_adam)
+        log.info("compiling in the first step: about five minutes, less in later starts (COMPILE=0 turns it off)")
+    log_parameters(model, config.checkpoints_total_limit)
+    found.state.configs = {name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")}
+    register_hooks(accelerator, saved_keys(model))
+    return model
+
+
+def make_loader(config, accelerator, dataset, cache):
+    """(the process's part of the batches, EpochSampler: positions where the stream of clips starts and stops)."""
+    clips, order = TrainingClips(dataset, cache), EpochSampler(len(dataset), config.seed)
+    # No persistent workers: they live until the interpreter ends, which then waits 5 s for each of them.
+    loader = DataLoader(
+        clips,
+        batch_size=config.train_batch_size,
+        sampler=order,
+        collate_fn=clips.collate,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return accelerator.prepare(loader), order
+
+
+def make_optimizer_and_schedule(config, accelerator, model, found, stop):
+    """(optimizer, learning rate schedule, the last step's number)."""
+    learning_rate = config.learning_rate * (found.global_batch if config.scale_lr else 1)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(config, parameters, learning_rate, accelerator.device)
+    if config.compile or type(optimizer).__module__.startswith("torchao"):  # whose optimizers compile their step
+        start_compilers()
+        stop.hold_signals()
+    # Steps of all processes together: each of them sees its share of a global batch.
+    clips = len(found.dataset)
+    last_step = config.max_train_steps or math.ceil(config.num_train_epochs * clips / found.global_batch)
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=last_step,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+    log.info(
+        "global batch %d clips: %d process(es), each %d clip(s) %d time(s) a step; %.6g steps per epoch; the last step "
+        "is %d", found.global_batch, *(found.state.settings[name] for name in BATCH_SETTINGS),
+        clips / found.global_batch, last_step,
+    )  # fmt: skip
+    return optimizer, schedule, last_step
+
+
+def resume(config, accelerator, optimizer, schedule, found):
+    """Load a checkpoint that the checks found fit; settings of the optimizer come from the flags, not from it.
+
+    Args:
+        optimizer, schedule: as prepared.
+    """
+    checkpoint, state = found.checkpoint, found.state
+    settings = ("betas", "eps", "weight_decay")
+    given = [{name: group[name] for name in settings} for group in optimizer.param_groups]
+    base_lrs = list(schedule.scheduler.base_lrs)
+    scaler = accelerator.scaler
+    if not Path(checkpoint, SCALER_FILE).is_file():  # it was written without fp16: there is none to load
+        accelerator.scaler = None
+    accelerator.load_state(str(checkpoint))
+    match_layout(optimizer)
+    accelerator.scaler = scaler
+    accelerator.step = 0  # of accumulation: checkpoints are written between optimizer steps
+    # The schedule's state brings the old learning rate back; the flag decides.
+    schedule = schedule.scheduler
+    schedule.base_lrs = base_lrs
+    for group, values, base_lr, factor in zip(
+        optimizer.param_groups, given, base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group.update(values, initial_lr=base_lr)
+        lr = base_lr * factor(schedule.last_epoch)
+        group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr  # torchao's is a tensor
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    epoch = state.clips_done // len(found.dataset)
+    log.info("resumed from %s at step %d, epoch %d", checkpoint, state.global_step, epoch)
