@@ -387,7 +387,7 @@ def test_the_memory_line_counts_gradients_held_in_the_forward_pass(flags, monkey
         **changes,
     }
     opened = {"unet_main": SimpleNamespace(parameters=860e6, config={"block_out_channels": [320]}), "brushnet": None}
-    _, line = libs.training.checks.check_memory(parse_args(Stage1, flags(1, **settings)), Stage1, opened)
+    line = libs.training.checks.check_memory(parse_args(Stage1, flags(1, **settings)), Stage1, opened)
     assert line.startswith(f"about {gib} GiB")
 
 

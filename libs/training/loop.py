@@ -7,10 +7,10 @@ Everything beside a step lives in objects of its own: what is read only (LoadedB
 
 import os
 
-from common.distributed import lost_processes_named, make_accelerator, sum_over_processes, whole
+from common.distributed import lost_processes_named, make_accelerator, sum_over_processes, unsharded
 from common.errors import one_line_errors
 from common.files import locked_by_main_process
-from libs.training.checks import inspect
+from libs.training.checks import check_run
 from libs.training.config import parse_args
 from libs.training.cuda_graph import GraphedForwardBackward
 from libs.training.log import log, log_on_main_process, log_start, start_trackers
@@ -36,7 +36,7 @@ def run(stage, argv=None):
     stop = StopRequest()
     try:
         config = parse_args(stage, argv)
-        checks, found = inspect(config, stage)
+        checks, found = check_run(config, stage)
         if config.check_only:
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # every machine has its own files, and its own log
                 print(checks.table(), flush=True)
@@ -87,7 +87,7 @@ def train(config, stage, accelerator, found, stop):
             loss = forward_backward(batch)
             grad_norm = None
             if accelerator.sync_gradients:
-                grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+                grad_norm = unsharded(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
             optimizer.step()
             forward_backward.clear_gradients(optimizer)
         meter.add(loss, grad_norm, state.global_step + 1, batch["videos"])

@@ -8,7 +8,7 @@ from common.distributed import sum_over_processes
 from common.errors import InputError, first_line
 from libs.checkpoints.checkpoint import mark_best, prune, save_checkpoint
 from libs.checkpoints.convert import convert
-from libs.checkpoints.resume import probe
+from libs.training.config import what_sets_clips
 from libs.training.log import log
 
 
@@ -63,7 +63,7 @@ class Checkpoints:
         if validation_loss is None or not saved or not self.accelerator.is_main_process:
             return
         try:
-            if mark_best(self.config.output_dir, step, validation_loss, probe(self.state.settings)):
+            if mark_best(self.config.output_dir, step, validation_loss, what_sets_clips(self.state.settings)):
                 log.info("%s is the best checkpoint so far, by held-out loss", self.last.name)
         except OSError as error:
             log.info("the best checkpoint could not be noted (%s)", error)

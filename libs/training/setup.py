@@ -8,25 +8,20 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
-from common.distributed import DTYPES, fit_to_engine, refuse_differences
+from common.distributed import DTYPES, autocast_under_fsdp, refuse_differences
 from common.weights import fingerprint, weight_files
 from dataset.finetune_dataset import PROMPTS
 from dataset.loader import EpochSampler, TrainingClips
 from libs.base_model import LoadedBase
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.checkpoints.resume import BATCH_SETTINGS
+from libs.training.config import settings_with
 from libs.training.latent_cache import LatentCache
 from libs.training.log import log, log_parameters
 from libs.training.optimizer import make_optimizer, match_layout
 from libs.training.stopping import start_compilers
 
 SCALER_FILE = "scaler.pt"  # accelerate's, of fp16 runs
-# Flags that may differ from machine to machine: where files lie, and what changes nothing in the result.
-LOCAL_FLAGS = {
-    "base_model_name_or_path", "vae_path", "tokenizer_name", "pretrained_stage1_path", "brushnet_model_name_or_path",
-    "pretrained_stage1", "motion_adapter_path", "davis_root", "ytvos_root", "validation_image", "validation_mask",
-    "output_dir", "resume_from_checkpoint", "latent_cache", "latent_cache_gb", "dataloader_num_workers",
-}  # fmt: skip
 
 
 def require_agreement(accelerator, config, found):
@@ -36,7 +31,7 @@ def require_agreement(accelerator, config, found):
 
 def what_must_agree(config, found):
     """{name: value} that all processes need in common."""
-    flags = {f"--{name}": value for name, value in vars(config).items() if name not in LOCAL_FLAGS}
+    flags = {f"--{name}": value for name, value in vars(config).items() if name not in settings_with("per_machine")}
     files = {name: weights.files for name, weights in found.opened.items() if weights}
     files["VAE"] = weight_files(found.base.vae_folder, found.base.variant)
     return {
@@ -85,7 +80,7 @@ def build_model(config, stage, accelerator, found):
     model = stage.load_models(found.opened, frozen_dtype=DTYPES[accelerator.mixed_precision])
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    fit_to_engine(accelerator, model)
+    autocast_under_fsdp(accelerator, model)
     if config.compile:
         model.compile_models(channels_last=not config.use_8bit_adam)
         log.info("compiling in the first step: about five minutes, less in later starts (COMPILE=0 turns it off)")
