@@ -2,11 +2,28 @@
 
 import csv
 import io
+import json
 from pathlib import Path
 
 # Numbers beside the trackers' files: the lines of the log, held-out losses, and scores of every validation video.
 HISTORY_FILE, HELD_OUT_FILE, SCORES_FILE = "history.csv", "held_out.csv", "scores.csv"
 CONTACT_SHEET = "contact_sheet.png"
+CONFIG_FILE = "config.json"  # a list with command, settings and versions of every start, in the run's folder
+
+
+def read_starts(run_dir):
+    """[{"command", "settings", "versions"}] of a run's starts, oldest first; [] where no config.json of ours lies.
+
+    Other programs, the original scripts among them, have files of that name too.
+    """
+    path = Path(run_dir, CONFIG_FILE)
+    try:
+        starts = json.loads(path.read_bytes()) if path.is_file() else []
+    except ValueError:
+        return []
+    known = {"command", "settings", "versions"}
+    ours = isinstance(starts, list) and all(isinstance(start, dict) and known <= start.keys() for start in starts)
+    return starts if ours else []
 
 
 def append_row(path, row):
