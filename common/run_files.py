@@ -21,9 +21,12 @@ def read_starts(run_dir):
         starts = json.loads(path.read_bytes()) if path.is_file() else []
     except ValueError:
         return []
-    known = {"command", "settings", "versions"}
-    ours = isinstance(starts, list) and all(isinstance(start, dict) and known <= start.keys() for start in starts)
+    ours = isinstance(starts, list) and all(is_start(start) for start in starts)
     return starts if ours else []
+
+
+def is_start(entry):
+    return isinstance(entry, dict) and "command" in entry and "logging_dir" in entry.get("settings", {})
 
 
 def append_row(path, row):
