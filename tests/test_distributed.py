@@ -17,7 +17,6 @@ from conftest import REPOSITORY, equal_files, wait_for_line
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-import benchmarks.scaling
 from common.distributed import check_engine, require_agreement
 from common.errors import InputError
 from dataset.loader import EpochSampler
@@ -287,8 +286,3 @@ def test_two_machines_of_which_one_is_cut_off(hosts, weights, videos, tmp_path):
     )
     assert one.returncode == 0, one.stderr
     assert equal_files(tmp_path / "run" / FINAL, tmp_path / "one" / FINAL)
-
-
-def test_the_tables_in_the_docs_are_the_script_s(capsys):
-    benchmarks.scaling.main()
-    assert capsys.readouterr().out.strip() in Path(REPOSITORY, "docs/scaling.md").read_text()
