@@ -11,13 +11,12 @@ same error is given for the fp32 step with weights rounded to fp16: what any fp1
 import argparse
 import json
 import re
+import subprocess
+import sys
 import tempfile
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMScheduler
 
 from libs.brushnet_CA import BrushNetModel
@@ -25,10 +24,9 @@ from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_o
 from libs.training.loss import EncodedBatch, denoising_loss
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
-from tests.conftest import fill_by_formula, parity_case
 from toy.make_videos import make_videos
 from toy.make_weights import make_weights
-from train_DiffuEraser_stage1 import main as train_stage1
+from toy.reference import fill_by_formula, parity_case
 
 VARIANTS = {
     "plain": [],
@@ -97,22 +95,19 @@ def relative_error(found, expected):
 
 def train(folder, flags):
     """Losses of 100 steps, one by one."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    output = StringIO()
-    with redirect_stdout(output), tempfile.TemporaryDirectory(dir=folder) as run:
-        train_stage1(
-            [
-                f"--base_model_name_or_path={folder}/weights/stable-diffusion-v1-5",
-                f"--vae_path={folder}/weights/sd-vae-ft-mse",
-                f"--pretrained_stage1_path={folder}/weights/diffuEraser",
-                f"--davis_root={folder}/DAVIS", f"--ytvos_root={folder}/YTBV", f"--output_dir={run}",
-                "--resolution=64", "--nframes=4", "--max_train_steps=100", "--logging_steps=1", "--learning_rate=1e-3",
-                "--report_to=none", f"--mixed_precision={'fp16' if DEVICE == 'cuda' else 'no'}",
-                *(flag.format(folder=folder) for flag in flags),
-            ]
-        )  # fmt: skip
-    return torch.tensor([float(loss) for loss in re.findall(r"step \d+/\d+  loss ([\d.]+)", output.getvalue())])
+    with tempfile.TemporaryDirectory(dir=folder) as run:
+        command = [
+            sys.executable, "train_DiffuEraser_stage1.py",
+            f"--base_model_name_or_path={folder}/weights/stable-diffusion-v1-5",
+            f"--vae_path={folder}/weights/sd-vae-ft-mse",
+            f"--pretrained_stage1_path={folder}/weights/diffuEraser",
+            f"--davis_root={folder}/DAVIS", f"--ytvos_root={folder}/YTBV", f"--output_dir={run}",
+            "--resolution=64", "--nframes=4", "--max_train_steps=100", "--logging_steps=1", "--learning_rate=1e-3",
+            "--report_to=none", f"--mixed_precision={'fp16' if DEVICE == 'cuda' else 'no'}",
+            *(flag.format(folder=folder) for flag in flags),
+        ]  # fmt: skip
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return torch.tensor([float(loss) for loss in re.findall(r"step \d+/\d+  loss ([\d.]+)", output)])
 
 
 def compare_runs(variants):

@@ -21,14 +21,12 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from common.distributed import DTYPES
 from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
-from libs.brushnet_CA import BrushNetModel
-from libs.inpainter import INPAINTERS, ClipInpainter, FrameInpainter, train_motion_modules_only
+from libs.inpainter import INPAINTERS
 from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward
 from libs.training.loss import ForwardBackward
 from libs.training.optimizer import make_optimizer
-from libs.unet_2d_condition import UNet2DConditionModel
-from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from libs.vae import FrozenVAE
+from toy.full_size import VARIANTS, make_model
 from toy.make_weights import SCHEDULER, SIZES
 
 
@@ -57,29 +55,6 @@ class Parts:
             parts[name] = parts.get(name, 0) + start.elapsed_time(end)
         self.events.clear()
         return parts
-
-
-def make_model(stage, frozen_dtype, device="cuda"):
-    """The stage's Inpainter with random full-size weights."""
-    spec = SIZES["full"]["unet"]
-    with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=64, **spec)
-        brushnet = BrushNetModel.from_unet(unet)
-        if stage == 1:
-            return FrameInpainter(unet, brushnet)
-        adapter = MotionAdapter(block_out_channels=spec["block_out_channels"])
-        return train_motion_modules_only(
-            ClipInpainter(UNetMotionModel.from_unet2d(unet, adapter), brushnet), frozen_dtype
-        )
-
-
-VARIANTS = {  # flags of the trainer
-    "plain": {},
-    "checkpointed": {"gradient_checkpointing": True},
-    "compiled": {"compile": True},
-    "graphed": {"compile": True, "cuda_graph": True},
-    "low_memory": {"gradient_checkpointing": True, "use_8bit_adam": True},
-}
 
 
 def make_vae(dtype, nframes):

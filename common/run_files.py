@@ -2,11 +2,31 @@
 
 import csv
 import io
+import json
 from pathlib import Path
 
 # Numbers beside the trackers' files: the lines of the log, held-out losses, and scores of every validation video.
 HISTORY_FILE, HELD_OUT_FILE, SCORES_FILE = "history.csv", "held_out.csv", "scores.csv"
 CONTACT_SHEET = "contact_sheet.png"
+CONFIG_FILE = "config.json"  # a list with command, settings and versions of every start, in the run's folder
+
+
+def read_starts(run_dir):
+    """[{"command", "settings", "versions"}] of a run's starts, oldest first; [] where no config.json of ours lies.
+
+    Other programs, the original scripts among them, have files of that name too.
+    """
+    path = Path(run_dir, CONFIG_FILE)
+    try:
+        starts = json.loads(path.read_bytes()) if path.is_file() else []
+    except ValueError:
+        return []
+    ours = isinstance(starts, list) and all(is_start(start) for start in starts)
+    return starts if ours else []
+
+
+def is_start(entry):
+    return isinstance(entry, dict) and "command" in entry and "logging_dir" in entry.get("settings", {})
 
 
 def append_row(path, row):

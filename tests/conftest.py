@@ -1,7 +1,6 @@
 """Tiny weights and drawn videos, made once per test process, and the train scripts run in this process."""
 
 import importlib
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -85,32 +84,6 @@ def train(flags):
 def reset_accelerate():
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-
-
-def parity_case(name):
-    """(case, tensors): a reference case computed by the original models."""
-    from safetensors.torch import load_file
-
-    folder = DATA / "parity" / name
-    return json.loads((folder / "case.json").read_text()), load_file(folder / "io.safetensors")
-
-
-def fill_by_formula(model, seed):
-    """The reference cases' weights: seeded normal values scaled by fan-in, around 1 for norms. Returns their sum."""
-    generator, total = torch.Generator().manual_seed(seed), 0.0
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in sorted(parameters):
-            parameter = parameters[name]
-            values = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(values * (0.8 / parameter[0].numel() ** 0.5))
-            elif "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.1 * values)
-            else:
-                parameter.copy_(0.1 * values)
-            total += parameter.double().abs().sum().item()
-    return total
 
 
 def wait_for_line(log, text):

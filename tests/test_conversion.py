@@ -13,6 +13,7 @@ import libs.checkpoints.convert
 from common.errors import InputError
 from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints.convert import convert, main
+from libs.checkpoints.model_card import write_model_card
 from libs.inpainter import FrameInpainter
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import UNetMotionModel
@@ -68,6 +69,15 @@ def test_model_card(train, videos, tmp_path, monkeypatch):
     assert (tmp_path / "c1" / "README.md").read_text() == "mine"
 
 
+@pytest.mark.parametrize("content", ['{"_class_name": "UNetMotionModel"}', "[]", '["a", 1]', '[{"settings": {}}]', "{"])
+def test_a_config_that_is_not_a_runs_is_passed_over(content, tmp_path):
+    """The original scripts' output folders hold config.json files of other forms."""
+    (tmp_path / "config.json").write_text(content)
+    write_model_card(tmp_path, 2, "70", tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "(stage 2, step 70)" in text and "## Settings" not in text
+
+
 def test_a_model_card_that_cannot_be_written(train, tmp_path, monkeypatch, capsys):
     """The disk is full after both models, or the run's files are not whole: one line, and the models stay."""
     train(1, max_train_steps=1)
@@ -76,11 +86,11 @@ def test_a_model_card_that_cannot_be_written(train, tmp_path, monkeypatch, capsy
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(libs.conversion, "write_model_card", fail)
+        patch.setattr(libs.checkpoints.convert, "write_model_card", fail)
         convert(1, tmp_path / "run", tmp_path / "c1")
     lines = capsys.readouterr().out.splitlines()
     assert "README.md could not be written ([Errno 28] No space left on device); both models are whole" in lines[-1]
-    (tmp_path / "run/config.json").write_text("{}")
+    (tmp_path / "run/logs-finetune-stage1/held_out.csv").write_text("step,held_out_loss\n1,low\n")
     convert(1, tmp_path / "run", tmp_path / "c1")
     assert "README.md could not be written" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "c1").iterdir()) == ["brushnet", "unet_main"]
@@ -96,7 +106,7 @@ def test_a_full_disk_between_the_models(train, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         replace(partial, folder)
 
-    monkeypatch.setattr(libs.conversion, "replace_folder", fail_second)
+    monkeypatch.setattr(libs.checkpoints.convert, "replace_folder", fail_second)
     with pytest.raises(InputError, match=r"could not be written .*No space left on device.*: free some space"):
         convert(1, tmp_path / "run", tmp_path / "c1")
     assert [path.name for path in (tmp_path / "c1").iterdir()] == ["unet_main"]
@@ -126,10 +136,13 @@ def test_checkpoints_of_the_original_scripts(weights, tmp_path, stage, prefix, c
     for model, name in ((unet, "model"), (brushnet, "model_1")):
         state_dict = {prefix + key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(state_dict, checkpoint / f"{name}.safetensors")
+    unet.save_config(tmp_path / "run")  # as the original's end of a run leaves one
 
     main(stage, [f"--input_dir={tmp_path / 'run'}", f"--output_dir={tmp_path / 'out'}", f"--model_config={source}"],
          input_dir=None, output_dir=None, model_config=None)  # fmt: skip
-    assert "step 70" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "step 70" in output and "README.md" not in output
+    assert f"stage {stage}, step 70" in (tmp_path / "out" / "README.md").read_text()
     loaded = type(unet).from_pretrained(tmp_path / "out" / "unet_main")
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in unet.state_dict().items())
     heads = "attention_head_dim" if stage == 1 else "num_attention_heads"

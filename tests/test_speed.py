@@ -6,12 +6,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import equal_files, fill_by_formula, parity_case, reset_accelerate
+from conftest import equal_files, reset_accelerate
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import libs.unet_walk
-from benchmarks.live_memory import peak_bytes
 from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
@@ -21,6 +20,8 @@ from libs.training.optimizer import match_layout
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from libs.vae import FrozenVAE, frames_at_once
+from toy.full_size import peak_bytes
+from toy.reference import fill_by_formula, parity_case
 
 SMALL = {
     "block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": 16,

@@ -9,7 +9,7 @@ import bitsandbytes.optim.optimizer
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import fill_by_formula, parity_case, reset_accelerate
+from conftest import reset_accelerate
 from diffusers import DDPMScheduler
 
 import libs.training.cuda_graph
@@ -26,6 +26,7 @@ from libs.training.optimizer import eight_bit_adam, make_optimizer
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from libs.vae import FrozenVAE
+from toy.reference import fill_by_formula, parity_case
 
 
 def make_model(stage):

@@ -28,7 +28,8 @@ from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers
 from libs.inference.pipeline import Pipeline
 from libs.inference.video import write_frames, write_gif
 from libs.inpainter import FrameInpainter
-from libs.report.__main__ import ticks, write_report
+from libs.report.__main__ import write_report
+from libs.report.charts import ticks
 
 
 @pytest.fixture
@@ -291,6 +292,11 @@ def test_report_page(validated, tmp_path, capsys):
     assert "http" not in page
     with pytest.raises(InputError, match=r"has no config\.json"):
         write_report(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    with pytest.raises(InputError, match=r"has no config\.json of a training run"):
+        write_report(tmp_path)
+    with pytest.raises(InputError, match=r"cannot be written \(Not a directory\): choose another place with --output"):
+        write_report(tmp_path / "run", tmp_path / "config.json" / "report.html")
 
     samples = tmp_path / "run/logs-finetune-stage1/samples"
     gif = samples / "sample-2/1.gif"
