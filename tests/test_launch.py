@@ -126,17 +126,18 @@ def test_a_failing_run(environment, tmp_path, name):
 
 
 def python_stand_in(tmp_path, gpus, launcher):
-    """A PYTHON that says how many GPUs there are, and runs shell code in place of the launcher."""
-    path = tmp_path / "python"
-    path.write_text(
-        f"""#!/usr/bin/env bash
-case "$2" in
-  common.hardware) echo {int(gpus > 0)} {int(gpus > 0)} {gpus} ;;
-  launch.launcher) {launcher} ;;
-  *) exec {sys.executable} "$@" ;;
-esac
+    """A PYTHON whose launcher finds so many GPUs, and runs shell code in place of `accelerate launch`."""
+    code = tmp_path / "stand_in.py"
+    code.write_text(
+        f"""import os, sys, torch, launch.launch
+torch.cuda.is_available, torch.cuda.device_count = (lambda: {gpus > 0}), (lambda: {gpus})
+launch.launch.compiling_lacks = lambda: None if {gpus} else "a GPU"
+launch.launch.run_accelerate = lambda arguments: os.execlp("bash", "bash", "-c", {launcher!r}, "bash", *arguments)
+launch.launch.main(sys.argv[1:])
 """
     )
+    path = tmp_path / "python"
+    path.write_text(f'#!/usr/bin/env bash\nPYTHONPATH=$PWD exec {sys.executable} {code} "${{@:3}}"\n')  # -m launch.launch
     path.chmod(0o755)
     return path
 
@@ -206,7 +207,7 @@ def test_a_killed_trainer(environment, processes):
     try:
         wait_for_line(log, "step 2/5000")
         below = psutil.Process(script.pid).children(recursive=True)
-        trainers = [process for process in below if "launch.launcher" not in process.cmdline()]
+        trainers = [process for process in below if "launch.launch" not in process.cmdline()]
         trainers[-1].kill()
         _, error = script.communicate(timeout=60)
     finally:
@@ -271,8 +272,8 @@ def test_the_engine(environment, tmp_path, gpus, variables, told):
 
 def test_the_quickstart_sets_or_unsets_every_variable():
     """What a user has exported for another run has no influence on it."""
-    scripts = "".join(Path(REPOSITORY, name).read_text() for name in ("launch/launch.sh", *STAGE_SCRIPTS))
-    read = set(re.findall(r"\$\{([A-Z][A-Z_0-9]+):?-", scripts))
+    text = Path(REPOSITORY, "launch/launch.py").read_text()
+    read = set(re.findall(r"variable\([\"']([A-Z][A-Z_0-9]+)", text)) | set(re.findall(r"[\"']([A-Z]+_[A-Z_0-9]+)[\"']", text))
     read -= {"OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_CPP_LOG_LEVEL"}
     assert len(read) > 25
     quickstart = Path(REPOSITORY, "quickstart.sh").read_text()

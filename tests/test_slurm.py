@@ -17,7 +17,6 @@ for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
   SLURM_NODEID=$node "$@" &
   tasks+=($!)
 done
-trap 'kill -USR1 "${tasks[@]}"' USR1
 worst=0
 for task in "${tasks[@]}"; do
   wait "$task"

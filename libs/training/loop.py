@@ -28,7 +28,7 @@ from libs.training.cuda_graph import TrainingStep
 from libs.training.latent_cache import LatentCache
 from libs.training.log import Meter, log, log_on_main_process, log_parameters, log_start, start_trackers
 from libs.training.optimizer import make_optimizer, match_layout
-from libs.training.stopping import StopRequest, start_compilers
+from libs.training.stopping import StopRequest
 from libs.training.validation import Validation
 
 SCALER_FILE = "scaler.pt"  # accelerate's, of fp16 runs
@@ -45,17 +45,14 @@ MIN_BROKEN = 5  # broken clips met, before their share means anything
 @one_line_errors
 def run(stage, argv=None):
     """Train one stage: what `accelerate launch train_DiffuEraser_stage<n>.py` does."""
-    stop = StopRequest()
-    try:
-        args = parse_args(stage, argv)
-        preflight, found = inspect(args, stage)
-        if args.check_only:
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # every machine has its own files, and its own log
-                print(preflight.table(), flush=True)
-            raise SystemExit(int(preflight.failed))
+    args = parse_args(stage, argv)
+    preflight, found = inspect(args, stage)
+    if args.check_only:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # every machine has its own files, and its own log
+            print(preflight.table(), flush=True)
+        raise SystemExit(int(preflight.failed))
+    with StopRequest(args.output_dir) as stop:  # before the processes meet: the log's first line comes later
         train(args, stage, preflight, found, stop)
-    finally:
-        stop.restore()
 
 
 def train(args, stage, preflight, found, stop):
@@ -130,9 +127,6 @@ class Trainer:
         learning_rate = args.learning_rate * (self.global_batch if args.scale_lr else 1)
         optimizer = make_optimizer(args, parameters, learning_rate, self.device)
         self.base_lrs = [learning_rate] * len(optimizer.param_groups)
-        if args.compile or type(optimizer).__module__.startswith("torchao"):  # whose optimizers compile their step
-            start_compilers()
-            stop.hold_signals()
         self.clips = TrainingClips(dataset, cache)
         self.clip_order = EpochSampler(len(dataset), args.seed)
         self.dataloader = accelerator.prepare(self.make_dataloader())
@@ -267,7 +261,7 @@ class Trainer:
             return False
         if not self.sum_over_processes(self.stop.signal is not None):
             return False
-        self.stop.signal = self.stop.signal or "a signal to another process"
+        self.stop.received = self.stop.signal or "a signal to another process"
         return True
 
     def sum_over_processes(self, value):
