@@ -20,7 +20,7 @@ from common.errors import InputError, one_line_errors
 from common.files import check_writable
 from common.run_files import append_row, write_rows
 from dataset.images import list_frames, pair_by_name, read_frames, read_mask
-from dataset.utils import draw_holes
+from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, draw_holes, mask_span, split_mask_span
 from libs.evaluation.baselines import BASELINES
 from libs.evaluation.contact_sheet import contact_sheet, stack_sheets
 from libs.evaluation.metrics import SMALLEST_FLOW, Reference, average, table
@@ -28,7 +28,6 @@ from libs.evaluation.vfid import frechet_distance, load_i3d
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline
 from libs.inference.pipeline import paste
 from libs.inference.video import resize, stack
-from libs.training.config import add_mask_span, split_mask_span
 
 TRUTH = "the video itself"
 
@@ -46,7 +45,7 @@ def build_parser():
     add("--i3d_weights", metavar="FILE", help="compute VFID too: i3d_rgb_imagenet.pt, the state dict of pytorch-i3d")
     add("--no_model", action="store_true", help="score the plain methods only: no weights are needed")
     add("--output_dir", default="evaluation", metavar="DIR", help="CSV files and contact sheets (default: %(default)s)")
-    add_mask_span(add)
+    add("--mask_span", type=mask_span, default=FULL_SPAN, metavar="MIN,MAX", help=MASK_SPAN_HELP)
     add_inference_flags(parser)
     return parser
 

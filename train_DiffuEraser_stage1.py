@@ -14,19 +14,7 @@ class Stage1(Stage):
     number = 1
     description = __doc__
     model_class = FrameInpainter
-    trained = ("unet_main", "brushnet")
     gib_per_frame = (2.1, 1.3, 0.13)
-
-    @staticmethod
-    def add_model_flags(add):
-        add("--pretrained_stage1_path", metavar="DIR",
-            help="weights to start from: unet_main/ (UNet2D, or a UNetMotion whose 2D part is taken) and brushnet/; "
-            "without it the UNet is the base model's")  # fmt: skip
-        add(
-            "--brushnet_model_name_or_path",
-            metavar="DIR",
-            help="BrushNet to start from, where --pretrained_stage1_path is not given (default: a copy of the UNet)",
-        )
 
     @staticmethod
     def open_models(args):

@@ -13,20 +13,7 @@ class Stage2(Stage):
     number = 2
     description = __doc__
     model_class = ClipInpainter
-    trained = ("motion_modules",)
     gib_per_frame = (1.85, 1.2, 0.25)
-
-    @staticmethod
-    def add_model_flags(add):
-        add(
-            "--pretrained_stage1",
-            default="converted_weights/finetuned-stage1",
-            metavar="DIR",
-            help="converted stage 1: unet_main/ and brushnet/, both frozen here",
-        )
-        add("--motion_adapter_path", default="weights/animatediff-motion-adapter-v1-5-2", metavar="DIR",
-            help="motion modules to start from: a MotionAdapter folder, or a UNetMotion's such as "
-            "weights/diffuEraser/unet_main, which works better")  # fmt: skip
 
     @staticmethod
     def open_models(args):

@@ -1,6 +1,9 @@
-"""Command lines: errors of one line, defaults in --help, and checks of numbers."""
+"""Command lines: errors of one line, defaults in --help, checks of numbers, and flags from a dataclass's fields."""
 
 import argparse
+import ast
+from dataclasses import MISSING, fields
+from typing import get_args
 
 from common.errors import InputError
 
@@ -17,6 +20,106 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         nothing = action.default is None or action.default is False or action.default == []
         said = nothing or "(default" in action.help
         return action.help if said else super()._get_help_string(action)
+
+
+class Removed(argparse.Action):
+    """A flag that is gone: using it says what replaced it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise InputError(f"{option_string} is gone: {self.const}")
+
+
+def settings_by_group(config_class):
+    """{group: [field]} of a dataclass of settings; a field that names no group is in that of the field before it."""
+    groups, group = {}, None
+    for field in fields(config_class):
+        group = field.metadata["group"] or group
+        groups.setdefault(group, []).append(field)
+    return groups
+
+
+def default_of(field):
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def add_setting(add, field):
+    """A field as a flag: `add` is an argparse group's add_argument. A bool is a switch."""
+    meta = field.metadata
+    text = f"{meta['help']} (default: {meta['default_text']})" if meta["default_text"] else meta["help"]
+    if field.type is bool:
+        add(f"--{field.name}", action="store_true", help=text)
+        return
+    convert = meta["parse"] or next(iter(get_args(field.type)), field.type)  # of `int | None` the first
+    metavar = meta["metavar"] or ("N" if convert is int else None)
+    add(f"--{field.name}", type=convert, default=default_of(field), metavar=metavar, choices=meta["choices"], help=text)
+
+
+def build_settings_parser(config_class, description, removed_flags):
+    """The parser of a dataclass of settings, in argument groups. `removed_flags`: {flag: what to use instead}."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    for name, members in settings_by_group(config_class).items():
+        group = parser.add_argument_group(name)
+        for field in members:
+            if field.metadata["flag"]:
+                add_setting(group.add_argument, field)
+    for flag, instead in removed_flags.items():
+        gone = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument(flag, nargs="?", action=Removed, const=instead, **gone)
+    return parser
+
+
+def check_settings(config):
+    """Raise InputError for the first setting whose check says what was needed instead."""
+    for field in fields(config):
+        value, check, choices = getattr(config, field.name), field.metadata["check"], field.metadata["choices"]
+        needed = check(value) if check and value is not None else None
+        if choices and value not in choices:  # a default from the environment, which argparse does not compare
+            needed = f"one of {', '.join(choices)} was needed"
+        optional = ", or leave the flag out" if default_of(field) is None else ""
+        require(not needed, f"--{field.name}={value}: {needed}{optional}")
+
+
+# Checks of a setting: they return what was needed, or None where the value is good.
+def one_or_more(value):
+    return None if value >= 1 else "at least 1 was needed"
+
+
+def zero_or_more(value):
+    return None if value >= 0 else "0 or more was needed"
+
+
+def positive(value):
+    return None if value > 0 else "a positive number was needed"
+
+
+def share(value):
+    return None if 0 <= value <= 1 else "a share between 0 and 1 was needed"
+
+
+def below_one(value):
+    return None if 0 <= value < 1 else "a number from 0 to below 1 was needed"
+
+
+def multiple_of_8(value):
+    nearest = max(8, round(value / 8) * 8)
+    return one_or_more(value) or (f"a multiple of 8 was needed; use {nearest}" if value % 8 else None)
+
+
+def seed_range(value):
+    return zero_or_more(value) or ("a number below 4294967296 was needed" if value >= 2**32 else None)
+
+
+def python_list(text):
+    """'["a", "b"]' as a list of strings; 'None' or nothing as an empty list."""
+    try:
+        value = ast.literal_eval(text) if text.strip() else []
+    except (ValueError, SyntaxError):
+        raise argparse.ArgumentTypeError(f'a Python list such as \'["a", "b"]\' was needed, not {text!r}') from None
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise argparse.ArgumentTypeError(f"a Python list of strings was needed, not {text!r}")
+    return value
 
 
 def at_least(least, args, *names):

@@ -1,13 +1,11 @@
-"""The engine that accelerate's configuration chose: one process, DDP, FSDP2 or DeepSpeed ZeRO-2.
+"""How the run is distributed, as accelerate's configuration chose: one process, DDP or FSDP2.
 
-What the engines do differently stands here; training, checkpoints and converters see whole tensors and one error.
+What these do differently stands here; training, checkpoints and converters see whole tensors and one error.
 """
 
-import importlib.util
 import math
 import os
 import re
-import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +19,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     gather_object,
+    parse_flag_from_env,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -28,53 +27,51 @@ from torch.distributed.tensor import DTensor
 from common.errors import InputError
 from common.hardware import gpu_is_used
 
-# Bytes of weights, gradients and two Adam moments per trained parameter: on every card, and shared by the cards.
-STATE_BYTES = {"ddp": (16, 0), "fsdp": (0, 16), "deepspeed": (2, 16)}
+ADAM_STATE_BYTES = 16  # per trained parameter: weight, gradient and Adam's two moments, fp32
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
-def engine_name():
-    """One of "fsdp", "deepspeed" and "ddp" (one process included), as `accelerate launch` passes it on."""
-    for name in ("fsdp", "deepspeed"):
-        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
-            return name
-    return "ddp"
+def distributed_type():
+    """Either "fsdp" or "ddp" (one process included), as `accelerate launch` passes it on."""
+    return "fsdp" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "ddp"
 
 
-def check_engine(args):
-    """What the engine needs is there. Raises InputError; returns the engine in words."""
-    name = engine_name()
-    if name == "deepspeed" and not importlib.util.find_spec("deepspeed"):
-        raise InputError("the configuration asks for DeepSpeed, which is not installed: pip install deepspeed")
-    if name != "ddp" and not gpu_is_used():
+def check_distributed(args):
+    """What the distributed type needs is there. Raises InputError; returns the type and the processes in words."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise InputError(
-            f"the configuration asks for {name}, and accelerate shards on GPUs only, of which none was found: use "
+            "the configuration asks for DeepSpeed, which is not supported: FSDP2 shards the same state with "
+            "ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"
+        )
+    sharded = distributed_type() == "fsdp"
+    if sharded and not gpu_is_used():
+        raise InputError(
+            "the configuration asks for fsdp, and accelerate shards on GPUs only, of which none was found: use "
             "ACCELERATE_CONFIG=configs/accelerate/multi_gpu.yaml"
         )
-    if name == "fsdp" and os.environ.get("FSDP_VERSION") != "2":
+    if sharded and os.environ.get("FSDP_VERSION") != "2":
         raise InputError(
             "FSDP of version 1 is not supported: set fsdp_version: 2, as configs/accelerate/fsdp.yaml does"
         )
-    if name != "ddp" and args.use_8bit_adam:
-        raise InputError(f"--use_8bit_adam does not go with {name}, which shards the optimizer state: drop one of them")
-    if name != "ddp" and args.compile:
-        raise InputError(f"--compile does not go with {name}, whose layers gather their weights: drop it (COMPILE=0)")
+    if sharded and args.use_8bit_adam:
+        raise InputError("--use_8bit_adam does not go with fsdp, which shards the optimizer state: drop one of them")
+    if sharded and args.compile:
+        raise InputError("--compile does not go with fsdp, whose layers gather their weights: drop it (COMPILE=0)")
     processes, machines = int(os.environ.get("WORLD_SIZE", 1)), count_machines()
-    if args.cuda_graph and (name != "ddp" or processes > 1):
-        raise InputError("--cuda_graph is for one process without FSDP or DeepSpeed: drop it (CUDA_GRAPH=0)")
+    if args.cuda_graph and (sharded or processes > 1):
+        raise InputError("--cuda_graph is for one process without FSDP: drop it (CUDA_GRAPH=0)")
     if processes == 1:
-        return None, "one process" if name == "ddp" else f"{name}, one process"
-    return None, f"{name}, {processes} processes" + (f" on {machines} machines" if machines > 1 else "")
+        return "fsdp, one process" if sharded else "one process"
+    return f"{distributed_type()}, {processes} processes" + (f" on {machines} machines" if machines > 1 else "")
 
 
 def count_machines():
     return math.ceil(int(os.environ.get("WORLD_SIZE", 1)) / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def state_bytes(trained, frozen, engine, processes):
+def state_bytes(trained, frozen, kind, processes):
     """Bytes per card of a model with so many trained parameters, and frozen ones in half precision."""
-    whole, shared = STATE_BYTES[engine]
-    return trained * (whole + shared / processes) + frozen * 2 / (processes if engine == "fsdp" else 1)
+    return (trained * ADAM_STATE_BYTES + frozen * 2) / (processes if kind == "fsdp" else 1)
 
 
 def make_accelerator(args):
@@ -94,7 +91,7 @@ def make_accelerator(args):
     )
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
         raise InputError(
-            f"the engine's configuration says gradient_accumulation_steps: {accelerator.gradient_accumulation_steps}, "
+            f"accelerate's configuration says gradient_accumulation_steps: {accelerator.gradient_accumulation_steps}, "
             f"the run --gradient_accumulation_steps={args.gradient_accumulation_steps}: take the line out of the file"
         )
     if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
@@ -102,43 +99,31 @@ def make_accelerator(args):
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=DTYPES[accelerator.mixed_precision], reduce_dtype=torch.float32
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # Why silenced: DeepSpeed's barriers when it saves name no device, so that torch takes the current one, which is
-        # right, and says so in every process at every checkpoint. Nobody could act on it.
-        warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context", UserWarning)
-        accelerator.deepspeed_plugin.deepspeed_config.update(
-            train_micro_batch_size_per_gpu=args.train_batch_size, gradient_clipping=args.max_grad_norm
-        )
     return accelerator
 
 
-def fit_to_engine(accelerator, model):
-    """FSDP2 and DeepSpeed give layers half-precision weights without autocast: what is in fp32, as position tables are,
-    would not fit them."""
+def autocast_under_fsdp(accelerator, model):
+    """FSDP2 gives layers half-precision weights without autocast, which fp32 inputs such as position tables would not
+    fit."""
     dtype = DTYPES[accelerator.mixed_precision]
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) and dtype != torch.float32:
+    if accelerator.distributed_type == DistributedType.FSDP and dtype != torch.float32:
         model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
 
 
-def whole(value):
-    """A tensor that FSDP2 may have spread over the processes, or a number of DeepSpeed's, as a plain tensor."""
+def unsharded(value):
+    """A tensor that FSDP2 may have spread over the processes, as a plain one."""
     return value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
 
 
-def whole_state_dict(accelerator, model, keys):
-    """{key: tensor} of a sharded model, trained weights in fp32, on the CPU of the main process, and {} in the others.
+def unsharded_state_dict(accelerator, model, keys):
+    """{key: tensor} of a sharded model, on the CPU of the main process, and {} in the others.
 
     All processes take part, tensor by tensor: no GPU ever holds more than one of them.
     """
-    model = accelerator.unwrap_model(model)
-    state_dict = {**model.state_dict(), **dict(model.named_parameters())}  # DeepSpeed finds its masters by parameter
+    state_dict = accelerator.unwrap_model(model).state_dict()
     result = {}
     for key in keys:
-        tensor = whole(state_dict[key].detach())
-        if accelerator.distributed_type == DistributedType.DEEPSPEED and state_dict[key].requires_grad:
-            from deepspeed.utils import safe_get_full_fp32_param  # no requirement of the project
-
-            tensor = safe_get_full_fp32_param(state_dict[key])  # the optimizer's; the model has half precision
+        tensor = unsharded(state_dict[key].detach())
         if accelerator.is_main_process:
             result[key] = tensor.cpu().contiguous()
     return result

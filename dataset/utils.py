@@ -4,6 +4,8 @@ Coordinates are pixels of the source frame, (x, y). In the masks made here 255 (
 tensors turn that round (1 = keep).
 """
 
+import argparse
+
 import cv2
 import numpy as np
 from PIL import Image
@@ -13,6 +15,9 @@ from PIL import Image
 cv2.setNumThreads(0)
 
 FULL_SPAN = (1 / 3, 1.0)
+MASK_SPAN_HELP = (
+    "share of each side of the frame that a mask's box takes; 'original': the original code's smaller masks"
+)
 SUBPIXEL_BITS = 4  # cv2 takes fixed-point coordinates
 
 # The original drew its shape with matplotlib and then scaled the whole picture, margins included, to the region: the
@@ -109,3 +114,25 @@ def draw_holes(length, height, width, args, number):
         length, height, width, args.mask_span, args.mask_original_margins, rng
     )
     return np.stack([np.asarray(shape) for shape in shapes])
+
+
+def mask_span(text):
+    """'0.33,1' as two shares of a frame's side, or 'original' for the original's margins."""
+    if text == "original":
+        return text
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"'original' or two numbers such as 0.33,1 were needed, not {text!r}"
+        ) from None
+    if not 0 < low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"0 < smallest <= largest <= 1 was needed, not {text!r}")
+    return low, high
+
+
+def split_mask_span(args):
+    """args.mask_span as two shares, args.mask_original_margins as a bool."""
+    args.mask_original_margins = args.mask_span == "original"
+    if args.mask_original_margins:
+        args.mask_span = FULL_SPAN

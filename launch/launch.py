@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
-from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -32,6 +32,7 @@ from common.command_line import Parser, require
 from common.errors import InputError, one_line_errors
 from common.files import written_whole
 from common.hardware import compiling_lacks, gpu_is_used
+from libs.training.config import flags_from_environment
 from libs.training.stopping import STOP_FILE
 
 CONFIGS = Path("configs/accelerate")
@@ -65,17 +66,15 @@ def main(argv=None):
         f"command: {shlex.join(['accelerate', 'launch', *arguments])}",
         *([note] if note else []),
     )
-    print(
-        f"stage {stage}: training, log in {log.path} (tail -f {log.path}), checkpoints in {output_dir}/"
-        + (f"; {note}" if note else ""),
-        flush=True,
-    )
+    words = f"stage {stage}: training, log in {log.path} (tail -f {log.path}), checkpoints in {output_dir}/"
+    print(f"{words}; {note}" if note else words, flush=True)
     trainers = Trainers(arguments, log, f" stage {stage} on ", Path(output_dir))
     status = trainers.run()
     if trainers.stopped_early:
         print("stopped before training began: there was nothing to save")
     elif status:
-        print(f"stage {stage} failed with status {status}; the end of {log.path}:", *log.end(), sep="\n", file=sys.stderr)
+        words = f"stage {stage} failed with status {status}; the end of {log.path}:"
+        print(words, *log.end(), sep="\n", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -122,17 +121,19 @@ def read_engine_config():
         return ClusterConfig("LOCAL_MACHINE", "NO", mixed_precision=None, use_cpu=False, debug=False)
     ours = " ".join(map(str, sorted(CONFIGS.glob("*.yaml"))))
     require(Path(path).is_file(), f"{path} is no file: ACCELERATE_CONFIG must be one of {ours}")
+    read = ClusterConfig.from_json_file if path.endswith(".json") else ClusterConfig.from_yaml_file
     try:
-        config = load_config_from_file(path)
-    except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
+        config = read(path)
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:  # TypeError: an empty file
         reason = " ".join(str(error).split())
         raise InputError(
-            f"ACCELERATE_CONFIG={path} cannot be read ({reason}): make one with `accelerate config`, or use one of {ours}"
+            f"ACCELERATE_CONFIG={path} cannot be used ({reason}): make it anew with `accelerate config`, or use one of "
+            f"{ours}"
         ) from None
-    require(isinstance(config, ClusterConfig), f"{path} is for another computer: compute_environment: LOCAL_MACHINE was needed")
     require(
         config.distributed_type != "DEEPSPEED",
-        f"{path} asks for DeepSpeed, which is not supported: use {CONFIGS}/fsdp.yaml, which shards as much",
+        f"{path} asks for DeepSpeed, which is not supported: FSDP2 shards the same state with ACCELERATE_CONFIG="
+        f"{CONFIGS}/fsdp.yaml",
     )
     return config
 
@@ -195,8 +196,8 @@ def trainer_flags(stage, engine, given):
     if given.validation_image:
         return flags, None
     return flags, (
-        f"validation is off: {davis or 'DAVIS_ROOT, which is empty,'} has no ImageSets/2017/val.txt that names videos with "
-        "Annotations/480p/; add them, or pass --validation_image and --validation_mask"
+        f"validation is off: {davis or 'DAVIS_ROOT, which is empty,'} has no ImageSets/2017/val.txt that names videos "
+        "with Annotations/480p/; add them, or pass --validation_image and --validation_mask"
     )
 
 
@@ -206,39 +207,6 @@ def find_validation_videos(davis, count=2):
     names = names.read_text().split() if names.is_file() else []
     pairs = [(davis / "JPEGImages/480p" / name, davis / "Annotations/480p" / name) for name in names]
     return [(str(frames), str(masks)) for frames, masks in pairs if frames.is_dir() and masks.is_dir()][:count]
-
-
-def flags_from_environment(stage, environ):
-    """Stand-in for libs.training.config's until it is there."""
-    weights = variable("WEIGHTS", "weights")
-    flags = [
-        f"--base_model_name_or_path={weights}/stable-diffusion-v1-5",
-        f"--vae_path={weights}/sd-vae-ft-mse",
-        f"--davis_root={environ.get('DAVIS_ROOT', 'dataset/DAVIS')}",
-        f"--ytvos_root={environ.get('YTVOS_ROOT', 'dataset/YTBV')}",
-        f"--resolution={variable('RESOLUTION', 512)}",
-        f"--train_batch_size={variable('TRAIN_BATCH_SIZE', 1)}",
-        f"--gradient_accumulation_steps={variable('GRADIENT_ACCUMULATION_STEPS', 1)}",
-        f"--learning_rate={variable('LEARNING_RATE', 5e-06)}",
-        f"--checkpointing_steps={variable('CHECKPOINTING_STEPS', 2000)}",
-        f"--validation_steps={variable('VALIDATION_STEPS', 2000)}",
-        f"--resume_from_checkpoint={environ.get('RESUME_FROM_CHECKPOINT', 'latest')}",
-        f"--logging_dir=logs-finetune-stage{stage}",
-        f"--output_dir={variable('OUTPUT_DIR', f'finetune-stage{stage}')}",
-        f"--latent_cache={environ.get('LATENT_CACHE', 'latent-cache')}",
-    ]
-    if variable("LOW_MEMORY") == "1":
-        flags += ["--gradient_checkpointing", "--use_8bit_adam"]
-    for name in ("DATALOADER_NUM_WORKERS", "MAX_TRAIN_STEPS", "CHECKPOINTS_TOTAL_LIMIT", "SEED"):
-        if variable(name):
-            flags.append(f"--{name.lower()}={variable(name)}")
-    if stage == 1:
-        flags.append(f"--pretrained_stage1_path={environ.get('PRETRAINED_STAGE1_PATH', f'{weights}/diffuEraser')}")
-    else:
-        flags.append(f"--pretrained_stage1={variable('PRETRAINED_STAGE1', 'converted_weights/finetuned-stage1')}")
-        adapter = f"{weights}/animatediff-motion-adapter-v1-5-2"
-        flags.append(f"--motion_adapter_path={variable('MOTION_ADAPTER', adapter)}")
-    return [*flags, f"--nframes={variable('NFRAMES', 10 if stage == 1 else 22)}"]
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------

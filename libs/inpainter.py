@@ -19,6 +19,7 @@ class Inpainter(nn.Module, ABC):
 
     stage: int
     unet_class: type
+    trains: tuple[str, ...]  # which of the models that a stage opens
     nframes: int  # frames per clip, in training and in a window of inference
     inference_steps: int  # of the sampler
     shared_noise: bool  # sampling starts all frames from the same noise
@@ -76,6 +77,7 @@ class FrameInpainter(Inpainter):
 
     stage = 1
     unet_class = UNet2DConditionModel
+    trains = ("unet_main", "brushnet")
     nframes = 10
     inference_steps = 50
     shared_noise = True
@@ -89,6 +91,7 @@ class ClipInpainter(Inpainter):
 
     stage = 2
     unet_class = UNetMotionModel
+    trains = ("motion_modules",)
     nframes = 22
     inference_steps = 20
     shared_noise = False

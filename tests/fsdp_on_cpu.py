@@ -26,7 +26,7 @@ def make_sharded_state(self, *args, fsdp_plugin=None, _from_accelerator=False, *
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = make_sharded_state
-    libs.training.checks.check_engine = lambda args: (None, "fsdp on the CPU")
+    libs.training.checks.check_distributed = lambda args: "fsdp on the CPU"
     script = importlib.import_module(f"train_DiffuEraser_stage{sys.argv[1]}")
     INPAINTERS[int(sys.argv[1])].inference_steps = 2  # gathering a thousand tensors is slow here
     script.main(sys.argv[2:])

@@ -67,17 +67,6 @@ def test_resume_is_exact(train, tmp_path, capsys, stage, settings, steps, stop):
     assert equal_files(whole / checkpoint, parts / checkpoint)
 
 
-def test_a_checkpoint_that_counts_batches(train, tmp_path):
-    """What the first version of these scripts wrote resumes at the same clips."""
-    train(1, max_train_steps=2, train_batch_size=2)
-    file = tmp_path / "run/checkpoint-2/trainer_state.json"
-    state = json.loads(file.read_text())
-    assert state.pop("clips_done") == 4 and state["settings"].pop("engine") == "ddp"
-    file.write_text(json.dumps({**state, "epoch": 1, "batches_done": 2}))
-    train(1, max_train_steps=3, train_batch_size=2, resume_from_checkpoint="latest")
-    assert json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text())["clips_done"] == 44 + 4 + 2
-
-
 def test_limit_latest_and_incomplete_checkpoints(train, tmp_path, capsys):
     run = tmp_path / "run"
     train(1, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)

@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, found, pruned, and resumed from.
 
 checkpoint-<step>/ holds what `accelerator.save_state` writes for the one module that is trained (model.safetensors with
-keys unet_main.* and brushnet.*, only what is not frozen; FSDP and DeepSpeed add their shards), and trainer_state.json,
+keys unet_main.* and brushnet.*, only what is not frozen; FSDP adds its shards), and trainer_state.json,
 which is written last.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from common.distributed import whole_state_dict
+from common.distributed import unsharded_state_dict
 from common.errors import InputError
 from common.files import flush, write_json
 from common.weights import compare_shapes, open_weights, read_shapes, read_tensors
@@ -58,10 +58,10 @@ class TrainerState:
                 "convert it, then start from the converted folder without --resume_from_checkpoint"
             )
         try:
-            state = cls(**in_clips(json.loads(Path(folder, STATE_FILE).read_text())))
+            state = cls(**json.loads(Path(folder, STATE_FILE).read_text()))
         except FileNotFoundError:
             raise InputError(f"{folder} has no {STATE_FILE}: it is no complete checkpoint; choose another") from None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError) as error:
             raise InputError(f"{folder}/{STATE_FILE} is not readable ({error}): choose another checkpoint") from None
         for name, size in {} if weights_only else state.files.items():
             path = Path(folder, name)
@@ -70,16 +70,6 @@ class TrainerState:
                 raise InputError(f"{path} has {found} bytes, {size} were written: choose another checkpoint")
         with open_weights(Path(folder, MODEL_FILE)):  # opening compares the header with the file's size
             return state
-
-
-def in_clips(state):
-    """The entries of a trainer_state.json; early ones count batches per epoch and process, and no engine."""
-    if "batches_done" in state:
-        settings = state["settings"]
-        clips_per_batch = settings["num_processes"] * settings["train_batch_size"]
-        state["clips_done"] = state.pop("epoch") * settings["clips"] + state.pop("batches_done") * clips_per_batch
-        settings["engine"] = "ddp"
-    return state
 
 
 def is_original_form(folder):
@@ -126,7 +116,7 @@ def saved_keys(model):
 def register_hooks(accelerator, keys):
     """Let save_state write, and load_state read, just `keys` of the one prepared module, without DDP's prefix.
 
-    FSDP and DeepSpeed write and read their own shards; the whole weights are written beside them, for the converters.
+    FSDP writes and reads its own shards; the unsharded weights are written beside them, for the converters.
     """
 
     def save_hook(models, weights, output_dir):
@@ -134,7 +124,7 @@ def register_hooks(accelerator, keys):
             state_dict = accelerator.unwrap_model(models[0]).state_dict()
             weights[0] = {key: state_dict[key].contiguous() for key in keys}  # compiled models are in channels_last
             return
-        state_dict = whole_state_dict(accelerator, models[0], keys)
+        state_dict = unsharded_state_dict(accelerator, models[0], keys)
         if accelerator.is_main_process:
             save_file(state_dict, Path(output_dir, MODEL_FILE), metadata={"format": "pt"})
 

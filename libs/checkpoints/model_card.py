@@ -7,8 +7,6 @@ from common.run_files import HELD_OUT_FILE, SCORES_FILE, read_rows
 from libs.evaluation.metrics import SCORES, average
 
 SIGNATURE = "<!-- written by the converter: remove this line to keep changes of your own -->"
-SETTINGS = ("nframes", "resolution", "mask_span", "learning_rate", "lr_scheduler",
-            "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "seed")  # fmt: skip
 TRAINED = {
     1: ("UNet2DConditionModel", "UNet and BrushNet were trained on single frames"),
     2: ("UNetMotionModel", "the motion modules were trained on clips, over stage 1's frozen UNet and BrushNet"),
@@ -34,11 +32,12 @@ def write_model_card(folder, stage, step, run_dir):
     ]  # fmt: skip
     config = Path(run_dir, "config.json")
     if config.is_file():
-        settings = json.loads(config.read_text())[-1]["settings"]
+        run = json.loads(config.read_text())[-1]
+        settings, names = run["settings"], run.get("model_card", ())  # runs before 2026-11-26 name none
         # Names only: the folders they are in are nobody else's business.
         data = ", ".join(Path(settings[root]).name for root in ("davis_root", "ytvos_root") if settings[root])
         lines += ["", "## Settings", "", f"- data: {data}"]
-        lines += [f"- {name}: {settings[name]}" for name in SETTINGS if settings.get(name) is not None]
+        lines += [f"- {name}: {settings[name]}" for name in names if settings[name] is not None]
         lines += score_lines(Path(run_dir, settings["logging_dir"]), str(step))
     partial = path.with_name(f"{path.name}.partial")
     try:

@@ -9,7 +9,7 @@ import torch
 from accelerate.tracking import LoggerType, get_available_trackers
 from PIL import Image
 
-from common.distributed import check_engine, engine_name, state_bytes
+from common.distributed import check_distributed, distributed_type, state_bytes
 from common.errors import InputError
 from common.files import check_writable
 from common.hardware import compiling_lacks, gpu_is_used
@@ -20,22 +20,28 @@ from libs.base_model import BaseModel
 from libs.checkpoints.checkpoint import TrainerState, find_latest, list_checkpoints
 from libs.checkpoints.convert import refuse_source_weights
 from libs.checkpoints.resume import describe_run, go_on_from
+from libs.training.config import resume_policy
 from libs.training.optimizer import eight_bit_adam
 
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
 EIGHT_BIT_SAVES = 6  # of them, where moments have 8 bits
-SHARD_BYTES = 4  # more with FSDP or DeepSpeed, which write the weights a second time, and what is frozen
+SHARD_BYTES = 4  # more with FSDP, which writes the weights a second time, and what is frozen
 FROZEN_BYTES = 2
 
 
 @dataclass
-class Preflight:
-    """Runs checks one after the other; each gives (result, what was found in words) or raises InputError."""
+class Checks:
+    """Runs checks one after the other, and keeps a row of the table for each of them."""
 
     keep_going: bool  # collect failures as rows instead of raising the first
-    rows: list = field(default_factory=list)
+    rows: list = field(default_factory=list)  # (name, "ok" or "FAILED", what was found, in words)
 
     def check(self, name, function, *args):
+        """Run a check that returns what it found, in words, or raises InputError."""
+        self.open(name, lambda: (None, function(*args)))
+
+    def open(self, name, function, *args):
+        """Run a check that returns (result, words): the result, None where it failed."""
         try:
             result, found = function(*args)
         except InputError as error:
@@ -56,7 +62,7 @@ class Preflight:
 
 
 @dataclass
-class Found:
+class RunInputs:
     """What the checks have opened for the run."""
 
     base: BaseModel
@@ -67,24 +73,24 @@ class Found:
     notes: list[str]  # newer checkpoints passed over, and what has changed since
 
 
-def inspect(args, stage):
-    """Check everything: (Preflight, Found). Raises InputError for the first thing wrong, except with --check_only."""
-    preflight = Preflight(keep_going=args.check_only)
-    preflight.check("flags", check_flags, args)
-    preflight.check("engine", check_engine, args)
-    base = preflight.check("frozen models", open_base_model, args)
-    opened = preflight.check("weights", open_models, args, stage)
+def check_run(args, stage):
+    """Check everything: (Checks, RunInputs). Raises InputError for the first thing wrong, except with --check_only."""
+    checks = Checks(keep_going=args.check_only)
+    checks.check("flags", check_flags, args)
+    checks.check("engine", check_distributed, args)
+    base = checks.open("frozen models", open_base_model, args)
+    opened = checks.open("weights", open_models, args, stage)
     if base and opened:
-        preflight.check("model family", check_fit, args, base, opened)
-    preflight.check("output folder", check_output_dir, args)
-    dataset = preflight.check("training data", open_dataset, args)
-    preflight.check("validation", check_validation_videos, args)
-    start = describe_run(args, stage, opened, dataset) if opened and dataset else None
-    state, checkpoint, notes = preflight.check("checkpoints", find_start, args, stage, start) or (start, None, [])
+        checks.check("model family", check_fit, args, base, opened)
+    checks.check("output folder", check_output_dir, args)
+    dataset = checks.open("training data", open_dataset, args)
+    checks.check("validation", check_validation_videos, args)
+    start = describe_run(args, stage, opened, dataset, resume_policy()) if opened and dataset else None
+    state, checkpoint, notes = checks.open("checkpoints", find_start, args, stage, start) or (start, None, [])
     if opened:
-        preflight.check("disk space", check_disk_space, args, stage, opened)
-        preflight.check("memory", check_memory, args, stage, opened)
-    return preflight, Found(base, opened, dataset, state, checkpoint, notes)
+        checks.check("disk space", check_disk_space, args, stage, opened)
+        checks.check("memory", check_memory, args, stage, opened)
+    return checks, RunInputs(base, opened, dataset, state, checkpoint, notes)
 
 
 def check_flags(args):
@@ -104,7 +110,7 @@ def check_flags(args):
         raise InputError(f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)")
     if args.cuda_graph and not gpu_is_used():
         raise InputError("--cuda_graph needs a GPU, and none was found: leave the flag out (CUDA_GRAPH=0)")
-    return None, f"{args.nframes} frames of {args.resolution} px, mixed precision {precision}, tracker {name}"
+    return f"{args.nframes} frames of {args.resolution} px, mixed precision {precision}, tracker {name}"
 
 
 def open_base_model(args):
@@ -142,7 +148,7 @@ def check_fit(args, base, opened):
                 f"{folder} gives {gives} of {size} values, {unet.folder} takes {unet.config[key]}: models of one "
                 "family were needed"
             )
-    return None, f"channels {list_of(unet.config['block_out_channels'])}"
+    return f"channels {list_of(unet.config['block_out_channels'])}"
 
 
 def list_of(value):
@@ -157,7 +163,7 @@ def check_output_dir(args):
     pretrained_stage1 = getattr(args, "pretrained_stage1", None)
     refuse_source_weights(folder, [pretrained_stage1] if pretrained_stage1 else [], flag="--output_dir")
     check_writable(folder, "--output_dir")
-    return None, str(folder)
+    return str(folder)
 
 
 def open_dataset(args):
@@ -184,9 +190,9 @@ def open_dataset(args):
 def check_validation_videos(args):
     """Every mask has its frame's size. (The lists were compared when the flags were parsed.)"""
     if not args.validation_image:
-        return None, "off (--validation_image and --validation_mask turn it on)"
+        return "off (--validation_image and --validation_mask turn it on)"
     if not args.validation_steps:
-        return None, "off (--validation_steps=0)"
+        return "off (--validation_steps=0)"
     counts = []
     for folders in zip(args.validation_image, args.validation_mask, strict=True):
         pairs = pair_by_name(*folders)
@@ -200,7 +206,7 @@ def check_validation_videos(args):
         counts.append(len(pairs))
     short = sum(count < args.nframes for count in counts)
     note = f"; {short} shorter than {args.nframes} frames: sampled, but not in the held-out loss" if short else ""
-    return None, f"{len(counts)} videos of {', '.join(map(str, counts))} frames with masks{note}"
+    return f"{len(counts)} videos of {', '.join(map(str, counts))} frames with masks{note}"
 
 
 def image_size(path):
@@ -249,7 +255,7 @@ def find_start(args, stage, start):
     notes = [f"skipped: {line}" for line in skipped]
     words = f"resuming from {folder} at step {state.global_step}"
     if start is not None:
-        state, changes = go_on_from(folder, state, start, args.resume_anyway)
+        state, changes = go_on_from(folder, state, start, resume_policy(), args.resume_anyway)
         notes += changes
     return (state, folder, notes), words
 
@@ -257,7 +263,7 @@ def find_start(args, stage, start):
 def count_parameters(stage, opened):
     """(trained, frozen) parameters of the models; a BrushNet that is not given is as large as the UNet."""
     sizes = {name: (weights or opened["unet_main"]).parameters for name, weights in opened.items()}
-    trained = sum(size for name, size in sizes.items() if name in stage.trained)
+    trained = sum(size for name, size in sizes.items() if name in stage.model_class.trains)
     return trained, sum(sizes.values()) - trained
 
 
@@ -265,7 +271,7 @@ def check_disk_space(args, stage, opened):
     """One checkpoint has to fit: it is written before an old one is deleted."""
     trained, frozen = count_parameters(stage, opened)
     needed = trained * (ADAM_BYTES - EIGHT_BIT_SAVES * args.use_8bit_adam)
-    if engine_name() != "ddp":
+    if distributed_type() != "ddp":
         needed += trained * SHARD_BYTES + frozen * FROZEN_BYTES
     folder = Path(args.output_dir).resolve()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
@@ -274,28 +280,28 @@ def check_disk_space(args, stage, opened):
             f"a checkpoint takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {args.output_dir}: free some "
             "space, or choose another --output_dir"
         )
-    return None, f"{free / 1e9:.0f} GB free, a checkpoint takes {needed / 1e9:.1f} GB"
+    return f"{free / 1e9:.0f} GB free, a checkpoint takes {needed / 1e9:.1f} GB"
 
 
 def check_memory(args, stage, opened):
     """Weights, gradients and optimizer state must fit the GPU; activations are an estimate from measured runs."""
     trained, frozen = count_parameters(stage, opened)
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    state = state_bytes(trained, frozen, engine_name(), processes)
+    state = state_bytes(trained, frozen, distributed_type(), processes)
     fixed = (state - trained * EIGHT_BIT_SAVES * args.use_8bit_adam) / 2**30
     frames = args.train_batch_size * args.nframes * (args.resolution / 512) ** 2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
     activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]
-    several = engine_name() == "ddp" and processes * args.gradient_accumulation_steps > 1
+    several = distributed_type() == "ddp" and processes * args.gradient_accumulation_steps > 1
     if args.cuda_graph or (several and not args.gradient_checkpointing):
         activations += trained * 4 / 2**30  # gradients, which the measured runs did not hold in the forward pass
     about = "more than" if args.mixed_precision == "no" else "about"  # what was measured was half precision
     if not gpu_is_used():
-        return None, f"{about} {fixed + activations:.1f} GiB; no GPU was found"
+        return f"{about} {fixed + activations:.1f} GiB; no GPU was found"
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     if fixed > total:
         raise InputError(
             f"weights, gradients and optimizer state take {fixed:.0f} GiB, the GPU has {total:.0f}: use "
             "--use_8bit_adam, or several GPUs with ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"
         )
-    return None, f"{about} {fixed + activations:.0f} GiB, the GPU has {total:.0f}"
+    return f"{about} {fixed + activations:.0f} GiB, the GPU has {total:.0f}"

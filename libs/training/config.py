@@ -1,15 +1,250 @@
-"""The command line of both stages: flags, defaults, and every check that needs no weights."""
+"""Every setting of a training run, once: flag, default, meaning, check, variable, and what resuming makes of a change.
 
-import argparse
-import ast
+The parser, the checks, the shell scripts' variables, what checkpoints record and compare, the model card and
+docs/settings.md (python -m libs.training.settings_page > docs/settings.md) follow from here.
+"""
+
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 
-from common.command_line import HelpFormatter, Parser, require
+from common.command_line import (
+    below_one,
+    build_settings_parser,
+    check_settings,
+    default_of,
+    multiple_of_8,
+    one_or_more,
+    positive,
+    python_list,
+    seed_range,
+    share,
+    zero_or_more,
+)
 from common.distributed import DTYPES
 from common.errors import InputError
 from dataset.finetune_dataset import PROMPT
 from dataset.images import pair_by_name
-from dataset.utils import FULL_SPAN
+from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, mask_span, split_mask_span
+from libs.checkpoints.resume import BATCH, CONTENT, LOGGED, OPTIMIZER, REFUSED, ResumePolicy
+
+
+def setting(
+    default,
+    help,
+    *,
+    group=None,  # heading in --help and in docs/settings.md; None: that of the setting before
+    metavar=None,
+    choices=None,
+    parse=None,  # text -> value, where the field's type does not do
+    check=None,  # value -> what was needed, or None
+    default_text=None,  # where the default's value does not explain itself
+    variable=None,  # of the shell scripts
+    shell_default=None,  # theirs, where it is not the flag's
+    may_be_empty=False,  # an empty variable is a value; elsewhere it means the default
+    launcher=None,  # the launcher decides; in words, how
+    on_change=None,  # what resuming makes of another value; None: nothing, it is not recorded
+    per_machine=False,  # machines of one run may differ in it
+    on_card=False,  # the model card says it
+    sets_clips=False,  # the fixed clips of the validation loss follow from it
+    flag=True,
+):
+    """A field of a dataclass of settings."""
+    metadata = {name: value for name, value in locals().items() if name != "default"}
+    default = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**default, metadata=metadata)
+
+
+def other_default(name, default):
+    """A setting of both stages, with a stage's own default."""
+    return field(default=default, metadata=TrainConfig.__dataclass_fields__[name].metadata)
+
+
+# fmt: off
+@dataclass
+class TrainConfig:
+    """The settings of both stages."""
+
+    base_model_name_or_path: str = setting(
+        "weights/stable-diffusion-v1-5", group="models", metavar="DIR", per_machine=True,
+        help="Stable Diffusion 1.5: tokenizer, text_encoder and scheduler are taken from it")
+    vae_path: str = setting(
+        "weights/sd-vae-ft-mse", "VAE folder, or one with vae/ in it", metavar="DIR", per_machine=True)
+    tokenizer_name: str | None = setting(
+        None, "another tokenizer folder than the base model's", metavar="DIR", per_machine=True)
+    revision: str | None = setting(None, "revision of models that are named by their Hugging Face Hub name")
+    variant: str | None = setting(None, 'variant of weight files, such as "fp16"')
+
+    davis_root: str = setting(
+        "dataset/DAVIS", "DAVIS-2017's root; '' leaves it out", group="data", metavar="DIR",
+        variable="DAVIS_ROOT", may_be_empty=True, on_change=CONTENT, per_machine=True)
+    ytvos_root: str = setting(
+        "dataset/YTBV", "YouTube-VOS's root; '' leaves it out", metavar="DIR",
+        variable="YTVOS_ROOT", may_be_empty=True, on_change=CONTENT, per_machine=True)
+    resolution: int = setting(
+        512, "side of the square crops, a multiple of 8", metavar="PX", check=multiple_of_8,
+        variable="RESOLUTION", on_change=REFUSED, on_card=True, sets_clips=True)
+    nframes: int = setting(
+        10, "frames per clip", check=one_or_more,
+        variable="NFRAMES", on_change=REFUSED, on_card=True, sets_clips=True)
+    mask_span: tuple = setting(
+        FULL_SPAN, MASK_SPAN_HELP, metavar="MIN,MAX", parse=mask_span, default_text="0.3333,1",
+        on_change=LOGGED, on_card=True, sets_clips=True)
+    mask_original_margins: bool = setting(  # of --mask_span=original
+        False, "", flag=False, on_change=LOGGED, sets_clips=True)
+    proportion_empty_prompts: float = setting(
+        0.0, f"share of clips trained with an empty prompt instead of '{PROMPT}'", metavar="P", check=share,
+        on_change=LOGGED)
+    scan_data: bool = setting(False, "read every frame before training; what is broken is left out")
+    max_broken_share: float = setting(
+        0.05, "stop when more than this share of the clips met came from broken videos", metavar="P", check=share)
+    latent_cache: str | None = setting(
+        None, "keep what the VAE makes of whole frames in this folder, for later epochs, runs and the other stage",
+        metavar="DIR", variable="LATENT_CACHE", shell_default="latent-cache", may_be_empty=True, per_machine=True)
+    latent_cache_gb: float = setting(
+        16.0, "size above which nothing is added to it", metavar="GB", check=positive, per_machine=True)
+    dataloader_num_workers: int = setting(
+        lambda: min(4, len(os.sched_getaffinity(0))), "processes that load clips; 0: none", check=zero_or_more,
+        default_text="one per core, at most 4", variable="DATALOADER_NUM_WORKERS", per_machine=True)
+
+    output_dir: str = setting(
+        "finetune-stage1", "checkpoints and results", group="run", metavar="DIR",
+        variable="OUTPUT_DIR", per_machine=True)
+    seed: int = setting(
+        42, "data order, masks and noise follow from it", check=seed_range,
+        variable="SEED", on_change=REFUSED, on_card=True, sets_clips=True)
+    train_batch_size: int = setting(
+        1, "clips per device and forward pass", check=one_or_more,
+        variable="TRAIN_BATCH_SIZE", on_change=BATCH, on_card=True)
+    gradient_accumulation_steps: int = setting(
+        1, "forward passes per optimizer step", check=one_or_more,
+        variable="GRADIENT_ACCUMULATION_STEPS", on_change=BATCH, on_card=True)
+    num_train_epochs: int = setting(10000, "epochs, where --max_train_steps is not given", check=one_or_more)
+    max_train_steps: int | None = setting(
+        None, "optimizer steps in all, the same number in every process", check=one_or_more,
+        variable="MAX_TRAIN_STEPS", on_change=LOGGED)
+    mixed_precision: str = setting(
+        lambda: os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "overrides accelerate's own setting",
+        choices=tuple(DTYPES), variable="MIXED_PRECISION", on_change=LOGGED, on_card=True,
+        launcher="that of `ACCELERATE_CONFIG`, else `fp16` on a GPU and `no` without")
+    gradient_checkpointing: bool = setting(
+        False, "recompute layers in the backward pass: less memory", variable="LOW_MEMORY", on_change=LOGGED)
+    compile: bool = setting(
+        False, "compile the models in the first step: faster steps, less memory", variable="COMPILE", on_change=LOGGED,
+        launcher="1 on a GPU with a C compiler, unless `LOW_MEMORY=1` or FSDP")
+    cuda_graph: bool = setting(
+        False, "replay forward and backward pass as one CUDA graph: faster, more memory; one GPU",
+        variable="CUDA_GRAPH", on_change=LOGGED, launcher="as `COMPILE`; 0 with several processes")
+    distributed_timeout: int = setting(
+        1800, "how long a process waits for the others before it ends the run", metavar="SECONDS", check=one_or_more)
+    allow_tf32: bool = setting(False, "TF32 in fp32 matrix products on Ampere and newer GPUs")
+    check_only: bool = setting(False, "check weights, data, disk and memory, print a table, and exit")
+
+    checkpointing_steps: int = setting(
+        2000, "save every N optimizer steps", group="checkpoints", check=one_or_more, variable="CHECKPOINTING_STEPS")
+    checkpoints_total_limit: int | None = setting(
+        None, "keep the newest N only", check=one_or_more, default_text="all", variable="CHECKPOINTS_TOTAL_LIMIT")
+    keep_best_checkpoint: bool = setting(False, "keep the one with the lowest held-out loss too")
+    resume_from_checkpoint: str | None = setting(
+        None, 'a checkpoint folder, or "latest": the newest in --output_dir, a fresh start if there is none',
+        metavar="DIR", variable="RESUME_FROM_CHECKPOINT", shell_default="latest", may_be_empty=True, per_machine=True)
+    resume_anyway: bool = setting(
+        False, "resume although settings or initial weights have changed that the checkpoint's meaning depends on")
+
+    learning_rate: float = setting(
+        5e-6, "peak learning rate", group="optimizer", metavar="LR", check=positive,
+        variable="LEARNING_RATE", on_change=LOGGED, on_card=True)
+    scale_lr: bool = setting(False, "multiply the learning rate by the global batch size", on_change=LOGGED)
+    lr_scheduler: str = setting(
+        "constant", "schedule over optimizer steps", on_change=LOGGED, on_card=True,
+        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"))
+    lr_warmup_steps: int = setting(
+        500, "optimizer steps of warm-up, where there is one", check=zero_or_more, on_change=LOGGED)
+    lr_num_cycles: int = setting(1, "restarts of cosine_with_restarts", on_change=LOGGED)
+    lr_power: float = setting(1.0, "power of polynomial", on_change=LOGGED)
+    use_8bit_adam: bool = setting(
+        False, "AdamW with 8-bit state, from bitsandbytes or torchao", variable="LOW_MEMORY", on_change=OPTIMIZER)
+    adam_beta1: float = setting(0.9, "decay of the mean of gradients", check=below_one, on_change=LOGGED)
+    adam_beta2: float = setting(0.999, "decay of the mean of squared gradients", check=below_one, on_change=LOGGED)
+    adam_weight_decay: float = setting(1e-2, "decoupled weight decay", check=zero_or_more, on_change=LOGGED)
+    adam_epsilon: float = setting(1e-8, "added to the denominator", check=zero_or_more, on_change=LOGGED)
+    max_grad_norm: float = setting(
+        1.0, "gradients are clipped to this norm", metavar="NORM", check=positive, on_change=LOGGED)
+
+    logging_dir: str = setting(
+        "logs-finetune-stage1", "trackers and validation samples, a folder in --output_dir",
+        group="logging and validation", metavar="DIR")
+    logging_steps: int = setting(10, "a line in the log every N optimizer steps", check=one_or_more)
+    report_to: str = setting("tensorboard", 'a tracker as accelerate knows it, "all" or "none"')
+    tracker_project_name: str = setting("train_diffuEraser", "the trackers' project", metavar="NAME")
+    validation_steps: int = setting(
+        2000, "score and sample the validation videos every N optimizer steps and after the first; 0: never",
+        check=zero_or_more, variable="VALIDATION_STEPS")
+    validation_image: Sequence = setting(
+        list, "Python list of folders of frames; they are left out of training", metavar="LIST", parse=python_list,
+        on_change=LOGGED, per_machine=True, sets_clips=True,
+        launcher="the first two videos of DAVIS's `val.txt` that have masks")
+    validation_mask: Sequence = setting(
+        list, "Python list of folders of masks, any value above 0 = hole, with the frames' names", metavar="LIST",
+        parse=python_list, per_machine=True, launcher="their `Annotations/480p/`")
+    validation_prompt: Sequence | None = setting(
+        None, "Python list of prompts", metavar="LIST", parse=python_list, default_text=f"'{PROMPT}' for every video")
+    probe_clips: int = setting(
+        16, "held-out loss: on N fixed clips of the validation videos, with fixed masks, timesteps and noises; 0: off",
+        check=zero_or_more, on_change=LOGGED, sets_clips=True)
+    validation_minutes: float = setting(
+        10.0, "a validation begins no more videos after this time; those left are named", metavar="MIN", check=positive)
+
+
+@dataclass
+class Stage1Config(TrainConfig):
+    """UNet2D and BrushNet are trained."""
+
+    nframes: int = other_default("nframes", 10)
+    output_dir: str = other_default("output_dir", "finetune-stage1")
+    logging_dir: str = other_default("logging_dir", "logs-finetune-stage1")
+    pretrained_stage1_path: str | None = setting(
+        None, "weights to start from: unet_main/ (UNet2D, or a UNetMotion whose 2D part is taken) and brushnet/; "
+        "without it the UNet is the base model's", group="models", metavar="DIR", variable="PRETRAINED_STAGE1_PATH",
+        shell_default="weights/diffuEraser", may_be_empty=True, on_change=CONTENT, per_machine=True)
+    brushnet_model_name_or_path: str | None = setting(
+        None, "BrushNet to start from, where --pretrained_stage1_path is not given", metavar="DIR",
+        default_text="a copy of the UNet", on_change=CONTENT, per_machine=True)
+
+
+@dataclass
+class Stage2Config(TrainConfig):
+    """The motion modules are trained."""
+
+    nframes: int = other_default("nframes", 22)
+    output_dir: str = other_default("output_dir", "finetune-stage2")
+    logging_dir: str = other_default("logging_dir", "logs-finetune-stage2")
+    pretrained_stage1: str = setting(
+        "converted_weights/finetuned-stage1", "converted stage 1: unet_main/ and brushnet/, both frozen here",
+        group="models", metavar="DIR", variable="PRETRAINED_STAGE1", on_change=CONTENT, per_machine=True)
+    motion_adapter_path: str = setting(
+        "weights/animatediff-motion-adapter-v1-5-2", "motion modules to start from: a MotionAdapter folder, or a "
+        "UNetMotion's such as weights/diffuEraser/unet_main, which works better", metavar="DIR",
+        variable="MOTION_ADAPTER", on_change=CONTENT, per_machine=True)
+# fmt: on
+
+CONFIGS = {1: Stage1Config, 2: Stage2Config}
+
+# Variables of the shell scripts that belong to no flag: (name, default, meaning).
+LAUNCHER_VARIABLES = (
+    ("WEIGHTS", "`weights`", "the folder that the models' defaults above start with"),
+    ("NUM_PROCESSES", "1; with `ACCELERATE_CONFIG` that file's number, else all GPUs", "GPUs to use on each machine"),
+    ("OMP_NUM_THREADS", "all cores", "CPU threads of the machine's processes together, without a GPU"),
+    ("ACCELERATE_CONFIG", "`configs/accelerate/` `one_gpu.yaml`, `multi_gpu.yaml` or `multi_node.yaml`",
+     "accelerate's configuration: one of these, `fsdp.yaml` or your own, whose processes, machines, address and "
+     "precision count unless the variable is set"),
+    ("NUM_MACHINES", "1", "how many machines"),
+    ("MACHINE_RANK", "0; under SLURM the node's number", "which of them this one is"),
+    ("MAIN_ADDRESS", "", "name or address of machine 0"),
+    ("MAIN_PORT", "29500; on one machine any free one", "a port of machine 0"),
+    ("LOG", "`finetune-stage<n>.log`, `-machine<rank>` beyond the first", "the log, which is appended to"),
+    ("PYTHON", "the active environment's or `.venv/bin/python`", "the interpreter"),
+)  # fmt: skip
 
 # Flags of the original scripts that are gone, and what to use instead.
 REMOVED_FLAGS = {
@@ -25,270 +260,79 @@ REMOVED_FLAGS = {
     "--enable_xformers_memory_efficient_attention": "torch's own efficient attention is always on: drop it",
     "--set_grads_to_none": "gradients are always set to None: drop the flag",
 }
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-
-
-class Removed(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        raise InputError(f"{option_string} is gone: {REMOVED_FLAGS[option_string]}")
-
-
-def python_list(text):
-    """'["a", "b"]' as a list of strings; 'None' or nothing as an empty list."""
-    try:
-        value = ast.literal_eval(text) if text.strip() else []
-    except (ValueError, SyntaxError):
-        raise argparse.ArgumentTypeError(f'a Python list such as \'["a", "b"]\' was needed, not {text!r}') from None
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise argparse.ArgumentTypeError(f"a Python list of strings was needed, not {text!r}")
-    return value
-
-
-def mask_span(text):
-    """'0.33,1' as two shares of a frame's side, or 'original' for the original's margins."""
-    if text == "original":
-        return text
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"'original' or two numbers such as 0.33,1 were needed, not {text!r}"
-        ) from None
-    if not 0 < low <= high <= 1:
-        raise argparse.ArgumentTypeError(f"0 < smallest <= largest <= 1 was needed, not {text!r}")
-    return low, high
-
-
-def add_mask_span(add):
-    """The synthetic masks' flag; `split_mask_span` reads it."""
-    add(
-        "--mask_span",
-        type=mask_span,
-        default=FULL_SPAN,
-        metavar="MIN,MAX",
-        help="share of each side of the frame that a mask's box takes; 'original': the original code's smaller masks "
-        f"(default: {FULL_SPAN[0]:.4f},{FULL_SPAN[1]:g})",
-    )
-
-
-def split_mask_span(args):
-    """args.mask_span as two shares, args.mask_original_margins as a bool."""
-    args.mask_original_margins = args.mask_span == "original"
-    if args.mask_original_margins:
-        args.mask_span = FULL_SPAN
 
 
 def build_parser(stage):
-    """The parser of one stage; `stage` gives the flags and defaults that differ."""
-    parser = Parser(description=stage.description, allow_abbrev=False, formatter_class=HelpFormatter)
-
-    group = parser.add_argument_group("models")
-    add = group.add_argument
-    add(
-        "--base_model_name_or_path",
-        default="weights/stable-diffusion-v1-5",
-        metavar="DIR",
-        help="Stable Diffusion 1.5: tokenizer, text_encoder and scheduler are taken from it",
-    )
-    add("--vae_path", default="weights/sd-vae-ft-mse", metavar="DIR", help="VAE folder, or one with vae/ in it")
-    stage.add_model_flags(add)
-    add("--tokenizer_name", metavar="DIR", help="another tokenizer folder than the base model's")
-    add("--revision", help="revision of models that are named by their Hugging Face Hub name")
-    add("--variant", help='variant of weight files, such as "fp16"')
-
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    add("--davis_root", default="dataset/DAVIS", metavar="DIR", help="DAVIS-2017's root; '' leaves it out")
-    add("--ytvos_root", default="dataset/YTBV", metavar="DIR", help="YouTube-VOS's root; '' leaves it out")
-    add("--resolution", type=int, default=512, metavar="PX", help="side of the square crops, a multiple of 8")
-    add("--nframes", type=int, default=stage.model_class.nframes, metavar="N", help="frames per clip")
-    add_mask_span(add)
-    add(
-        "--proportion_empty_prompts",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help=f"share of clips trained with an empty prompt instead of '{PROMPT}'",
-    )
-    add("--scan_data", action="store_true", help="read every frame before training; what is broken is left out")
-    add(
-        "--max_broken_share",
-        type=float,
-        default=0.05,
-        metavar="P",
-        help="stop when more than this share of the clips met came from broken videos",
-    )
-    add(
-        "--latent_cache",
-        metavar="DIR",
-        help="keep what the VAE makes of whole frames in this folder, for later epochs, runs and the other stage",
-    )
-    add("--latent_cache_gb", type=float, default=16.0, metavar="GB", help="size above which nothing is added to it")
-    cores = len(os.sched_getaffinity(0))
-    add("--dataloader_num_workers", type=int, default=min(4, cores), metavar="N",
-        help="processes that load clips; 0: none")  # fmt: skip
-
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add("--output_dir", default=f"finetune-stage{stage.number}", metavar="DIR", help="checkpoints and results")
-    add("--seed", type=int, default=42, help="data order, masks and noise follow from it")
-    add("--train_batch_size", type=int, default=1, metavar="N", help="clips per device and forward pass")
-    add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="forward passes per optimizer step")
-    add("--num_train_epochs", type=int, default=10000, metavar="N", help="epochs, where --max_train_steps is not given")
-    add("--max_train_steps", type=int, metavar="N", help="optimizer steps in all, the same number in every process")
-    add("--mixed_precision", choices=tuple(DTYPES), default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-        help="overrides accelerate's own setting")  # fmt: skip
-    add("--gradient_checkpointing", action="store_true", help="recompute layers in the backward pass: less memory")
-    add("--compile", action="store_true", help="compile the models in the first step: faster steps, less memory")
-    add(
-        "--cuda_graph",
-        action="store_true",
-        help="replay forward and backward pass as one CUDA graph: faster, more memory; one GPU",
-    )
-    add("--distributed_timeout", type=int, default=1800, metavar="SECONDS",
-        help="how long a process waits for the others before it ends the run")  # fmt: skip
-    add("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products on Ampere and newer GPUs")
-
-    add("--check_only", action="store_true", help="check weights, data, disk and memory, print a table, and exit")
-
-    group = parser.add_argument_group("checkpoints")
-    add = group.add_argument
-    add("--checkpointing_steps", type=int, default=2000, metavar="N", help="save every N optimizer steps")
-    add("--checkpoints_total_limit", type=int, metavar="N", help="keep the newest N only (default: all)")
-    add("--keep_best_checkpoint", action="store_true", help="keep the one with the lowest held-out loss too")
-    add(
-        "--resume_from_checkpoint",
-        metavar="DIR",
-        help='a checkpoint folder, or "latest": the newest in --output_dir, a fresh start if there is none',
-    )
-
-    add(
-        "--resume_anyway",
-        action="store_true",
-        help="resume although settings or initial weights have changed that the checkpoint's meaning depends on",
-    )
-
-    group = parser.add_argument_group("optimizer")
-    add = group.add_argument
-    add("--learning_rate", type=float, default=5e-6, metavar="LR", help="peak learning rate")
-    add("--scale_lr", action="store_true", help="multiply the learning rate by the global batch size")
-    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="schedule over optimizer steps")
-    add("--lr_warmup_steps", type=int, default=500, metavar="N", help="optimizer steps of warm-up, where there is one")
-    add("--lr_num_cycles", type=int, default=1, metavar="N", help="restarts of cosine_with_restarts")
-    add("--lr_power", type=float, default=1.0, help="power of polynomial")
-    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state, from bitsandbytes or torchao")
-    add("--adam_beta1", type=float, default=0.9, help="decay of the mean of gradients")
-    add("--adam_beta2", type=float, default=0.999, help="decay of the mean of squared gradients")
-    add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
-    add("--adam_epsilon", type=float, default=1e-8, help="added to the denominator")
-    add("--max_grad_norm", type=float, default=1.0, metavar="NORM", help="gradients are clipped to this norm")
-
-    group = parser.add_argument_group("logging and validation")
-    add = group.add_argument
-    add(
-        "--logging_dir",
-        default=f"logs-finetune-stage{stage.number}",
-        metavar="DIR",
-        help="trackers and validation samples, a folder in --output_dir",
-    )
-    add("--logging_steps", type=int, default=10, metavar="N", help="a line in the log every N optimizer steps")
-    add("--report_to", default="tensorboard", help='a tracker as accelerate knows it, "all" or "none"')
-    add("--tracker_project_name", default="train_diffuEraser", metavar="NAME", help="the trackers' project")
-    add(
-        "--validation_steps",
-        type=int,
-        default=2000,
-        metavar="N",
-        help="score and sample the validation videos every N optimizer steps and after the first; 0: never",
-    )
-    add(
-        "--validation_image",
-        type=python_list,
-        default=[],
-        metavar="LIST",
-        help="Python list of folders of frames; they are left out of training",
-    )
-    add(
-        "--validation_mask",
-        type=python_list,
-        default=[],
-        metavar="LIST",
-        help="Python list of folders of masks, any value above 0 = hole, with the frames' names",
-    )
-    add(
-        "--validation_prompt",
-        type=python_list,
-        default=None,
-        metavar="LIST",
-        help=f"Python list of prompts (default: '{PROMPT}' for every video)",
-    )
-    add(
-        "--probe_clips",
-        type=int,
-        default=16,
-        metavar="N",
-        help="held-out loss: on N fixed clips of the validation videos, with fixed masks, timesteps and noises; 0: off",
-    )
-    add(
-        "--validation_minutes",
-        type=float,
-        default=10.0,
-        metavar="MIN",
-        help="a validation begins no more videos after this time; those left are named",
-    )
-
-    for flag in REMOVED_FLAGS:
-        parser.add_argument(flag, nargs="?", action=Removed, help=argparse.SUPPRESS)
-    return parser
+    """The parser of one stage."""
+    return build_settings_parser(CONFIGS[stage.number], stage.description, REMOVED_FLAGS)
 
 
 def parse_args(stage, argv=None):
-    """Parse and check; raises InputError for whatever can be found wrong without weights or data."""
-    args = build_parser(stage).parse_args(argv)
-    split_mask_span(args)
-
-    positive = ("resolution", "nframes", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-                "checkpointing_steps", "logging_steps", "distributed_timeout")  # fmt: skip
-    for name in positive:
-        require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: at least 1 was needed")
-    for name in ("dataloader_num_workers", "lr_warmup_steps", "validation_steps", "probe_clips", "seed"):
-        require(getattr(args, name) >= 0, f"--{name}={getattr(args, name)}: 0 or more was needed")
-    for name in ("max_train_steps", "checkpoints_total_limit"):
-        value = getattr(args, name)
-        require(value is None or value >= 1, f"--{name}={value}: at least 1 was needed, or leave the flag out")
-    require(
-        args.mixed_precision in DTYPES, f"mixed precision {args.mixed_precision}: one of {', '.join(DTYPES)} was needed"
-    )
-    for name in ("adam_beta1", "adam_beta2"):
-        value = getattr(args, name)
-        require(0 <= value < 1, f"--{name}={value}: a number from 0 to below 1 was needed")
-    for name in ("adam_epsilon", "adam_weight_decay"):
-        require(getattr(args, name) >= 0, f"--{name}={getattr(args, name)}: 0 or more was needed")
-    require(args.seed < 2**32, f"--seed={args.seed}: a number below 4294967296 was needed")
-    nearest = max(8, round(args.resolution / 8) * 8)
-    require(args.resolution % 8 == 0, f"--resolution={args.resolution}: a multiple of 8 was needed; use {nearest}")
-    require(args.learning_rate > 0, f"--learning_rate={args.learning_rate}: a positive number was needed")
-    require(args.latent_cache_gb > 0, f"--latent_cache_gb={args.latent_cache_gb}: a positive number was needed")
-    minutes = args.validation_minutes
-    require(minutes > 0, f"--validation_minutes={minutes}: a positive number was needed")
-    require(args.max_grad_norm > 0, f"--max_grad_norm={args.max_grad_norm}: a positive number was needed")
-    share = args.proportion_empty_prompts
-    require(0 <= share <= 1, f"--proportion_empty_prompts={share}: a share between 0 and 1 was needed")
-    share = args.max_broken_share
-    require(0 <= share <= 1, f"--max_broken_share={share}: a share between 0 and 1 was needed")
-    check_validation(args)
-    return args
+    """The stage's config; raises InputError for whatever can be found wrong without weights or data."""
+    config = CONFIGS[stage.number](**vars(build_parser(stage).parse_args(argv)))
+    split_mask_span(config)
+    check_settings(config)
+    check_validation(config)
+    return config
 
 
-def check_validation(args):
+def check_validation(config):
     """The three validation lists belong together, entry by entry, frame by frame."""
-    if args.validation_prompt is None:
-        args.validation_prompt = [PROMPT] * len(args.validation_image)
-    lists = {name: getattr(args, name) for name in ("validation_image", "validation_mask", "validation_prompt")}
+    if config.validation_prompt is None:
+        config.validation_prompt = [PROMPT] * len(config.validation_image)
+    lists = {name: getattr(config, name) for name in ("validation_image", "validation_mask", "validation_prompt")}
     if len({len(entries) for entries in lists.values()}) > 1:
         lengths = ", ".join(f"--{name} has {len(entries)}" for name, entries in lists.items())
         raise InputError(f"the validation lists differ in length: {lengths} entries; give one of each per video")
-    for images, masks in zip(args.validation_image, args.validation_mask, strict=True):
+    for images, masks in zip(config.validation_image, config.validation_mask, strict=True):
         pair_by_name(images, masks)
+
+
+def settings_with(key):
+    """{name: value} of the entry `key` of settings, of both stages, where it is set."""
+    return {f.name: f.metadata[key] for cls in CONFIGS.values() for f in fields(cls) if f.metadata[key]}
+
+
+def resume_policy():
+    """What checkpoints record, and what resuming makes of a change."""
+    on_change = {name: policy for name, policy in settings_with("on_change").items() if policy != CONTENT}
+    return ResumePolicy(on_change, tuple(settings_with("sets_clips")))
+
+
+def what_sets_clips(settings):
+    """The part of a run's recorded settings that the fixed clips of the validation loss follow from."""
+    return {name: settings[name] for name in settings_with("sets_clips")}
+
+
+def settings_from_environment(stage_number, environ):
+    """{setting: text or None} as the shell scripts' variables and their own defaults have it, but for what the launcher
+    decides. Defaults in weights/ follow WEIGHTS."""
+    values = {}
+    weights = environ.get("WEIGHTS") or "weights"
+    for f in fields(CONFIGS[stage_number]):
+        meta, default = f.metadata, default_of(f)
+        text = meta["shell_default"] or (None if default is None else str(default))
+        in_weights = text is not None and text.startswith("weights/")
+        if meta["launcher"] or not (meta["variable"] or in_weights):
+            continue
+        given = environ.get(meta["variable"] or "")
+        if given is None or (given == "" and not meta["may_be_empty"]):
+            given = text.replace("weights", weights, 1) if in_weights else text
+        values[f.name] = given
+    return values
+
+
+def flags_from_environment(stage_number, environ):
+    """The trainer's flags that follow from the shell scripts' variables: ["--nframes=10", ...].
+
+    Without those that the launcher decides: --validation_image and --validation_mask, --compile, --cuda_graph and
+    --mixed_precision.
+    """
+    flags = []
+    types = {f.name: f.type for f in fields(CONFIGS[stage_number])}
+    for name, value in settings_from_environment(stage_number, environ).items():
+        if types[name] is bool:
+            flags += [f"--{name}"] if value == "1" else []
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags

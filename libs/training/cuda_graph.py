@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common.distributed import whole
+from common.distributed import unsharded
 from common.errors import InputError, first_line
 from libs.training.loss import EncodedBatch, denoising_loss, encode_batch
 
@@ -47,7 +47,7 @@ class TrainingStep:
         loss = self.on_stream(batch) if self.stream else self.loss_and_gradients(encode_batch(self.base, batch))
         grad_norm = None
         if self.accelerator.sync_gradients:
-            grad_norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
+            grad_norm = unsharded(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
         self.optimizer.step()
         self.clear_gradients()
         return loss, grad_norm

@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType
 from common.errors import InputError, first_line
 from common.files import write_json
 from common.run_files import HISTORY_FILE, append_row
+from libs.training.config import settings_with
 
 log = logging.getLogger("diffueraser")
 
@@ -39,7 +40,7 @@ def log_on_main_process(accelerator):
         log.removeHandler(handler)
 
 
-def log_start(args, stage, accelerator, preflight, opened):
+def log_start(args, stage, accelerator, checks, opened):
     """Everything that tells one run from another, in the log and, run by run, in <output_dir>/config.json."""
     if accelerator.is_local_main_process and not accelerator.is_main_process:
         print(f"  stage {stage.number} on this machine too: the first machine's log is the run's", flush=True)
@@ -52,7 +53,7 @@ def log_start(args, stage, accelerator, preflight, opened):
     log.info("stage %d on %s, %d process(es)%s, mixed precision %s, seed %d", stage.number, device,
              accelerator.num_processes, engine, accelerator.mixed_precision, args.seed)  # fmt: skip
     log.info("versions: %s", ", ".join(f"{name} {version}" for name, version in versions.items()))
-    for name, _, found in preflight.rows[1:]:
+    for name, _, found in checks.rows[1:]:
         log.info("%s: %s", name, found)
     for name, weights in opened.items():
         if weights is None:
@@ -62,7 +63,8 @@ def log_start(args, stage, accelerator, preflight, opened):
     if accelerator.is_main_process:
         path = Path(args.output_dir, "config.json")
         runs = json.loads(path.read_text()) if path.is_file() else []
-        runs.append({"command": sys.argv, "settings": vars(args), "versions": versions})
+        card = list(settings_with("on_card"))  # what the converters, which know no settings, say in the model card
+        runs.append({"command": sys.argv, "settings": vars(args), "model_card": card, "versions": versions})
         write_json(path, runs)
 
 

@@ -12,7 +12,7 @@ from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
-from common.distributed import DTYPES, fit_to_engine, lost_processes_named, make_accelerator, require_agreement
+from common.distributed import DTYPES, autocast_under_fsdp, lost_processes_named, make_accelerator, require_agreement
 from common.errors import InputError, first_line, one_line_errors
 from common.files import locked
 from common.weights import fingerprint, weight_files
@@ -21,9 +21,9 @@ from dataset.loader import EpochSampler, TrainingClips
 from libs.base_model import LoadedBase
 from libs.checkpoints.checkpoint import find_latest, mark_best, prune, register_hooks, save_checkpoint, saved_keys
 from libs.checkpoints.convert import convert
-from libs.checkpoints.resume import BATCH_SETTINGS, global_batch, probe
-from libs.training.checks import inspect
-from libs.training.config import parse_args
+from libs.checkpoints.resume import BATCH_SETTINGS, global_batch
+from libs.training.checks import check_run
+from libs.training.config import parse_args, settings_with, what_sets_clips
 from libs.training.cuda_graph import TrainingStep
 from libs.training.latent_cache import LatentCache
 from libs.training.log import Meter, log, log_on_main_process, log_parameters, log_start, start_trackers
@@ -32,12 +32,6 @@ from libs.training.stopping import StopRequest
 from libs.training.validation import Validation
 
 SCALER_FILE = "scaler.pt"  # accelerate's, of fp16 runs
-# Flags that may differ from machine to machine: where files lie, and what changes nothing in the result.
-LOCAL_FLAGS = {
-    "base_model_name_or_path", "vae_path", "tokenizer_name", "pretrained_stage1_path", "brushnet_model_name_or_path",
-    "pretrained_stage1", "motion_adapter_path", "davis_root", "ytvos_root", "validation_image", "validation_mask",
-    "output_dir", "resume_from_checkpoint", "latent_cache", "latent_cache_gb", "dataloader_num_workers",
-}  # fmt: skip
 MAX_BAD_LOSSES = 5  # in a row, before a run is stopped
 MIN_BROKEN = 5  # broken clips met, before their share means anything
 
@@ -46,54 +40,55 @@ MIN_BROKEN = 5  # broken clips met, before their share means anything
 def run(stage, argv=None):
     """Train one stage: what `accelerate launch train_DiffuEraser_stage<n>.py` does."""
     args = parse_args(stage, argv)
-    preflight, found = inspect(args, stage)
+    checks, inputs = check_run(args, stage)
     if args.check_only:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # every machine has its own files, and its own log
-            print(preflight.table(), flush=True)
-        raise SystemExit(int(preflight.failed))
+            print(checks.table(), flush=True)
+        raise SystemExit(int(checks.failed))
     with StopRequest(args.output_dir) as stop:  # before the processes meet: the log's first line comes later
-        train(args, stage, preflight, found, stop)
+        train(args, stage, checks, inputs, stop)
 
 
-def train(args, stage, preflight, found, stop):
+def train(args, stage, checks, inputs, stop):
     accelerator = make_accelerator(args)
     alone = locked(args.output_dir) if accelerator.is_main_process else nullcontext()
     with alone, log_on_main_process(accelerator), lost_processes_named(args.output_dir):
-        log_start(args, stage, accelerator, preflight, found.opened)
-        for line in found.notes:
+        log_start(args, stage, accelerator, checks, inputs.opened)
+        for line in inputs.notes:
             log.info("%s", line)
-        require_agreement(accelerator, what_must_agree(args, found))
+        require_agreement(accelerator, what_must_agree(args, inputs))
         start_trackers(accelerator, args)
-        trainer = Trainer(args, stage, accelerator, found, stop)
-        if found.checkpoint:
-            trainer.resume(found.checkpoint)
+        trainer = Trainer(args, stage, accelerator, inputs, stop)
+        if inputs.checkpoint:
+            trainer.resume(inputs.checkpoint)
         trainer.train()
         if trainer.base.vae.cache:
             trainer.base.vae.cache.close()
         accelerator.end_training()
 
 
-def what_must_agree(args, found):
+def what_must_agree(args, inputs):
     """{name: value} that all processes need in common."""
-    flags = {f"--{name}": value for name, value in vars(args).items() if name not in LOCAL_FLAGS}
-    files = {name: weights.files for name, weights in found.opened.items() if weights}
-    files["VAE"] = weight_files(found.base.vae_folder, found.base.variant)
+    per_machine = settings_with("per_machine")
+    flags = {f"--{name}": value for name, value in vars(args).items() if name not in per_machine}
+    files = {name: weights.files for name, weights in inputs.opened.items() if weights}
+    files["VAE"] = weight_files(inputs.base.vae_folder, inputs.base.variant)
     return {
         **flags,
         **{f"the {name}'s fingerprint": fingerprint(paths) for name, paths in files.items()},
-        "the list of validation videos": found.state.settings["validation_image"],
-        "the number of clips an epoch": len(found.dataset),
-        "the checkpoint to resume from": found.checkpoint.name if found.checkpoint else "none",
+        "the list of validation videos": inputs.state.settings["validation_image"],
+        "the number of clips an epoch": len(inputs.dataset),
+        "the checkpoint to resume from": inputs.checkpoint.name if inputs.checkpoint else "none",
     }
 
 
 class Trainer:
     """Models, optimizer and data of one run, and its position."""
 
-    def __init__(self, args, stage, accelerator, found, stop):
+    def __init__(self, args, stage, accelerator, inputs, stop):
         self.args, self.stage, self.accelerator, self.device = args, stage, accelerator, accelerator.device
         self.stop = stop
-        base, opened, dataset = found.base, found.opened, found.dataset
+        base, opened, dataset = inputs.base, inputs.opened, inputs.dataset
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
         half = DTYPES[accelerator.mixed_precision]
@@ -112,13 +107,13 @@ class Trainer:
         model = stage.load_models(opened, frozen_dtype=half)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        fit_to_engine(accelerator, model)
+        autocast_under_fsdp(accelerator, model)
         if args.compile:
             model.compile_models(channels_last=not args.use_8bit_adam)
             vae.compile_encoder()
             log.info("compiling in the first step: about five minutes, less in later starts (COMPILE=0 turns it off)")
         log_parameters(model, args.checkpoints_total_limit)
-        self.state = found.state
+        self.state = inputs.state
         self.state.configs = {name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")}
         register_hooks(accelerator, saved_keys(model))
 
@@ -339,7 +334,7 @@ class Trainer:
         if held_out is None or not saved or not self.accelerator.is_main_process:
             return
         try:
-            if mark_best(self.args.output_dir, self.state.global_step, held_out, probe(self.state.settings)):
+            if mark_best(self.args.output_dir, self.state.global_step, held_out, what_sets_clips(self.state.settings)):
                 log.info("%s is the best checkpoint so far, by held-out loss", self.last_checkpoint.name)
         except OSError as error:
             log.info("the best checkpoint could not be noted (%s)", error)

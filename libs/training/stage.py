@@ -12,12 +12,7 @@ class Stage:
     number: int
     description: str
     model_class: type  # the Inpainter of this stage
-    trained: tuple[str, ...]  # the names in open_models whose weights are trained
     gib_per_frame: tuple[float, float, float]  # measured at full size, 512x512: plain, compiled, with recomputation
-
-    @staticmethod
-    def add_model_flags(add):
-        """Declare the stage's own flags: `add` is an argparse group's add_argument."""
 
     @staticmethod
     def open_models(args):

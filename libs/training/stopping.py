@@ -1,4 +1,4 @@
-"""Stopping early: a signal, or a file named "stop" in the output folder, asks a run to finish its step, save and end."""
+"""Stopping early: a signal, or a file named "stop" in the output folder, asks a run to finish its step and save."""
 
 import os
 import signal

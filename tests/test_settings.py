@@ -1,0 +1,196 @@
+"""The settings stand once: what follows from them (parser, page, variables, resuming) agrees with them."""
+
+from dataclasses import fields
+
+import pytest
+from conftest import REPOSITORY
+
+from common.errors import InputError
+from libs.checkpoints.checkpoint import TrainerState
+from libs.checkpoints.resume import BATCH, BATCH_SETTINGS, LOGGED, describe_run, go_on_from
+from libs.inpainter import INPAINTERS
+from libs.training.checks import count_parameters
+from libs.training.config import (
+    CONFIGS,
+    LAUNCHER_VARIABLES,
+    build_parser,
+    flags_from_environment,
+    parse_args,
+    resume_policy,
+    settings_with,
+)
+from libs.training.settings_page import settings_page
+from train_DiffuEraser_stage1 import Stage1
+from train_DiffuEraser_stage2 import Stage2
+
+STAGES = {1: Stage1, 2: Stage2}
+
+
+def test_the_page_is_what_the_settings_say():
+    """Otherwise: python -m libs.training.settings_page > docs/settings.md"""
+    page = (REPOSITORY / "docs/settings.md").read_text()
+    assert page == settings_page() + "\n"
+    for config_class in CONFIGS.values():
+        for field in fields(config_class):
+            assert (f"| `--{field.name}` |" in page) == field.metadata["flag"]
+    assert all(f"| `{name}` |" in page for name, _, _ in LAUNCHER_VARIABLES)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_check_names_flag_and_value(stage):
+    checked = [field.name for field in fields(CONFIGS[stage]) if field.metadata["check"]]
+    assert len(checked) > 20
+    for name in checked:
+        with pytest.raises(InputError, match=rf"^--{name}=-1(\.0)?: .* needed"):
+            parse_args(STAGES[stage], [f"--{name}=-1"])
+    for flag, needed in (
+        ("--seed=4294967296", "a number below 4294967296 was needed"),
+        ("--adam_beta1=1", "a number from 0 to below 1 was needed"),
+        ("--max_train_steps=0", "at least 1 was needed, or leave the flag out"),
+        ("--resolution=1", "a multiple of 8 was needed; use 8"),
+    ):
+        with pytest.raises(InputError, match=needed):
+            parse_args(STAGES[stage], [flag])
+
+
+def test_a_precision_from_accelerate_that_is_unknown(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert parse_args(Stage1, []).mixed_precision == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(InputError, match="--mixed_precision=fp8: one of fp16, bf16, no was needed"):
+        parse_args(Stage1, [])
+
+
+def test_a_help_text_says_the_default():
+    help_text = " ".join(build_parser(Stage2).format_help().split())
+    for text in (
+        "frames per clip (default: 22)",
+        "(default: 0.3333,1)",
+        "(default: all)",
+        "optimizer: --learning_rate",
+    ):
+        assert text in help_text
+    assert "--csv_file" not in help_text and "original_margins" not in help_text
+
+
+def values(stage, environ):
+    return vars(build_parser(STAGES[stage]).parse_args(flags_from_environment(stage, environ)))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_variables_set_their_flags_and_no_other(stage):
+    """Whatever the launcher does not decide; an empty variable is a value only where the setting says so."""
+    default = values(stage, {})
+    names = {field.name: field.metadata for field in fields(CONFIGS[stage]) if field.metadata["variable"]}
+    assert len(names) > 15
+    for variable in {meta["variable"] for meta in names.values()}:
+        own = {name for name, meta in names.items() if meta["variable"] == variable and not meta["launcher"]}
+        given = values(stage, {variable: "1"})
+        assert {name for name in given if given[name] != default[name]} <= own
+        assert all(str(given[name]) in ("1", "1.0", "True") for name in own)
+        emptied = values(stage, {variable: ""})
+        may = {name for name in own if names[name]["may_be_empty"]}
+        assert {name: emptied[name] for name in may} == dict.fromkeys(may, "")
+        assert {name for name in emptied if emptied[name] != default[name]} == may
+
+
+def test_defaults_of_the_shell_scripts():
+    """Where they are not the flags', and where weights are looked for."""
+    default, alone = values(1, {}), vars(build_parser(Stage1).parse_args([]))
+    assert {name: default[name] for name in default if default[name] != alone[name]} == {
+        "pretrained_stage1_path": "weights/diffuEraser", "resume_from_checkpoint": "latest",
+        "latent_cache": "latent-cache",
+    }  # fmt: skip
+    default, moved = values(2, {}), values(2, {"WEIGHTS": "/data/w", "LOW_MEMORY": "0"})
+    assert {name: moved[name] for name in moved if moved[name] != default[name]} == {
+        "base_model_name_or_path": "/data/w/stable-diffusion-v1-5", "vae_path": "/data/w/sd-vae-ft-mse",
+        "motion_adapter_path": "/data/w/animatediff-motion-adapter-v1-5-2",
+    }  # fmt: skip
+
+
+def test_what_machines_may_differ_in():
+    """Paths, but for the one inside the output folder; nothing that a result depends on, but for where it is read."""
+    local = settings_with("per_machine")
+    paths = [f.name for cls in CONFIGS.values() for f in fields(cls) if f.metadata["metavar"] == "DIR"]
+    assert set(paths) - local.keys() == {"logging_dir"}
+    assert set(local) - set(paths) == {
+        "validation_image",
+        "validation_mask",
+        "latent_cache_gb",
+        "dataloader_num_workers",
+    }
+
+
+class Dataset(list):
+    videos = []
+
+
+def described(stage=1, **changes):
+    args = parse_args(STAGES[stage], [])
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return describe_run(args, STAGES[stage], {}, Dataset(), resume_policy())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_checkpoint_s_settings_keep_their_names(stage):
+    """Those of every checkpoint so far; a name that changes would count as a setting that is newer than they are."""
+    assert set(described(stage).settings) == {
+        "engine", "num_processes", "clips", "videos", "nframes", "resolution", "seed", "train_batch_size",
+        "gradient_accumulation_steps", "validation_image", "probe_clips", "mask_span", "mask_original_margins",
+        "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "max_train_steps",
+        "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "mixed_precision",
+        "gradient_checkpointing", "compile", "cuda_graph", "proportion_empty_prompts", "use_8bit_adam",
+    }  # fmt: skip
+
+
+def another(name, value):
+    other = {"mask_span": (0.1, 0.2), "validation_image": ["a"], "mixed_precision": "bf16", "lr_scheduler": "cosine"}
+    if name in other:
+        return other[name]
+    return not value if isinstance(value, bool) else (value or 0) + 1
+
+
+@pytest.mark.parametrize("name", resume_policy().on_change)
+def test_resuming_with_another_value(name):
+    policy = resume_policy()
+    saved, value = described(), getattr(parse_args(Stage1, []), name)
+    saved.probe_start = 0.5
+    now = described(**{name: another(name, value)})
+    if policy.on_change[name] == LOGGED:
+        state, changes = go_on_from("checkpoint-1", saved, now, policy, resume_anyway=False)
+        assert changes[0].startswith(f"changed since the checkpoint: {name} from ") and state.settings == now.settings
+        assert (state.probe_start is None) == (name in settings_with("sets_clips")) == (len(changes) == 2)
+        return
+    with pytest.raises(InputError, match=f"checkpoint-1 .*({name} {value}, now|8-bit AdamW)"):
+        go_on_from("checkpoint-1", saved, now, policy, resume_anyway=False)
+    if policy.on_change[name] == BATCH:  # the same global batch, divided otherwise
+        saved.settings["num_processes"] = 2
+        _, changes = go_on_from("checkpoint-1", saved, now, policy, resume_anyway=False)
+        assert [line.split()[4] for line in changes] == ["num_processes", name]
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint():
+    saved, now = described(), described()
+    del saved.settings["compile"], saved.settings["probe_clips"]
+    assert go_on_from("checkpoint-1", saved, now, resume_policy(), resume_anyway=False)[1] == []
+    assert set(BATCH_SETTINGS) <= set(saved.settings) and isinstance(saved, TrainerState)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_the_memory_check_counts_is_what_trains(stage, flags):
+    """Motion modules' weights come with tables of positions, which are no parameters."""
+    args = parse_args(STAGES[stage], flags(stage))
+    opened = STAGES[stage].open_models(args)
+    model = STAGES[stage].load_models(opened, None)
+    tables = sum(buffer.numel() for name, buffer in model.named_buffers() if "motion_modules" in name)
+    trained, frozen = count_parameters(STAGES[stage], opened)
+    sizes = {True: 0, False: 0}
+    for parameter in model.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    assert (trained, frozen) == (sizes[True] + tables, sizes[False])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_clips_are_as_long_as_the_windows_of_inference(stage):
+    assert parse_args(STAGES[stage], []).nframes == INPAINTERS[stage].nframes
