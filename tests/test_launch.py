@@ -132,7 +132,7 @@ def test_a_failing_run(environment, tmp_path, name):
 
 @pytest.fixture
 def told(environment):
-    """(GPUs, variables) -> what accelerate is told by finetune_stage1.sh on such a machine, and in which environment."""
+    """(GPUs, variables) -> what stage 1's launcher tells accelerate on such a machine, and in which environment."""
 
     def find(gpus, variables):
         with mock.patch.dict(os.environ, {**environment, **variables}), pytest.MonkeyPatch.context() as patch:
