@@ -24,6 +24,7 @@ from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_video
 from dataset.loader import TrainingClips
 from libs.training.config import parse_args
+from libs.training.stopping import StopRequest
 from train_DiffuEraser_stage1 import Stage1
 
 
@@ -53,6 +54,50 @@ def test_a_signal_finishes_the_step_and_saves(train, tmp_path, capsys, monkeypat
     train(1, max_train_steps=4, resume_from_checkpoint="latest")
     final = "unet_main/diffusion_pytorch_model.safetensors"
     assert equal_files(tmp_path / "whole" / final, tmp_path / "run" / final)
+
+
+def test_the_stop_file(train, tmp_path, capsys, monkeypatch):
+    """`touch stop` in the output folder does what a signal does; one that an earlier run has left does nothing."""
+    file = tmp_path / "run/stop"
+    file.parent.mkdir()
+    file.write_text("SIGTERM")
+    loss, calls = libs.training.loss.denoising_loss, []
+
+    def touched(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            file.touch()
+        return loss(*args)
+
+    monkeypatch.setattr(libs.training.loss, "denoising_loss", touched)
+    train(1, max_train_steps=4)
+    output = capsys.readouterr().out
+    assert steps_of(output) == [1, 2] and f"stopped by the file {file} at step 2" in output
+    assert not file.exists()
+
+
+def test_a_signal_beside_the_stop_file_is_no_second_one(tmp_path):
+    """SLURM sends its signal to all processes of a job: to the launcher, which writes the file, and to the trainer."""
+    with StopRequest(tmp_path) as stop:
+        Path(tmp_path, "stop").write_text("SIGUSR1")
+        assert stop.signal == "SIGUSR1"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == "SIGUSR1"
+
+
+def test_a_second_signal_ends_the_trainer(tmp_path):
+    """At once, where it is another one and not the first passed on by torch's launcher."""
+    code = """import os, signal, sys, time
+from libs.training.stopping import SAME_REQUEST, StopRequest
+with StopRequest(sys.argv[1]) as stop:
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+    stop.signalled_at -= SAME_REQUEST
+    print("alive", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("alive", flush=True)"""
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGTERM and ended.stdout == "alive\n"
 
 
 @pytest.mark.parametrize("processes", [1, 2])

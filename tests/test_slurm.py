@@ -77,7 +77,7 @@ def sbatch(stage, checkout, environment, signal_at=None):
         if signal_at:
             wait_for_line(checkout / "finetune-stage1.log", signal_at)
             job.send_signal(number)
-        output, _ = job.communicate(timeout=200)
+        output, _ = job.communicate(timeout=400)
     finally:
         job.kill()
     return job.returncode, output
@@ -115,3 +115,8 @@ def test_a_job_that_fails_is_not_requeued(checkout, environment):
     environment |= {"SLURM_JOB_NUM_NODES": "1", "WEIGHTS": "/no/weights"}
     status, output = sbatch("1", checkout, environment)
     assert status == 1 and "error: /no/weights" in output and not Path(environment["REQUEUED"]).exists()
+
+
+def test_a_wrong_stage_is_one_line(checkout, environment):
+    status, output = sbatch("3", checkout, environment)
+    assert status == 1 and output == "error: STAGE=3: 1, 2 or both was needed\n"
