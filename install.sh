@@ -1,6 +1,9 @@
-# Makes .venv with the packages of a requirements file, unless it is there already: install.sh requirements.txt
+#!/usr/bin/env bash
+# Makes .venv with the project's packages, unless it is there already. An argument names another requirements file.
 set -euo pipefail
+requirements=${1:+$(realpath "$1")}
 cd "$(dirname "${BASH_SOURCE[0]}")"
+requirements=${requirements:-requirements.txt}
 
 find_python() {
   local candidate
@@ -14,13 +17,13 @@ find_python() {
   exit 1
 }
 
-stamp=.venv/.installed-$(sha256sum "$1" requirements.txt | sha256sum | cut -c1-16)
+stamp=.venv/.installed-$(cat "$requirements" requirements.txt | sha256sum | cut -c1-16)
 if [[ ! -f "$stamp" ]]; then
   python=$(find_python)
   [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-  echo "installing $1 into .venv (once)"
+  echo "installing $(basename "$requirements") into .venv (once)"
   # torch first and alone: a package that asks for just any torch must find this one.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
   touch "$stamp"
 fi

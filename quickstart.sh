@@ -3,7 +3,7 @@
 # the Python packages. Then the same commands run with real weights and data.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-bash install.sh requirements.txt
+bash install.sh
 python=.venv/bin/python
 unset VIRTUAL_ENV CONDA_PREFIX
 

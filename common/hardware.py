@@ -1,4 +1,4 @@
-"""What this machine can do, for the shell scripts' defaults and for the checks: `python -m common.hardware`."""
+"""What this machine can do, for the shell scripts' defaults and for the checks."""
 
 import importlib.util
 import os
@@ -26,7 +26,3 @@ def compiling_lacks():
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Python's headers (apt-get install python3-dev)"
     return None
-
-
-if __name__ == "__main__":
-    print(int(gpu_is_used()), int(compiling_lacks() is None), torch.cuda.device_count())

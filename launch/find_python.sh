@@ -1,8 +1,9 @@
-# Sets PYTHON: an environment that is active, else the one that quickstart.sh makes. Sourced in the repository's folder.
+# Sets PYTHON: an environment that is active, else the one that install.sh makes. Sourced in the repository's folder.
 if [[ -z "${PYTHON:-}" ]]; then
-  if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x .venv/bin/python ]]; then
-    PYTHON=.venv/bin/python
-  else
-    PYTHON=python
-  fi
+  PYTHON=python
+  [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" || ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
 fi
+command -v "$PYTHON" >/dev/null || {
+  echo "error: $PYTHON was not found: bash install.sh requirements.txt makes .venv" >&2
+  exit 1
+}

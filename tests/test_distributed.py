@@ -114,8 +114,8 @@ def losses(log):
 def run_fsdp(processes, stage, flags):
     """The log of a run under accelerate's FSDP2 engine, on the CPU."""
     command = [
-        sys.executable, "-m", "launch.launcher", "--config_file=configs/accelerate/fsdp.yaml", "--num_machines=1",
-        f"--num_processes={processes}", "--num_cpu_threads_per_process=1", "--main_process_port=0",
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file=configs/accelerate/fsdp.yaml",
+        "--num_machines=1", f"--num_processes={processes}", "--num_cpu_threads_per_process=1", "--main_process_port=0",
         "--mixed_precision=no", "tests/fsdp_on_cpu.py", str(stage), *flags,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

@@ -8,13 +8,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, equal_files, wait_for_line
 from safetensors.torch import load_file
+
+from launch import launch
+from libs.training.config import CONFIGS, LAUNCHER_VARIABLES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STAGE_SCRIPTS = ("finetune_stage1.sh", "finetune_stage2.sh")
@@ -125,20 +130,22 @@ def test_a_failing_run(environment, tmp_path, name):
     assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
-def python_stand_in(tmp_path, gpus, launcher):
-    """A PYTHON that says how many GPUs there are, and runs shell code in place of the launcher."""
-    path = tmp_path / "python"
-    path.write_text(
-        f"""#!/usr/bin/env bash
-case "$2" in
-  common.hardware) echo {int(gpus > 0)} {int(gpus > 0)} {gpus} ;;
-  launch.launcher) {launcher} ;;
-  *) exec {sys.executable} "$@" ;;
-esac
-"""
-    )
-    path.chmod(0o755)
-    return path
+@pytest.fixture
+def told(environment):
+    """(GPUs, variables) -> what stage 1's launcher tells accelerate on such a machine, and in which environment."""
+
+    def find(gpus, variables):
+        with mock.patch.dict(os.environ, {**environment, **variables}), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+            patch.setattr("torch.cuda.device_count", lambda: gpus)
+            patch.setattr(launch, "compiling_lacks", lambda: None if gpus else "a GPU")
+            patch.setattr(launch, "run_accelerate", lambda arguments: calls.append((arguments, dict(os.environ))))
+            patch.chdir(REPOSITORY)
+            calls = []
+            launch.main(["1", "--check_only"])
+            return calls[0]
+
+    return find
 
 
 def test_help(environment, tmp_path):
@@ -161,29 +168,29 @@ def test_help(environment, tmp_path):
     ],
     ids=lambda value: "-".join(value) or "none",
 )
-def test_what_makes_steps_fast_or_small_on_gpus(environment, tmp_path, variables, flags):
-    stand_in = python_stand_in(tmp_path, gpus=2, launcher='printf "%s\\n" "$@"')
-    result = run(["bash", "finetune_stage1.sh"], environment, PYTHON=stand_in, **variables)
-    assert result.returncode == 0, result.stderr
+def test_what_makes_steps_fast_or_small_on_gpus(told, variables, flags):
+    arguments, _ = told(2, variables)
     known = {"--compile", "--cuda_graph", "--gradient_checkpointing", "--use_8bit_adam"}
-    assert [flag for flag in Path(environment["LOG"]).read_text().splitlines() if flag in known] == flags
+    assert [flag for flag in arguments if flag in known] == flags
 
 
-def test_a_configuration_for_the_cpu(environment, tmp_path):
+def test_a_configuration_for_the_cpu(told, tmp_path):
     """On a machine that has GPUs: nothing that needs one is asked for."""
     config = tmp_path / "cpu.yaml"
     config.write_text("distributed_type: 'NO'\nnum_machines: 1\nnum_processes: 1\nuse_cpu: true\n")
-    stand_in = python_stand_in(tmp_path, gpus=2, launcher='printf "%s\\n" "$@"')
-    result = run(["bash", "finetune_stage1.sh"], environment, PYTHON=stand_in, ACCELERATE_CONFIG=config)
-    words = Path(environment["LOG"]).read_text().splitlines()
-    assert result.returncode == 0 and "--mixed_precision=no" in words, result.stderr
-    assert not {"--compile", "--cuda_graph"} & set(words)
+    arguments, _ = told(2, {"ACCELERATE_CONFIG": str(config)})
+    assert "--mixed_precision=no" in arguments and not {"--compile", "--cuda_graph"} & set(arguments)
 
 
-def test_a_signal_before_training(environment, tmp_path):
-    stand_in = python_stand_in(tmp_path, gpus=0, launcher="echo starting; exec tail -f /dev/null")
+def test_a_signal_before_training(environment):
+    """The trainer's place is taken by a process that has not begun to train."""
+    code = f"""import os, sys; sys.path.insert(0, {str(REPOSITORY)!r})
+from launch import launch
+from libs.training.config import CONFIGS, LAUNCHER_VARIABLES
+launch.run_accelerate = lambda _: os.execlp("bash", "bash", "-c", "echo starting; exec tail -f /dev/null")
+launch.main(["1"])"""
     script = subprocess.Popen(
-        ["bash", "finetune_stage1.sh"], cwd=REPOSITORY, env={**environment, "PYTHON": str(stand_in)},
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     wait_for_line(Path(environment["LOG"]), "starting")
@@ -206,7 +213,7 @@ def test_a_killed_trainer(environment, processes):
     try:
         wait_for_line(log, "step 2/5000")
         below = psutil.Process(script.pid).children(recursive=True)
-        trainers = [process for process in below if "launch.launcher" not in process.cmdline()]
+        trainers = [process for process in below if "launch.launch" not in process.cmdline()]
         trainers[-1].kill()
         _, error = script.communicate(timeout=60)
     finally:
@@ -257,23 +264,57 @@ ENGINES = [  # (GPUs, variables, what accelerate is told)
 ]
 
 
-@pytest.mark.parametrize(("gpus", "variables", "told"), ENGINES)
-def test_the_engine(environment, tmp_path, gpus, variables, told):
+@pytest.mark.parametrize(("gpus", "variables", "words"), ENGINES)
+def test_the_engine(told, tmp_path, gpus, variables, words):
     """Variables come before the user's own configuration, and that before the defaults."""
-    stand_in = python_stand_in(tmp_path, gpus, 'echo "$@" "allocator: $PYTORCH_ALLOC_CONF"')
+    own = tmp_path / "own.yaml"
+    own.write_text(OWN_CONFIG)
     if variables.get("ACCELERATE_CONFIG") == "own.yaml":
-        own = tmp_path / "own.yaml"
-        own.write_text(OWN_CONFIG)
-        variables = {**variables, "ACCELERATE_CONFIG": own}
-    result = run(["bash", "finetune_stage1.sh", "--check_only"], environment, PYTHON=stand_in, **variables)
-    assert result.returncode == 0 and told in result.stdout, result.stdout + result.stderr
+        variables = {**variables, "ACCELERATE_CONFIG": str(own)}
+    arguments, environment = told(gpus, variables)
+    assert words in f"{' '.join(arguments)} allocator: {environment.get('PYTORCH_ALLOC_CONF')}"
+
+
+WRONG_CONFIGS = {  # what it holds, and what the line says
+    "another_version": ("distributed_type: 'NO'\nsome_new_key: 3\n", "had unknown keys (['some_new_key'])"),
+    "broken": ("distributed_type: NO\n\tx: [1\n", "cannot start any token"),
+    "empty": ("", "cannot be used"),
+    "cloud": (
+        "compute_environment: AMAZON_SAGEMAKER\ndistributed_type: 'NO'\nmixed_precision: 'no'\nec2_instance_type: a\n"
+        "iam_role_name: a\n",
+        "had unknown keys (['ec2_instance_type', 'iam_role_name'])",
+    ),
+    "deepspeed": ("distributed_type: DEEPSPEED\n", "ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CONFIGS)
+def test_a_wrong_configuration_is_one_line(told, tmp_path, capsys, name):
+    text, message = WRONG_CONFIGS[name]
+    config = tmp_path / "own.yaml"
+    config.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        told(0, {"ACCELERATE_CONFIG": str(config)})
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert str(config) in error and message in error
+
+
+@pytest.mark.parametrize(
+    "text", ["\ufeffdistributed_type: 'NO'\r\nnum_processes: 3\r\n", '{"distributed_type": "NO", "num_processes": 3}']
+)
+def test_a_configuration_from_elsewhere(told, tmp_path, text):
+    """Windows' line ends and byte-order mark, and JSON."""
+    config = tmp_path / ("own.json" if text.startswith("{") else "own.yaml")
+    config.write_text(text)
+    assert "--num_processes=3" in told(0, {"ACCELERATE_CONFIG": str(config)})[0]
 
 
 def test_the_quickstart_sets_or_unsets_every_variable():
     """What a user has exported for another run has no influence on it."""
-    scripts = "".join(Path(REPOSITORY, name).read_text() for name in ("launch/launch.sh", *STAGE_SCRIPTS))
-    read = set(re.findall(r"\$\{([A-Z][A-Z_0-9]+):?-", scripts))
-    read -= {"OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_CPP_LOG_LEVEL"}
+    read = {f.metadata["variable"] for config in CONFIGS.values() for f in fields(config)} - {None}
+    read |= {name for name, _, _ in LAUNCHER_VARIABLES} | {"SLURM_NODEID"}
+    read -= {"OMP_NUM_THREADS"}
     assert len(read) > 25
     quickstart = Path(REPOSITORY, "quickstart.sh").read_text()
     assert not read - set(re.findall(r"[A-Z][A-Z_0-9]+", quickstart))

@@ -1,6 +1,5 @@
 """What goes wrong in long runs: signals, broken files, losses that are no numbers, full disks, changed settings."""
 
-import ctypes
 import json
 import os
 import re
@@ -12,12 +11,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, equal_files
 from PIL import Image
-from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
 
 import libs.training.checks
 import libs.training.loop
@@ -27,7 +24,7 @@ from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_video
 from dataset.loader import TrainingClips
 from libs.training.config import parse_args
-from libs.training.stopping import StopRequest, start_compilers
+from libs.training.stopping import StopRequest
 from train_DiffuEraser_stage1 import Stage1
 
 
@@ -57,6 +54,50 @@ def test_a_signal_finishes_the_step_and_saves(train, tmp_path, capsys, monkeypat
     train(1, max_train_steps=4, resume_from_checkpoint="latest")
     final = "unet_main/diffusion_pytorch_model.safetensors"
     assert equal_files(tmp_path / "whole" / final, tmp_path / "run" / final)
+
+
+def test_the_stop_file(train, tmp_path, capsys, monkeypatch):
+    """`touch stop` in the output folder does what a signal does; one that an earlier run has left does nothing."""
+    file = tmp_path / "run/stop"
+    file.parent.mkdir()
+    file.write_text("SIGTERM")
+    loss, calls = libs.training.loss.denoising_loss, []
+
+    def touched(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            file.touch()
+        return loss(*args)
+
+    monkeypatch.setattr(libs.training.loss, "denoising_loss", touched)
+    train(1, max_train_steps=4)
+    output = capsys.readouterr().out
+    assert steps_of(output) == [1, 2] and f"stopped by the file {file} at step 2" in output
+    assert not file.exists()
+
+
+def test_a_signal_beside_the_stop_file_is_no_second_one(tmp_path):
+    """SLURM sends its signal to all processes of a job: to the launcher, which writes the file, and to the trainer."""
+    with StopRequest(tmp_path) as stop:
+        Path(tmp_path, "stop").write_text("SIGUSR1")
+        assert stop.signal == "SIGUSR1"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == "SIGUSR1"
+
+
+def test_a_second_signal_ends_the_trainer(tmp_path):
+    """At once, where it is another one and not the first passed on by torch's launcher."""
+    code = """import os, signal, sys, time
+from libs.training.stopping import SAME_REQUEST, StopRequest
+with StopRequest(sys.argv[1]) as stop:
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+    stop.signalled_at -= SAME_REQUEST
+    print("alive", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("alive", flush=True)"""
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGTERM and ended.stdout == "alive\n"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -93,7 +134,7 @@ def test_the_shell_script_passes_a_signal_on(weights, videos, tmp_path, processe
         follow.kill()
         follow.communicate()
     assert script.returncode == 0, output + log.read_text()
-    assert "stopped by SIGUSR1" in log.read_text() and "Traceback" not in log.read_text()
+    assert "stopped by SIGTERM at step" in log.read_text() and "Traceback" not in log.read_text()
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
@@ -389,35 +430,3 @@ def test_the_memory_line_counts_gradients_held_in_the_forward_pass(flags, monkey
     opened = {"unet_main": SimpleNamespace(parameters=860e6, config={"block_out_channels": [320]}), "brushnet": None}
     line = libs.training.checks.check_memory(parse_args(Stage1, flags(1, **settings)), Stage1, opened)
     assert line.startswith(f"about {gib} GiB")
-
-
-def test_a_signal_is_taken_back_from_a_compiler():
-    """LLVM has put a handler in its place, below Python, that does nothing."""
-    before = signal.getsignal(signal.SIGALRM)
-    stop = StopRequest()
-    try:
-        stop.hold_signals()
-        ctypes.CDLL(None).signal(signal.SIGUSR1, 1)  # SIG_IGN
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.signal is None
-        signal.pause()  # until the timer's signal
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.signal == "SIGUSR1"
-    finally:
-        stop.restore()
-    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-
-
-def test_compilers_outlive_the_signal_to_stop():
-    """SLURM's goes to all processes of a job: without its compilers torch would wait without an end."""
-    shutdown_compile_workers()  # those of an earlier test
-    stop = StopRequest()
-    try:
-        start_compilers()
-        job = AsyncCompile.process_pool().submit(abs, -1)
-        for child in psutil.Process().children(recursive=True):
-            child.send_signal(signal.SIGUSR1)
-        assert job.result(timeout=60) == 1
-    finally:
-        stop.restore()
-        shutdown_compile_workers()

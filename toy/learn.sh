@@ -5,8 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHON=${PYTHON:-.venv/bin/python}
-read -r has_gpu _ < <("$PYTHON" -m common.hardware)
-if [[ $has_gpu = 1 ]]; then
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   : "${SIZE:=medium}" "${RESOLUTION:=64}" "${VAE_STEPS:=3000}" "${LEARNING_RATE:=5e-4}"
   : "${STAGE1_STEPS:=700}" "${STAGE1_CLIPS:=64}" "${STAGE1_FRAMES:=4}" "${DRAWN_VIDEOS:=100}"
   : "${STAGE2_STEPS:=250}" "${STAGE2_CLIPS:=4}" "${STAGE2_FRAMES:=22}"

@@ -33,27 +33,24 @@ from libs.training.validation import Validation
 @one_line_errors
 def run(stage, argv=None):
     """Train one stage: what `accelerate launch train_DiffuEraser_stage<n>.py` does."""
-    stop = StopRequest()
-    try:
-        config = parse_args(stage, argv)
-        checks, found = check_run(config, stage)
-        if config.check_only:
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # every machine has its own files, and its own log
-                print(checks.table(), flush=True)
-            raise SystemExit(int(checks.failed))
-        accelerator = make_accelerator(config)
-        with (
-            locked_by_main_process(config.output_dir, accelerator),
-            log_on_main_process(accelerator),
-            lost_processes_named(config.output_dir),
-        ):
-            log_start(config, stage, accelerator, checks, found)
-            require_agreement(accelerator, config, found)
-            start_trackers(accelerator, config)
-            train(config, stage, accelerator, found, stop)
-            accelerator.end_training()
-    finally:
-        stop.restore()
+    config = parse_args(stage, argv)
+    checks, found = check_run(config, stage)
+    if config.check_only:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # every machine has its own files, and its own log
+            print(checks.table(), flush=True)
+        raise SystemExit(int(checks.failed))
+    accelerator = make_accelerator(config)
+    with (
+        locked_by_main_process(config.output_dir, accelerator),
+        StopRequest(config.output_dir) as stop,
+        log_on_main_process(accelerator),
+        lost_processes_named(config.output_dir),
+    ):
+        log_start(config, stage, accelerator, checks, found)
+        require_agreement(accelerator, config, found)
+        start_trackers(accelerator, config)
+        train(config, stage, accelerator, found, stop)
+        accelerator.end_training()
 
 
 def train(config, stage, accelerator, found, stop):
@@ -67,7 +64,7 @@ def train(config, stage, accelerator, found, stop):
     base, validation_embeds = load_base(config, accelerator, found)
     validation = Validation(config, stage, accelerator, found, base, validation_embeds, stop)
     model = build_model(config, stage, accelerator, found)
-    optimizer, schedule, last_step = make_optimizer_and_schedule(config, accelerator, model, found, stop)
+    optimizer, schedule, last_step = make_optimizer_and_schedule(config, accelerator, model, found)
     loader = make_loader(config, accelerator, found, base.vae.cache, last_step)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     passes = GraphedForwardBackward if config.cuda_graph else ForwardBackward
@@ -132,5 +129,5 @@ def must_stop(config, accelerator, step, stop):
         return stop.signal is not None
     if step % config.logging_steps or not sum_over_processes(accelerator, stop.signal is not None):
         return False
-    stop.signal = stop.signal or "a signal to another process"
+    stop.received = stop.signal or "a signal to another process"
     return True

@@ -19,7 +19,6 @@ from libs.training.config import settings_with
 from libs.training.latent_cache import LatentCache
 from libs.training.log import log, log_parameters
 from libs.training.optimizer import make_optimizer, match_layout
-from libs.training.stopping import start_compilers
 
 SCALER_FILE = "scaler.pt"  # accelerate's, of fp16 runs
 
@@ -108,14 +107,11 @@ def make_loader(config, accelerator, found, cache, last_step):
     return accelerator.prepare(loader)
 
 
-def make_optimizer_and_schedule(config, accelerator, model, found, stop):
+def make_optimizer_and_schedule(config, accelerator, model, found):
     """(optimizer, learning rate schedule, the last step's number)."""
     learning_rate = config.learning_rate * (found.global_batch if config.scale_lr else 1)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(config, parameters, learning_rate, accelerator.device)
-    if config.compile or type(optimizer).__module__.startswith("torchao"):  # whose optimizers compile their step
-        start_compilers()
-        stop.hold_signals()
     # Steps of all processes together: each of them sees its share of a global batch.
     clips = len(found.dataset)
     last_step = config.max_train_steps or math.ceil(config.num_train_epochs * clips / found.global_batch)

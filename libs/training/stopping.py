@@ -1,54 +1,55 @@
-"""Stopping on a signal: finish the step, save, say how to go on."""
+"""Stopping early: a signal, or a file named "stop" in the output folder, asks a run to finish its step and save."""
 
 import os
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 
-from torch._inductor.async_compile import AsyncCompile
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: what SLURM sends before a job's time runs out
-SAME_REQUEST = 1.0  # seconds: launchers pass a signal on that the shell has sent to everyone already
+STOP_FILE = "stop"  # holds the name of the signal that the launcher got; `touch` makes one too
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_REQUEST = 1.0  # seconds: torch's launchers pass a signal on that the shell has sent to everyone already
 
 
 class StopRequest:
-    """Remembers the first signal; a second one stops at once, as if there were no handler."""
+    """Context in which signals ask to stop; a second one ends the process at once, as if there were no handler.
 
-    def __init__(self):
-        self.signal, self.time, self.pid = None, 0.0, os.getpid()
-        self.previous = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGALRM)}
-        self.take_signals()
+    Attributes:
+        signal: what asked, in words, such as "SIGTERM"; None while nothing did.
+    """
 
-    def take_signals(self, *_):
-        for number in STOP_SIGNALS:
-            signal.signal(number, self.handle)
+    def __init__(self, output_dir):
+        self.file, self.pid = Path(output_dir, STOP_FILE), os.getpid()
+        self.received = self.signalled_at = None
+        self.previous = {}
 
-    def hold_signals(self):
-        """Take them again every second: LLVM, which Triton compiles with, puts a handler in USR1's place that drops it,
-        when it is first used (InfoSigs in its lib/Support/Unix/Signals.inc)."""
-        signal.signal(signal.SIGALRM, self.take_signals)
-        signal.siginterrupt(signal.SIGALRM, False)
-        signal.setitimer(signal.ITIMER_REAL, 1, 1)
+    def __enter__(self):
+        self.remove_file()  # of an earlier run
+        self.previous = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.remove_file()
+
+    def remove_file(self):
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            self.file.unlink(missing_ok=True)
+
+    @property
+    def signal(self):
+        if self.received is None:
+            with suppress(FileNotFoundError):
+                self.received = self.file.read_text().strip() or f"the file {self.file}"
+        return self.received
 
     def handle(self, number, frame):
         if os.getpid() != self.pid:  # a loader worker: a job's SIGTERM goes to all, the trainer's own comes next
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
-            return
-        if self.signal is None:
-            self.signal, self.time = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self.time > SAME_REQUEST:
+        elif self.signalled_at is None:
+            self.received, self.signalled_at = self.received or signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self.signalled_at > SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(self.pid, number)
-
-    def restore(self):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-def start_compilers():
-    """Start the processes that torch compiles in, so that they ignore USR1: it is sent to all processes of a job, would
-    end these, and torch waits for them without an end."""
-    handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    AsyncCompile.warm_pool()
-    signal.signal(signal.SIGUSR1, handler)

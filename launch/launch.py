@@ -1,0 +1,345 @@
+"""Start one stage: `python -m launch.launch STAGE [the trainer's flags]`, which finetune_stage1.sh and _stage2.sh run.
+
+The trainer's flags come from environment variables (docs/settings.md), the processes from accelerate's configuration.
+What the trainers print is the log; the terminal gets one line at the start and the end of the log after a failure.
+"""
+
+import logging
+import math
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+
+from common.command_line import Parser, require
+from common.errors import InputError, one_line_errors
+from common.files import written_whole
+from common.hardware import compiling_lacks, gpu_is_used
+from libs.training.config import flags_from_environment
+from libs.training.stopping import STOP_FILE
+
+CONFIGS = Path("configs/accelerate")
+FORMS = {  # of variables: what they must match, in words
+    **dict.fromkeys(("NUM_PROCESSES", "NUM_MACHINES", "OMP_NUM_THREADS"), ("[1-9][0-9]*", "a number above 0")),
+    "MACHINE_RANK": ("[0-9]+", "a number from 0 on"),
+    **dict.fromkeys(("LOW_MEMORY", "COMPILE", "CUDA_GRAPH"), ("[01]", "0 or 1")),
+    "MIXED_PRECISION": ("no|fp16|bf16", "no (fp32), fp16 or bf16"),
+}
+LINES_SHOWN = 15  # of a failed run's log
+KILLED = 128 + signal.SIGKILL  # the exit status of a shell whose command was killed
+
+
+@one_line_errors
+def main(argv=None):
+    stage, *extra = sys.argv[1:] if argv is None else argv
+    given = read_flags(extra)
+    check_variables()
+    engine = choose_engine(read_engine_config())
+    flags, note = trainer_flags(int(stage), engine, given)
+    arguments = [*engine.arguments, f"train_DiffuEraser_stage{stage}.py", *flags, *extra]
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of hosts without a reverse name, for one
+    if given.check_only or given.help:
+        run_accelerate(arguments)
+        return
+    output_dir = given.output_dir or variable("OUTPUT_DIR", f"finetune-stage{stage}")
+    log = Log(variable("LOG", f"finetune-stage{stage}{f'-machine{engine.rank}' if engine.rank else ''}.log"))
+    log.write(
+        f"===== {time.strftime('%Y-%m-%d %H:%M:%S')} stage {stage}",
+        f"command: {shlex.join(['accelerate', 'launch', *arguments])}",
+        *([note] if note else []),
+    )
+    words = f"stage {stage}: training, log in {log.path} (tail -f {log.path}), checkpoints in {output_dir}/"
+    print(f"{words}; {note}" if note else words, flush=True)
+    trainers = Trainers(arguments, log, f" stage {stage} on ", Path(output_dir))
+    status = trainers.run()
+    if trainers.stopped_early:
+        print("stopped before training began: there was nothing to save")
+    elif status:
+        words = f"stage {stage} failed with status {status}; the end of {log.path}:"
+        print(words, *log.end(), sep="\n", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def variable(name, default=None):
+    """An environment variable; one that is empty counts as one that is not set."""
+    return os.environ.get(name) or default
+
+
+def check_variables():
+    """Raises InputError for a value that accelerate would answer with its usage, or take for something else."""
+    for name, (form, words) in FORMS.items():
+        value = variable(name)
+        require(value is None or re.fullmatch(form, value), f"{name}={value}: {words} was needed")
+
+
+def read_flags(extra):
+    """Those of the trainer's flags that concern the launcher too."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output_dir")
+    parser.add_argument("--validation_image")
+    parser.add_argument("--check_only", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    return parser.parse_known_args(extra)[0]
+
+
+# --- Processes: how many, where, and what they run on -----------------------------------------------------------------
+
+
+@dataclass
+class Engine:
+    """What accelerate is told, and what follows from it."""
+
+    arguments: list[str]  # of `accelerate launch`
+    rank: int  # of this machine
+    processes: int  # of all machines
+    gpus: int  # of this machine that may be used
+    sharded: bool  # FSDP
+
+
+def read_engine_config():
+    """The user's own accelerate configuration, or one that says nothing. Raises InputError where it cannot be used."""
+    path = variable("ACCELERATE_CONFIG")
+    if path is None:
+        return ClusterConfig("LOCAL_MACHINE", "NO", mixed_precision=None, use_cpu=False, debug=False)
+    ours = " ".join(map(str, sorted(CONFIGS.glob("*.yaml"))))
+    require(Path(path).is_file(), f"{path} is no file: ACCELERATE_CONFIG must be one of {ours}")
+    read = ClusterConfig.from_json_file if path.endswith(".json") else ClusterConfig.from_yaml_file
+    try:
+        config = read(path)
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:  # TypeError: an empty file
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"ACCELERATE_CONFIG={path} cannot be used ({reason}): make it anew with `accelerate config`, or use one of "
+            f"{ours}"
+        ) from None
+    require(
+        config.distributed_type != "DEEPSPEED",
+        f"{path} asks for DeepSpeed, which is not supported: FSDP2 shards the same state with ACCELERATE_CONFIG="
+        f"{CONFIGS}/fsdp.yaml",
+    )
+    return config
+
+
+def choose_engine(config):
+    """Variables come before the user's own configuration, and that before the defaults: one process, or all GPUs where
+    a configuration was chosen that leaves their number open."""
+    own = variable("ACCELERATE_CONFIG")
+    gpus = torch.cuda.device_count() if gpu_is_used() and not config.use_cpu else 0
+    machines = int(variable("NUM_MACHINES", config.num_machines))
+    if variable("NUM_PROCESSES") or config.num_processes < 1:
+        processes = machines * int(variable("NUM_PROCESSES", max(1, gpus) if own else 1))
+    else:
+        processes = config.num_processes
+    alone = not own and processes == 1 and machines == 1
+    file = own or CONFIGS / ("one_gpu.yaml" if alone else "multi_gpu.yaml" if machines == 1 else "multi_node.yaml")
+    configured = {False: "no"}.get(config.mixed_precision, config.mixed_precision)  # YAML takes a bare `no` for false
+    arguments = [
+        f"--config_file={file}", f"--num_processes={processes}", f"--num_machines={machines}", "--dynamo_backend=no",
+    ]  # fmt: skip
+    rank = int(variable("MACHINE_RANK") or variable("SLURM_NODEID", config.machine_rank))
+    if machines > 1:
+        address = variable("MAIN_ADDRESS", config.main_process_ip)
+        require(address, f"NUM_MACHINES={machines} needs MAIN_ADDRESS, the first machine's name or address")
+        words = f"a number from 0 to {machines - 1} was needed, another on every machine"
+        require(rank < machines, f"MACHINE_RANK={rank}: {words}")
+        arguments += [f"--machine_rank={rank}", f"--main_process_ip={address}"]
+    if not alone:  # port 0: any that is free, so that two runs may share a machine
+        port = variable("MAIN_PORT", config.main_process_port)
+        arguments.append(f"--main_process_port={port or (0 if machines == 1 else 29500)}")
+    if not gpus:
+        threads = math.ceil(len(os.sched_getaffinity(0)) / max(1, processes // machines))
+        arguments += ["--cpu"] * alone + [f"--num_cpu_threads_per_process={variable('OMP_NUM_THREADS', threads)}"]
+    precision = variable("MIXED_PRECISION", configured or ("fp16" if gpus else "no"))
+    arguments.append(f"--mixed_precision={precision}")
+    sharded = config.distributed_type == "FSDP"
+    if sharded:  # layers gather their weights as they go, which leaves holes in the allocator's memory: without this,
+        # fp32 ran out of 80 GB with 25 GiB in use.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", variable("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
+    return Engine(arguments, rank, processes, gpus, sharded)
+
+
+# --- The trainer's flags ----------------------------------------------------------------------------------------------
+
+
+def trainer_flags(stage, engine, given):
+    """(flags, a note for the user or None)."""
+    flags = flags_from_environment(stage, os.environ)
+    can_compile = engine.gpus and not engine.sharded and variable("LOW_MEMORY") != "1" and compiling_lacks() is None
+    compiles = variable("COMPILE", "1" if can_compile else "0") == "1"
+    if compiles:
+        flags.append("--compile")
+    if variable("CUDA_GRAPH", "1" if compiles and engine.processes == 1 else "0") == "1":
+        flags.append("--cuda_graph")
+    davis = os.environ.get("DAVIS_ROOT", "dataset/DAVIS")
+    videos = find_validation_videos(Path(davis))
+    if videos:
+        images, masks = zip(*videos, strict=True)
+        return [*flags, f"--validation_image={list(images)}", f"--validation_mask={list(masks)}"], None
+    if given.validation_image:
+        return flags, None
+    return flags, (
+        f"validation is off: {davis or 'DAVIS_ROOT, which is empty,'} has no ImageSets/2017/val.txt that names videos "
+        "with Annotations/480p/; add them, or pass --validation_image and --validation_mask"
+    )
+
+
+def find_validation_videos(davis, count=2):
+    """[(folder of frames, folder of masks)] of the first held-out DAVIS videos that have both."""
+    names = davis / "ImageSets/2017/val.txt"
+    names = names.read_text().split() if names.is_file() else []
+    pairs = [(davis / "JPEGImages/480p" / name, davis / "Annotations/480p" / name) for name in names]
+    return [(str(frames), str(masks)) for frames, masks in pairs if frames.is_dir() and masks.is_dir()][:count]
+
+
+# --- Running ----------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """The file that a run's output is added to. Raises InputError where it cannot be written to."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                self.start = file.tell()  # of this run's lines
+        except OSError as error:
+            raise InputError(f"LOG={path} cannot be written to: choose another ({error.strerror})") from None
+
+    def write(self, *lines):
+        with open(self.path, "a") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    def lines(self):
+        """This run's."""
+        with open(self.path, errors="replace") as file:
+            file.seek(self.start)
+            yield from (line.rstrip("\n") for line in file)
+
+    def end(self):
+        """The last lines, and after them every error."""
+        last, errors = deque(maxlen=LINES_SHOWN), []
+        for line in self.lines():
+            (errors if line.startswith("error") else last).append(line)
+        return [*last, *errors]
+
+
+class Trainers:
+    """The trainers, below a process that runs accelerate's launcher. Signals come to this process: the first asks the
+    trainers to save and end, through a file in the output folder, a second one ends all at once.
+
+    No signal is passed on: torch's launchers end at one and leave the trainers alone, the processes that compile die
+    of it, and LLVM takes USR1 for itself.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+    def __init__(self, arguments, log, training_began, output_dir):
+        """
+        Args:
+            training_began: words of the log line that says so; whoever asks to stop before finds nothing to save.
+        """
+        self.log, self.training_began, self.stop_file = log, training_began, output_dir / STOP_FILE
+        # Forked, so that torch and accelerate are imported once.
+        self.process = multiprocessing.get_context("fork").Process(target=self.run_in_background, args=(arguments,))
+        self.stopped_early = self.asked = False
+
+    def run(self):
+        """Wait for the end; returns the exit status."""
+        taken = [number for number in self.signals if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
+        for number in taken:  # the new process ignores them from its first moment on
+            signal.signal(number, signal.SIG_IGN)
+        self.process.start()
+        for number in taken:
+            signal.signal(number, self.handle)
+        self.process.join()
+        code = self.process.exitcode
+        return code if code >= 0 else 128 - code
+
+    def run_in_background(self, arguments):
+        """In a session of its own, where the terminal's Ctrl-C does not come, with the log for a terminal."""
+        os.setsid()
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch's launcher would end the trainers after 30 s
+        with open(os.devnull) as nothing, open(self.log.path, "ab") as log:
+            os.dup2(nothing.fileno(), 0)
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        run_accelerate(arguments)
+
+    def handle(self, number, frame):
+        if self.asked:
+            self.kill()
+            return
+        self.asked = True
+        if not any(self.training_began in line for line in self.log.lines()):
+            self.stopped_early = True
+            self.kill()
+            return
+        try:
+            with written_whole(self.stop_file) as file:
+                file.write_text(signal.Signals(number).name)
+            print("stopping: the step is finished and saved (a second signal ends at once)", flush=True)
+        except OSError as error:
+            print(f"{self.stop_file} cannot be written ({error.strerror}): a second signal ends at once", flush=True)
+
+    def kill(self):
+        launcher = psutil.Process(self.process.pid)
+        for process in (launcher, *launcher.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def run_accelerate(arguments):
+    """`accelerate launch` with one line about a failure, where the trainers have not said it already.
+
+    torchrun's own report is a traceback of the launcher, longer than the trainer's error and after it.
+    """
+    logging.disable()  # the launcher's only, which also complains when the first machine ends before it does
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        end_as(f"process {rank}", first.exitcode)
+    except subprocess.CalledProcessError as error:
+        end_as("the trainer", error.returncode)
+    except (ConnectionError, DistError, RendezvousError) as error:
+        reason = str(error).strip().splitlines()[0]
+        fail(f"the machines did not find each other ({reason}): check MAIN_ADDRESS, MAIN_PORT and that all are started")
+
+
+def end_as(who, exitcode):
+    """End with a line that names the signal, where one ended a process: the trainers say everything else themselves."""
+    if exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        cause = "see the lines above"
+        if name == "SIGKILL":
+            cause = "the system killed it, most often for lack of memory: lower DATALOADER_NUM_WORKERS, or give it more"
+        fail(f"{who} was ended by {name} ({cause}): run the same command to resume")
+    raise SystemExit(1) from None
+
+
+def fail(line):
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
