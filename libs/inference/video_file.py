@@ -97,7 +97,7 @@ class VideoFile:
             try:
                 container = av.open(file, metadata_errors="replace", io_open=refuse_other_file)
                 require(container.format.name not in NO_VIDEOS, "")
-            except (av.FFmpegError, ValueError):  # an InputError is one
+            except (av.FFmpegError, OSError, ValueError):  # an InputError is one
                 raise InputError(
                     f"{self.path} is no video that can be decoded: convert it with ffmpeg, or give its frames"
                 ) from None
