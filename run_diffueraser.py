@@ -28,8 +28,8 @@ def build_parser():
     add("--mask", required=True, metavar="PATH",
         help="what to remove is white: a video file, a folder of masks, or one image for all frames")  # fmt: skip
     add("--output_dir", required=True, metavar="DIR", help="result.mp4 and frames/ are written there")
-    add("--fps", type=float, 
-        help=f"an even number of frames per second, without sound (default: the video's own, else {DEFAULT_FPS:g})")  # fmt: skip
+    add("--fps", type=float,
+        help=f"an even rate, without sound (default: the video's own times, else {DEFAULT_FPS:g} per second)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace a frames/ or result.mp4 that no earlier result made")
     add("--resolution", type=int, metavar="PX",
         help="shrink a clip whose short side is longer while working: less memory (default: no)")  # fmt: skip
@@ -46,8 +46,9 @@ def open_clip(args):
     video, masks = open_video(args.video), open_masks(args.mask)
     sizes = [f"{clip.width}x{clip.height}" for clip in (masks, video)]
     if sizes[0] != sizes[1]:
-        raise InputError(f"{args.mask} is {sizes[0]}, {args.video} is {sizes[1]}: masks of the clip's size were needed; "
-                         "scale --mask")  # fmt: skip
+        raise InputError(
+            f"{args.mask} is {sizes[0]}, {args.video} is {sizes[1]}: masks of the clip's size were needed; scale --mask"
+        )
     if len(masks) not in (1, len(video)):
         raise InputError(f"{args.mask} has {len(masks)} masks, {args.video} has {len(video)} frames: one for each, or "
                          "one for all, was needed")  # fmt: skip

@@ -11,6 +11,7 @@ from common.files import written_whole
 from dataset.images import (
     FRAME_SUFFIXES,
     KINDS,
+    UNREADABLE,
     describe_content,
     find_hole,
     list_frames,
@@ -141,7 +142,7 @@ def refuse_animation(path):
     try:
         with Image.open(path) as image:
             count = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "TIFF") else 1
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (*UNREADABLE, Image.DecompressionBombError):
         return  # reading it says why
     if count > 1:
         raise InputError(f"{path} holds {count} pictures: one, a video file, or a folder of frames was needed")

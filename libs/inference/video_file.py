@@ -1,6 +1,6 @@
 """Video files through PyAV: what a container says of its frames is honoured, and said of those that are written.
 
-Read: times, turns and mirrors, colour matrix and range. Written: H.264 that every player and browser shows, with the
+Read: times, turns, colour matrix and range. Written: H.264 that every player and browser shows, with the
 clip's times, pixel aspect and sound, in BT.709 and limited range, tagged. Files are opened here and handed to ffmpeg as
 streams, so that a name may be any that the file system takes.
 """
@@ -26,7 +26,18 @@ LIMITED_RANGE = 1  # luma 16-235
 SD_SIDES = (1279, 576)  # up to this width and height, a video without tags is BT.601, larger ones BT.709, as players do
 ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 SOUND_OF_MP4 = ("aac", "mp3", "ac3", "eac3", "alac")  # copied; any other is encoded as AAC
-NO_VIDEOS = ("tty", "hls", "concat", "dash", "sdp", "bin", "xbin", "adf", "idf")  # texts and lists that ffmpeg would play
+NO_VIDEOS = (
+    "tty",
+    "hls",
+    "concat",
+    "dash",
+    "sdp",
+    "bin",
+    "xbin",
+    "adf",
+    "idf",
+)  # texts and lists that ffmpeg would play
+DAMAGED = (av.FFmpegError, OSError)  # what reading raises; some of PyAV's errors are the system's
 CRF = "10"  # x264's quality: hardly a visible loss
 
 
@@ -67,9 +78,9 @@ class VideoFile:
         if self.transfer:
             warn(f"{path} is HDR ({HDR_TRANSFERS[self.transfer]}): its values are used and kept as they are, which "
                  "weights trained on SDR have not seen; convert it to SDR for better results")  # fmt: skip
-        self.turn = turn_of(last)
-        self.height, self.width = (last.width, last.height) if self.turn[0] else (last.height, last.width)
-        if self.turn[0]:
+        self.turn = round(last.rotation / 90) % 4  # counterclockwise, as np.rot90 counts
+        self.height, self.width = (last.width, last.height) if self.turn % 2 else (last.height, last.width)
+        if self.turn % 2:
             self.sample_aspect_ratio = 1 / self.sample_aspect_ratio
         self.set_times(pts, end, rate)
 
@@ -93,11 +104,15 @@ class VideoFile:
     @contextmanager
     def opened(self):
         """(container, its video stream)."""
-        with open(self.path, "rb") as file:
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read ({error.strerror}): see who may read it") from None
+        with file:
             try:
                 container = av.open(file, metadata_errors="replace", io_open=refuse_other_file)
                 require(container.format.name not in NO_VIDEOS, "")
-            except (av.FFmpegError, OSError, ValueError):  # an InputError is one
+            except (*DAMAGED, ValueError):  # an InputError is one
                 raise InputError(
                     f"{self.path} is no video that can be decoded: convert it with ffmpeg, or give its frames"
                 ) from None
@@ -115,13 +130,13 @@ class VideoFile:
             while True:
                 try:
                     packet = next(packets, None)
-                except av.FFmpegError:  # the file ends in the middle of a packet
+                except DAMAGED:  # the file ends in the middle of a packet
                     return
                 if packet is None:
                     return
                 try:
                     yield from packet.decode()
-                except av.FFmpegError:  # a damaged packet; what follows may be whole
+                except DAMAGED:  # a damaged packet; what follows may be whole
                     continue
 
     def frames(self):
@@ -134,10 +149,10 @@ class VideoFile:
                 matrix = "ITU601" if small else "ITU709"
             try:
                 rgb = reformatter.reformat(frame, format="rgb24", src_colorspace=matrix, interpolation=ACCURATE)
-            except (av.FFmpegError, ValueError):
+            except (*DAMAGED, ValueError):
                 raise InputError(f"{self.path} has colours ({frame.format.name}) that cannot be read: convert it to "
                                  "yuv420p with ffmpeg") from None  # fmt: skip
-            yield turned(rgb.to_ndarray(), self.turn)
+            yield np.ascontiguousarray(np.rot90(rgb.to_ndarray(), self.turn))
 
 
 def refuse_other_file(url, flags, options):
@@ -147,21 +162,6 @@ def refuse_other_file(url, flags, options):
 
 def warn(line):
     print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
-def turn_of(frame):
-    """(transpose, mirror left to right, then top to bottom): what a container says of how a frame is shown."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False, False, False
-    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32)  # x' = a x + c y, y' = b x + d y
-    return (True, bool(c < 0), bool(b < 0)) if abs(b) > abs(a) else (False, bool(a < 0), bool(d < 0))
-
-
-def turned(image, turn):
-    transpose, mirror, flip = turn
-    image = image.swapaxes(0, 1) if transpose else image
-    return np.ascontiguousarray(image[:: -1 if flip else 1, :: -1 if mirror else 1])
 
 
 class VideoWriter:
@@ -267,8 +267,8 @@ class Sound:
                     elif packet.dts is not None:
                         packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, self.stream
                         yield packet
-            except av.FFmpegError as error:
-                warn(f"{source.path}: its sound can be read to the middle only ({error.strerror})")
+            except DAMAGED as error:
+                warn(f"{source.path}: its sound cannot be read to its end ({error.strerror})")
             if self.encode:
                 yield from self.stream.encode(None)
 
