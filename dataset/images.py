@@ -7,7 +7,9 @@ import io
 import os
 import re
 import struct
+import warnings
 from collections import Counter
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -95,12 +97,19 @@ def scan_jpeg(jpeg):
     return height, width, jpeg.rfind(b"\xff\xd9", place) >= 0
 
 
+@contextmanager
+def pillow(file):
+    """An image file opened by Pillow, whose header alone is read, and which is not to say what it thinks of it."""
+    with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+        yield image
+
+
 def scan_header(content):
     """(height, width) of any other image; (0, 0) where Pillow does not know it."""
     if content.startswith(PNG) and len(content) >= 24:  # Pillow checks the header's sum first, OpenCV after allocating
         return int.from_bytes(content[20:24], "big"), int.from_bytes(content[16:20], "big")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with pillow(io.BytesIO(content)) as image:
             return image.height, image.width
     except Image.DecompressionBombError:
         return MOST_PIXELS, 2
@@ -111,7 +120,7 @@ def scan_header(content):
 def image_size(path):
     """Such as 854x480: the size of what `read_frame` and `read_mask` return, from the file's header alone."""
     try:
-        with Image.open(path) as image:
+        with pillow(path) as image:
             turned = image.format != "TIFF" and image.getexif().get(0x0112) in TURNED  # Pillow turns TIFFs itself
             width, height = image.size
     except (*UNREADABLE, Image.DecompressionBombError) as error:

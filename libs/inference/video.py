@@ -15,6 +15,7 @@ from dataset.images import (
     describe_content,
     find_hole,
     list_frames,
+    pillow,
     read_frame,
     read_mask_values,
     size_of,
@@ -140,7 +141,7 @@ def is_image(path):
 def refuse_animation(path):
     """An image file of several pictures, of which OpenCV would read the first."""
     try:
-        with Image.open(path) as image:
+        with pillow(path) as image:
             count = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "TIFF") else 1
     except (*UNREADABLE, Image.DecompressionBombError):
         return  # reading it says why
