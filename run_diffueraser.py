@@ -1,10 +1,13 @@
 """Remove an object from a clip of your own with a converted folder.
 
 python run_diffueraser.py --video clip.mp4 --mask mask.mp4 --output_dir results/clip
+python run_diffueraser.py --video clip.mp4 --mask mask.mp4 --output_dir results/clip --as_deployed --prior prior.mp4
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
@@ -12,10 +15,18 @@ from tqdm import tqdm
 from common.command_line import Parser, at_least, require
 from common.errors import InputError, one_line_errors
 from common.files import check_writable
-from dataset.images import size_of
-from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline
-from libs.inference.pipeline import MASK_DILATIONS, paste
-from libs.inference.video import dilate, read_masks, read_video, resize, upscale, write_frames, write_mp4
+from libs.inference.composition import (
+    compose_as_deployed,
+    grow_as_deployed,
+    paste_frame,
+    resize_as_deployed,
+    resize_picture,
+    size_as_deployed,
+)
+from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline, own_default
+from libs.inference.prior import ON_THE_SPOT, make_prior
+from libs.inference.streams import Mapped, Stream
+from libs.inference.video import dilate, read_masks, read_video, upscale, write_frames, write_mp4
 
 DEFAULT_FPS = 24.0  # of folders of frames
 SMALLEST_SIDE = 8  # pixels, one of the latents
@@ -31,65 +42,128 @@ def build_parser():
     add("--fps", type=float, help=f"frames per second of the result (default: the video's, else {DEFAULT_FPS:g})")
     add("--resolution", type=int, metavar="PX",
         help="shrink a clip whose short side is longer while working: less memory (default: no)")  # fmt: skip
-    add("--mask_dilation", type=int, default=MASK_DILATIONS, metavar="PX", help="grow the mask (default: %(default)s)")
-    add("--soft_edge", type=int, default=8, metavar="PX",
-        help="around the hole, the result fades into the clip over this width (default: %(default)s)")  # fmt: skip
+    add("--max_side", type=int, metavar="PX",
+        help=f"the same for the long side ({own_default('max_side')}, and the result stays as small)")  # fmt: skip
+    add("--mask_dilation", type=int, metavar="PX",
+        help=f"grow the mask ({own_default('mask_dilation')}, after erosion by 1)")  # fmt: skip
+    add("--soft_edge", type=int, metavar="PX",
+        help="around the hole, the result fades into the clip over this width (default: 8; as deployed by a blurred "
+        "mask)")  # fmt: skip
     add_inference_flags(parser)
     return parser
 
 
-def read_clip(args):
-    """(frames (f, h, w, 3), holes (f, h, w), frames per second), of one size and length."""
+def open_video(path):
+    """A clip: len(), height, width, fps, frames()."""
+    frames, fps = read_video(path)
+    return SimpleNamespace(count=len(frames), height=frames.shape[1], width=frames.shape[2], fps=fps,
+                           frames=lambda: iter(frames))  # fmt: skip
+
+
+def open_clip(args):
+    """The clip, and a stream of masks of its size and length."""
     require(Path(args.video).resolve() != Path(args.mask).resolve(), f"--mask={args.mask} is the clip itself")
-    frames, fps = read_video(args.video)
-    holes = read_masks(args.mask)
-    if holes.shape[1:] != frames.shape[1:3]:
-        raise InputError(f"{args.mask} is {size_of(holes[0])}, {args.video} is {size_of(frames[0])}: masks of the "
-                         "clip's size were needed; scale --mask")  # fmt: skip
-    if len(holes) == 1:
-        holes = np.repeat(holes, len(frames), axis=0)
-    if len(holes) != len(frames):
-        raise InputError(f"{args.mask} has {len(holes)} masks, {args.video} has {len(frames)} frames: one for each, or "
+    video, masks = open_video(args.video), read_masks(args.mask)
+    if masks.shape[1:] != (video.height, video.width):
+        raise InputError(f"{args.mask} is {masks.shape[2]}x{masks.shape[1]}, "
+                         f"{args.video} is {video.width}x{video.height}: masks of the clip's "
+                         "size were needed; scale --mask")  # fmt: skip
+    if len(masks) == 1:
+        masks = np.repeat(masks, video.count, axis=0)
+    if len(masks) != video.count:
+        raise InputError(f"{args.mask} has {len(masks)} masks, {args.video} has {video.count} frames: one for each, or "
                          "one for all, was needed")  # fmt: skip
-    if not holes.any() or holes.all():
-        what = "nothing" if not holes.any() else "every pixel"
+    if not masks.any() or masks.all():
+        what = "nothing" if not masks.any() else "every pixel"
         raise InputError(f"{args.mask} marks {what}: white, or any value above 0 in a PNG, is what to remove")
-    return frames, dilate(holes, args.mask_dilation), args.fps or fps or DEFAULT_FPS
+    return video, masks
 
 
-def remove_object(pipeline, prompt_embeds, frames, holes, args):
-    """(f, h, w, 3) uint8: the holes filled, and every pixel that is farther than the soft edge from one untouched.
+def open_prior(args, video):
+    """The clip that another method made of this one; None where --prior is no path."""
+    if args.prior in ON_THE_SPOT:
+        return None
+    prior = open_video(args.prior)
+    found, needed = (f"{clip.count} frames of {clip.width}x{clip.height}" for clip in (prior, video))
+    if found != needed:
+        raise InputError(f"{args.prior} has {found}, {args.video} {needed}: a prior of the clip's length and size was "
+                         "needed")  # fmt: skip
+    return Stream(prior.count, prior.frames)
 
-    The progress bar shows on a terminal only.
+
+def working_size(video, args):
+    """(height, width) that the model works in."""
+    height, width = video.height, video.width
+    if args.resolution and min(height, width) > args.resolution:
+        scale = args.resolution / min(height, width)
+        height, width = round(height * scale), round(width * scale)
+    if args.as_deployed:
+        return size_as_deployed(height, width, args.max_side)
+    scale = min(1, args.max_side / max(height, width)) if args.max_side else 1
+    return round(height * scale), round(width * scale)
+
+
+def prepare(video, masks, args):
+    """Streams (frames, holes) that the result is composed of: as deployed at the model's size, else at the clip's."""
+    frames = Stream(video.count, video.frames)
+    if not args.as_deployed:
+        return frames, Mapped(lambda mask: dilate(mask[None], args.mask_dilation)[0], masks)
+    height, width = working_size(video, args)
+    resized = partial(resize_as_deployed, height=height, width=width)
+    return Mapped(resized, frames), Mapped(lambda mask: grow_as_deployed(resized(mask), args.mask_dilation), masks)
+
+
+def remove_object(pipeline, prompt_embeds, clip, prior, size, args):
+    """Yield the result's frames (h, w, 3) uint8: the holes filled, and what is far from one untouched.
+
+    Args:
+        clip: streams (frames, holes) that the result is composed of.
+        prior: stream of frames, or None.
+        size: (height, width) that the model works in.
     """
-    height, width = holes.shape[1:]
-    scale = min(1, args.resolution / min(height, width)) if args.resolution else 1
-    small = resize(frames, holes, round(height * scale), round(width * scale))
-    with tqdm(total=pipeline.count_calls(len(frames)), desc="windows x steps", unit="call", disable=None) as bar:
-        filled = pipeline.fill(*small, prompt_embeds, args.seed, progress=bar.update)
-    return paste(frames, upscale(filled, height, width), holes, args.soft_edge)
+    resized = partial(resize_as_deployed if args.as_deployed else resize_picture, height=size[0], width=size[1])
+    small = [Mapped(resized, stream) for stream in clip]
+    prior = make_prior(args.prior, *small) if prior is None else Mapped(resized, prior)
+    work = pipeline.count_work(len(small[0]), prior is not None)
+    with tqdm(total=work, desc="frames x networks", unit="frame", disable=None) as bar:
+        filled = pipeline.stream(*small, prompt_embeds, args.seed, prior, progress=bar.update)
+        for frame, new, hole in zip(clip[0], filled, clip[1], strict=True):
+            if args.soft_edge is None:
+                yield compose_as_deployed(frame, new, hole)
+            else:
+                yield paste_frame(frame, upscale(new[None], *hole.shape)[0], hole, args.soft_edge)
 
 
 @one_line_errors
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    at_least(0, args, "mask_dilation", "soft_edge")
-    at_least(SMALLEST_SIDE, args, "resolution")
-    require(args.fps is None or 0 < args.fps < np.inf, f"--fps={args.fps}: a positive number was needed")
     check_inference_flags(args)
-    frames, holes, fps = read_clip(args)
+    at_least(0, args, "mask_dilation", "soft_edge")
+    at_least(SMALLEST_SIDE, args, "resolution", "max_side")
+    require(args.fps is None or 0 < args.fps < np.inf, f"--fps={args.fps}: a positive number was needed")
+    video, masks = open_clip(args)
+    prior, size = open_prior(args, video), working_size(video, args)
+    require(min(size) >= SMALLEST_SIDE, f"{args.video} would be worked on in {size[1]}x{size[0]} pixels, "
+            f"{SMALLEST_SIDE}x{SMALLEST_SIDE} or more was needed")  # fmt: skip
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
     written = {(output_dir / name).resolve() for name in ("frames", "result.mp4")}
-    if written & {Path(args.video).resolve(), Path(args.mask).resolve()}:
+    if written & {Path(path).resolve() for path in (args.video, args.mask, args.prior)}:
         raise InputError(f"--output_dir={args.output_dir}: the result would replace the clip; choose another folder")
     pipeline, prompt_embeds, stage = load_pipeline(args, args.weights)
-    print(f"{len(frames)} frames of {size_of(frames[0])}, stage {stage}, {len(pipeline.windows(len(frames)))} windows "
-          f"of {min(pipeline.nframes, len(frames))} frames on {pipeline.device.type}")  # fmt: skip
-    result = remove_object(pipeline, prompt_embeds, frames, holes, args)
+    windows = pipeline.windows.at_step(video.count, 0)
+    print(f"{video.count} frames of {video.width}x{video.height}, stage {stage}, {len(windows)} windows "
+          f"of {windows[0][1]} frames on {pipeline.device.type}")  # fmt: skip
+    result = remove_object(pipeline, prompt_embeds, prepare(video, masks, args), prior, size, args)
+    write_result(output_dir, result, args.fps or video.fps or DEFAULT_FPS)
+    print(f"{output_dir / 'result.mp4'} and {output_dir / 'frames'}")
+
+
+def write_result(output_dir, frames, fps):
+    """result.mp4 and frames/, from an iterator of frames."""
+    result = np.stack(list(frames))
     write_frames(output_dir / "frames", result)
     write_mp4(output_dir / "result.mp4", result, fps)
-    print(f"{output_dir / 'result.mp4'} and {output_dir / 'frames'}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,15 @@ def grow_as_deployed(mask, iterations):
     return cv2.dilate(cv2.erode(mask, SQUARE), SQUARE, iterations=iterations)
 
 
+def resize_picture(picture, height, width):
+    """A frame at another size by area, a mask by nearest, so that it stays binary."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    return cv2.resize(
+        picture, (width, height), interpolation=cv2.INTER_AREA if picture.ndim == 3 else cv2.INTER_NEAREST
+    )
+
+
 def size_as_deployed(height, width, longest):
     """(height, width) that DiffuEraser works in: the long side `longest` pixels at most, both multiples of 8."""
     ratio = max(1, max(height, width) / longest)
@@ -25,6 +34,8 @@ def size_as_deployed(height, width, longest):
 
 def resize_as_deployed(picture, height, width):
     """A frame bicubically, a mask by nearest."""
+    if picture.shape[:2] == (height, width):
+        return picture
     method = Image.Resampling.BICUBIC if picture.ndim == 3 else Image.Resampling.NEAREST
     return np.asarray(Image.fromarray(picture).resize((width, height), method))
 

@@ -52,7 +52,9 @@ class FewStepWeights:
         for layer in self.layers:
             self.check_layer(layer, unet_shapes[weights[layer]])
         kinds = {kind_of(weights[layer]) for layer in self.layers}
-        lacking = [layer for layer, name in sorted(weights.items()) if kind_of(name) in kinds and layer not in self.layers]
+        lacking = [
+            layer for layer, name in sorted(weights.items()) if kind_of(name) in kinds and layer not in self.layers
+        ]
         if lacking:
             raise InputError(f"{self.file} lacks {lacking[0]}{and_more(lacking)}, and has other layers of its kind: "
                              "incomplete, fetch it again")  # fmt: skip
@@ -142,8 +144,8 @@ def choose_steps(file, steps=None):
     if made_for is None and steps is None:
         raise InputError(f"{file}: its name says no number of steps, such as 2step: add --num_inference_steps")
     if made_for and steps not in (None, made_for):
-        raise InputError(f"--num_inference_steps={steps}: {file} was made for {made_for}; leave it out, or give the file "
-                         f"of {steps} steps")  # fmt: skip
+        raise InputError(f"--num_inference_steps={steps}: {file} was made for {made_for}; leave it out, or give "
+                         f"the file of {steps} steps")  # fmt: skip
     steps = steps or made_for
     if steps > MOST_STEPS:
         raise InputError(f"--num_inference_steps={steps}: few-step weights take {MOST_STEPS} at most")

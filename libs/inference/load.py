@@ -53,8 +53,8 @@ def add_inference_flags(parser):
 
 def add_sampling_flags(add):
     add("--as_deployed", action="store_true",
-        help="as DiffuEraser's own inference does it: few-step weights, prior, empty prompt, windows, two passes; other "
-        "flags still win")  # fmt: skip
+        help="as DiffuEraser's own inference does it: few-step weights, prior, empty prompt, windows, two passes; "
+        "other flags still win")  # fmt: skip
     add("--nframes", type=int, metavar="N", help="frames per window (default: the stage's, 10 or 22)")
     add("--overlap", type=int, metavar="N",
         help="frames that windows share (default: a third; 0 in stage 1; as deployed a quarter)")  # fmt: skip
@@ -62,13 +62,13 @@ def add_sampling_flags(add):
         help="what is blended where windows overlap: the model's predictions, or the latents of windows that were "
         f"denoised one by one, with few-step weights only ({own_default('blend')})")  # fmt: skip
     add("--two_passes", action=argparse.BooleanOptionalAction,
-        help="of a clip of more than two windows, first fill a few frames spread over it, which are known frames of the "
-        "second pass (default: as deployed only)")  # fmt: skip
+        help="of a clip of more than two windows, first fill a few frames spread over it, which are known frames of "
+        "the second pass (default: as deployed only)")  # fmt: skip
     add("--prior", metavar="|".join([*ON_THE_SPOT, "PATH"]),
         help="start from a rough fill: each frame's by Telea, the clip's median over time, noise only, or frames that "
         f"another method has made ({own_default('prior')})")  # fmt: skip
     add("--num_inference_steps", type=int, metavar="N",
-        help="steps of UniPC (default: the stage's, 50 or 20), or of few-step weights (default: the file's)")  # fmt: skip
+        help="steps of UniPC (default: the stage's, 50 or 20) or of few-step weights (the file's)")  # fmt: skip
     add("--prompt", help=f"what to fill the hole with (default: {PROMPT}; as deployed none)")
     add("--seed", type=int, default=42, help="the result's noise follows from it (default: 42)")
     add("--mixed_precision", choices=DTYPES, help="weights and arithmetic (default: fp16 on a GPU, else no)")

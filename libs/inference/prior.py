@@ -1,6 +1,4 @@
-"""A prior: a rough fill of the holes that sampling starts from. DiffuEraser takes ProPainter's result as a video file."""
-
-import numpy as np
+"""A prior: a rough fill of the holes that sampling starts from, where DiffuEraser takes ProPainter's result."""
 
 from libs.evaluation.baselines import median_plate, telea, with_plate
 from libs.inference.streams import Mapped, pick

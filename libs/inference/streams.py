@@ -7,6 +7,19 @@ from itertools import islice
 import numpy as np
 
 
+class Stream:
+    """`count` items, which `read()` iterates over anew each time."""
+
+    def __init__(self, count, read):
+        self.count, self.read = count, read
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return iter(self.read())
+
+
 class Mapped:
     """`function` of one item of each stream, computed whenever it is read."""
 

@@ -27,7 +27,9 @@ class BlendedPredictions:
 
     def at_step(self, length, number):
         """The windows of the sampler's step `number`: the same in every one."""
-        return [(start, min(start + self.nframes, length)) for start in window_starts(length, self.nframes, self.overlap)]
+        return [
+            (start, min(start + self.nframes, length)) for start in window_starts(length, self.nframes, self.overlap)
+        ]
 
     def distinct_noises(self, length):
         """How many frames' noises are drawn for so many frames, and then repeated."""
