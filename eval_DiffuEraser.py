@@ -11,15 +11,25 @@ pixels pasted back, for every frame that has a hole. With --i3d_weights also VFI
 import argparse
 from pathlib import Path
 
-import imageio
 import numpy as np
 from tqdm import tqdm
 
-from common.command_line import Parser
+from common.command_line import Parser, require
 from common.errors import InputError, one_line_errors
-from common.files import check_writable
+from common.files import check_writable, note_own, refuse_foreign
 from common.run_files import append_row, write_rows
-from dataset.images import list_frames, pair_by_name, read_frame, read_frames, read_mask, size_of
+from dataset.folders import list_folders, read_names
+from dataset.images import (
+    KINDS,
+    describe_content,
+    find_hole,
+    list_frames,
+    pair_by_name,
+    read_frame,
+    read_frames,
+    read_mask_values,
+    size_of,
+)
 from dataset.utils import draw_holes
 from libs.evaluation.baselines import BASELINES
 from libs.evaluation.contact_sheet import contact_sheet, stack_sheets
@@ -28,7 +38,7 @@ from libs.evaluation.vfid import frechet_distance, load_i3d
 from libs.inference.composition import paste, resize_picture
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline
 from libs.inference.prior import ON_THE_SPOT, make_prior
-from libs.inference.video import resize, stack
+from libs.inference.video import describe_holes, resize, stack, write_image
 from libs.training.config import add_mask_span, split_mask_span
 
 TRUTH = "the video itself"
@@ -47,6 +57,7 @@ def build_parser():
     add("--i3d_weights", metavar="FILE", help="compute VFID too: i3d_rgb_imagenet.pt, the state dict of pytorch-i3d")
     add("--no_model", action="store_true", help="score the plain methods only: no weights are needed")
     add("--output_dir", default="evaluation", metavar="DIR", help="CSV files and contact sheets (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace scores and sheets that no earlier evaluation made")
     add_mask_span(add)
     add_inference_flags(parser)
     return parser
@@ -69,18 +80,20 @@ def find_videos(args):
     if not root.is_dir():
         raise InputError(f"{root} is no folder: --frames needs a folder with a folder of frames per video")
     if not args.videos:
-        folders = sorted(path for path in root.iterdir() if path.is_dir())
+        folders = list_folders(root)
     else:
-        names = [name for entry in args.videos for name in read_names(entry)]
-        folders = [root / name for name in names]
-    missing = [folder for folder in folders if not folder.is_dir() or not list_frames(folder)]
-    if missing or not folders:
-        raise InputError(f"{missing[0] if missing else root} holds no frames: check --frames and --videos")
+        names = [name for entry in args.videos for name in named_videos(entry, root)]
+        folders = [root / name for name in dict.fromkeys(names)]
+    require(folders, f"{root} holds no folders but {describe_content(root)}: --frames needs a folder per video")
+    for folder in folders:
+        require(folder.is_dir(), f"{folder} is no folder: check --frames and --videos")
+        require(list_frames(folder), f"{folder} holds {describe_content(folder)}: {KINDS} were needed; check --frames")
     return folders
 
 
-def read_names(entry):
-    return Path(entry).read_text().split() if entry.endswith(".txt") and Path(entry).is_file() else [entry]
+def named_videos(entry, root):
+    """The names in a text file; or the entry itself."""
+    return read_names(entry, root) if entry.endswith(".txt") and Path(entry).is_file() else [entry]
 
 
 def open_i3d(args, folders):
@@ -91,12 +104,15 @@ def open_i3d(args, folders):
 
 
 def load_video(folder, number, args):
-    """(frames (f, h, w, 3), holes (f, h, w)) of a whole video."""
+    """(frames (f, h, w, 3), holes (f, h, w), what is worth saying about its masks) of a whole video."""
+    note = ""
     if args.masks:
         masks = Path(args.masks, folder.name)
         pairs = pair_by_name(folder, masks, ("--frames", "--masks"))
         frames = np.stack(read_frames([frame for frame, _ in pairs]))
-        holes = stack([(mask.name, read_mask(mask)) for _, mask in pairs], masks)
+        found = [(mask.name, *find_hole(*read_mask_values(mask))) for _, mask in pairs]
+        holes = stack([(name, hole) for name, hole, _ in found], masks)
+        note = next((f"{name} has {note}" for name, _, note in found if note), "")
         if holes.shape != frames.shape[:3]:
             raise InputError(f"{masks} and {folder} hold pictures of different sizes: masks of the frames' were needed")
         if not holes.any():
@@ -109,7 +125,7 @@ def load_video(folder, number, args):
         raise InputError(
             f"{folder} is {width}x{height}: {SMALLEST_FLOW}x{SMALLEST_FLOW} or more was needed; use --size"
         )
-    return resize(frames, holes, height, width)
+    return *resize(frames, holes, height, width), note
 
 
 def check_priors(folders, args):
@@ -173,13 +189,16 @@ def main(argv=None):
     check_priors(folders, args)
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
+    written = ["scores.csv", "means.csv", *(f"{folder.name}.png" for folder in folders)]
+    refuse_foreign(output_dir, written, args.overwrite)
+    note_own(output_dir, dict.fromkeys(written, 1))
     i3d = open_i3d(args, folders)
     methods, scores = make_methods(args), {}
     by_video = output_dir / "scores.csv"
     by_video.unlink(missing_ok=True)
     features = {name: [] for name in methods}  # (1024,) of every video
     for number, folder in enumerate(folders):
-        frames, holes = load_video(folder, number, args)
+        frames, holes, note = load_video(folder, number, args)
         prior = load_prior(folder, holes.shape[1:], args)
         reference, sheets = Reference(frames, holes), []
         for name, method in methods.items():
@@ -190,8 +209,10 @@ def main(argv=None):
             if i3d:
                 features[name].append(i3d.describe(result, folder.name))
             sheets.append(contact_sheet(f"{folder.name}: {name}", frames, holes, result))
-        imageio.imwrite(output_dir / f"{folder.name}.png", stack_sheets(sheets[1:]))
-        print(f"{folder.name}: {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}", flush=True)
+        write_image(output_dir / f"{folder.name}.png", stack_sheets(sheets[1:]))
+        shares = [float(np.count_nonzero(hole) / hole.size) for hole in holes]
+        print(f"{folder.name}: {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}, "
+              f"{describe_holes(shares, note)}", flush=True)  # fmt: skip
     means = {name: average(entries) for name, entries in scores.items()}
     if i3d:
         for name in methods:

@@ -6,15 +6,15 @@ python run_diffueraser.py --video clip.mp4 --mask mask.mp4 --output_dir results/
 
 import argparse
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
 
 from common.command_line import Parser, at_least, require
 from common.errors import InputError, one_line_errors
-from common.files import check_writable
+from common.files import check_writable, note_own, refuse_foreign
 from libs.inference.composition import (
     compose_as_deployed,
     grow_as_deployed,
@@ -26,20 +26,23 @@ from libs.inference.composition import (
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline, own_default
 from libs.inference.prior import ON_THE_SPOT, make_prior
 from libs.inference.streams import Mapped, Stream
-from libs.inference.video import dilate, read_masks, read_video, upscale, write_frames, write_mp4
+from libs.inference.video import dilate, open_masks, open_video, upscale, write_image
+from libs.inference.video_file import DEFAULT_FPS, VideoWriter
 
-DEFAULT_FPS = 24.0  # of folders of frames
+RESULTS = ("frames", "result.mp4")
 SMALLEST_SIDE = 8  # pixels, one of the latents
 
 
 def build_parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("clip").add_argument
-    add("--video", required=True, metavar="PATH", help="a video file, or a folder of .jpg or .png frames")
+    add("--video", required=True, metavar="PATH", help="a video file, a folder of frames, or an image")
     add("--mask", required=True, metavar="PATH",
         help="what to remove is white: a video file, a folder of masks, or one image for all frames")  # fmt: skip
     add("--output_dir", required=True, metavar="DIR", help="result.mp4 and frames/ are written there")
-    add("--fps", type=float, help=f"frames per second of the result (default: the video's, else {DEFAULT_FPS:g})")
+    add("--fps", type=float,
+        help=f"an even rate, without sound (default: the video's own times, else {DEFAULT_FPS:g} a second)")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace a frames/ or result.mp4 that no earlier result made")
     add("--resolution", type=int, metavar="PX",
         help="shrink a clip whose short side is longer while working: less memory (default: no)")  # fmt: skip
     add("--max_side", type=int, metavar="PX",
@@ -53,42 +56,34 @@ def build_parser():
     return parser
 
 
-def open_video(path):
-    """A clip: len(), height, width, fps, frames()."""
-    frames, fps = read_video(path)
-    return SimpleNamespace(count=len(frames), height=frames.shape[1], width=frames.shape[2], fps=fps,
-                           frames=lambda: iter(frames))  # fmt: skip
-
-
 def open_clip(args):
-    """The clip, and a stream of masks of its size and length."""
+    """The clip and its masks, of one size and length; both are read to their ends, and held nowhere."""
     require(Path(args.video).resolve() != Path(args.mask).resolve(), f"--mask={args.mask} is the clip itself")
-    video, masks = open_video(args.video), read_masks(args.mask)
-    if masks.shape[1:] != (video.height, video.width):
-        raise InputError(f"{args.mask} is {masks.shape[2]}x{masks.shape[1]}, "
-                         f"{args.video} is {video.width}x{video.height}: masks of the clip's "
-                         "size were needed; scale --mask")  # fmt: skip
-    if len(masks) == 1:
-        masks = np.repeat(masks, video.count, axis=0)
-    if len(masks) != video.count:
-        raise InputError(f"{args.mask} has {len(masks)} masks, {args.video} has {video.count} frames: one for each, or "
+    video, masks = open_video(args.video), open_masks(args.mask)
+    sizes = [f"{clip.width}x{clip.height}" for clip in (masks, video)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"{args.mask} is {sizes[0]}, {args.video} is {sizes[1]}: masks of the clip's size were needed; scale --mask"
+        )
+    if len(masks) not in (1, len(video)):
+        raise InputError(f"{args.mask} has {len(masks)} masks, {args.video} has {len(video)} frames: one for each, or "
                          "one for all, was needed")  # fmt: skip
-    if not masks.any() or masks.all():
-        what = "nothing" if not masks.any() else "every pixel"
+    if max(masks.shares) == 0 or min(masks.shares) == 1:
+        what = "nothing" if max(masks.shares) == 0 else "every pixel"
         raise InputError(f"{args.mask} marks {what}: white, or any value above 0 in a PNG, is what to remove")
     return video, masks
 
 
 def open_prior(args, video):
-    """The clip that another method made of this one; None where --prior is no path."""
+    """A stream of what another method made of the clip; None where --prior is no path."""
     if args.prior in ON_THE_SPOT:
         return None
     prior = open_video(args.prior)
-    found, needed = (f"{clip.count} frames of {clip.width}x{clip.height}" for clip in (prior, video))
+    found, needed = (f"{len(clip)} frames of {clip.width}x{clip.height}" for clip in (prior, video))
     if found != needed:
         raise InputError(f"{args.prior} has {found}, {args.video} {needed}: a prior of the clip's length and size was "
                          "needed")  # fmt: skip
-    return Stream(prior.count, prior.frames)
+    return Stream(len(prior), prior.frames)
 
 
 def working_size(video, args):
@@ -105,12 +100,12 @@ def working_size(video, args):
 
 def prepare(video, masks, args):
     """Streams (frames, holes) that the result is composed of: as deployed at the model's size, else at the clip's."""
-    frames = Stream(video.count, video.frames)
+    frames, whole = Stream(len(video), video.frames), Stream(len(video), lambda: masks.frames(len(video)))
     if not args.as_deployed:
-        return frames, Mapped(lambda mask: dilate(mask[None], args.mask_dilation)[0], masks)
+        return frames, Mapped(lambda mask: dilate(mask[None], args.mask_dilation)[0], whole)
     height, width = working_size(video, args)
     resized = partial(resize_as_deployed, height=height, width=width)
-    return Mapped(resized, frames), Mapped(lambda mask: grow_as_deployed(resized(mask), args.mask_dilation), masks)
+    return Mapped(resized, frames), Mapped(lambda mask: grow_as_deployed(resized(mask), args.mask_dilation), whole)
 
 
 def remove_object(pipeline, prompt_embeds, clip, prior, size, args):
@@ -134,6 +129,40 @@ def remove_object(pipeline, prompt_embeds, clip, prior, size, args):
                 yield paste_frame(frame, upscale(new[None], *hole.shape)[0], hole, args.soft_edge)
 
 
+def check_output(args):
+    """The folder to write to, in which nothing of the user's may be replaced."""
+    folder = Path(args.output_dir)
+    check_writable(folder, "--output_dir")
+    written = {(folder / name).resolve() for name in RESULTS}
+    if written & {Path(path).resolve() for path in (args.video, args.mask, args.prior)}:
+        raise InputError(f"--output_dir={args.output_dir}: the result would replace the clip; choose another folder")
+    refuse_foreign(folder, RESULTS, args.overwrite)
+    return folder
+
+
+def frame_file(folder, i):
+    return Path(folder, "frames", f"{i:05d}.png")
+
+
+def write_result(folder, video, frames, fps):
+    """frames/ and result.mp4, one frame after the other, instead of those of an earlier result.
+
+    Args:
+        video: gives the number of frames, their times and sound.
+        frames: an iterator, whose frames may have another size.
+    """
+    earlier = note_own(folder, {"frames": len(video), "result.mp4": 1})
+    for i in range(len(video), earlier.get("frames", 0)):
+        frame_file(folder, i).unlink(missing_ok=True)
+    Path(folder, "frames").mkdir(exist_ok=True)
+    source = None if video.fps is None else video
+    first = next(frames)
+    with VideoWriter(folder / "result.mp4", *first.shape[:2], fps, source) as movie:
+        for i, frame in enumerate(chain([first], frames)):
+            write_image(frame_file(folder, i), frame)
+            movie.write(frame)
+
+
 @one_line_errors
 def main(argv=None):
     args = build_parser().parse_args(argv)
@@ -145,25 +174,14 @@ def main(argv=None):
     prior, size = open_prior(args, video), working_size(video, args)
     require(min(size) >= SMALLEST_SIDE, f"{args.video} would be worked on in {size[1]}x{size[0]} pixels, "
             f"{SMALLEST_SIDE}x{SMALLEST_SIDE} or more was needed")  # fmt: skip
-    output_dir = Path(args.output_dir)
-    check_writable(output_dir, "--output_dir")
-    written = {(output_dir / name).resolve() for name in ("frames", "result.mp4")}
-    if written & {Path(path).resolve() for path in (args.video, args.mask, args.prior)}:
-        raise InputError(f"--output_dir={args.output_dir}: the result would replace the clip; choose another folder")
+    folder = check_output(args)
     pipeline, prompt_embeds, stage = load_pipeline(args, args.weights)
-    windows = pipeline.windows.at_step(video.count, 0)
-    print(f"{video.count} frames of {video.width}x{video.height}, stage {stage}, {len(windows)} windows "
-          f"of {windows[0][1]} frames on {pipeline.device.type}")  # fmt: skip
+    windows = pipeline.windows.at_step(len(video), 0)
+    print(f"{len(video)} frames of {video.width}x{video.height}, {masks.describe()}, stage {stage}, "
+          f"{len(windows)} windows of {windows[0][1]} frames on {pipeline.device.type}")  # fmt: skip
     result = remove_object(pipeline, prompt_embeds, prepare(video, masks, args), prior, size, args)
-    write_result(output_dir, result, args.fps or video.fps or DEFAULT_FPS)
-    print(f"{output_dir / 'result.mp4'} and {output_dir / 'frames'}")
-
-
-def write_result(output_dir, frames, fps):
-    """result.mp4 and frames/, from an iterator of frames."""
-    result = np.stack(list(frames))
-    write_frames(output_dir / "frames", result)
-    write_mp4(output_dir / "result.mp4", result, fps)
+    write_result(folder, video, result, args.fps)
+    print(f"{folder / 'result.mp4'} and {folder / 'frames'}")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ def one_line_errors(main):
 
     @wraps(main)
     def wrapped(*args, **kwargs):
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no UTF-8
         try:
             return main(*args, **kwargs)
-        except (InputError, torch.OutOfMemoryError) as error:
+        except (InputError, torch.OutOfMemoryError, MemoryError) as error:
             rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
             # Before training all processes find the same: one on every machine says so, as each has its own log.
             if local_rank == 0 or PartialState._shared_state:
@@ -31,10 +33,12 @@ def one_line_errors(main):
 
 
 def one_line(error):
-    """What a user needs of an InputError or of torch's OutOfMemoryError."""
+    """What a user needs of an InputError, of torch's OutOfMemoryError, or of a MemoryError."""
     if isinstance(error, InputError):
         # A loader worker's error arrives with its traceback as text; its last line is the error.
         return str(error).strip().splitlines()[-1].removeprefix("common.errors.InputError: ")
+    if isinstance(error, MemoryError):
+        return f"this machine's memory is full ({first_line(error)}): use a shorter or smaller clip, or --resolution"
     found = ". ".join(str(error).split(". ")[:3])  # what failed, how much was asked for, how much the GPU has
     return (
         f"{found}: use fewer frames at once (--nframes), smaller ones (--resolution, --size) or, to train, "

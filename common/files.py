@@ -11,6 +11,8 @@ from uuid import uuid4
 
 from common.errors import InputError
 
+OWN_FILES = ".diffueraser.json"  # in a folder of results: {file or folder that we made there: its number of files}
+
 
 @contextmanager
 def written_whole(path):
@@ -40,6 +42,38 @@ def check_writable(folder, flag):
             pass
     except OSError as error:
         raise InputError(f"{flag} {folder} cannot be written to ({error.strerror}): choose another") from None
+
+
+def refuse_foreign(folder, names, overwrite, flag="--output_dir"):
+    """Raise InputError where `folder` holds one of `names` (files or folders) that no earlier result made: it is the
+    user's own, and is not replaced unless `overwrite`, the user's --overwrite, says so."""
+    earlier = read_own(folder)
+    foreign = [name for name in names if name not in earlier and is_filled(Path(folder, name))]
+    if foreign and not overwrite:
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        raise InputError(
+            f"{flag} {folder} holds {foreign[0]}{more}, which no earlier result made: choose another folder, or add "
+            "--overwrite to replace it"
+        )
+
+
+def note_own(folder, names):
+    """Note in `folder` that {file or folder: number of files} are ours; returns what was noted before."""
+    earlier = read_own(folder)
+    write_json(Path(folder, OWN_FILES), {**earlier, **names})
+    return earlier
+
+
+def read_own(folder):
+    try:
+        return dict(json.loads(Path(folder, OWN_FILES).read_text()))
+    except (OSError, ValueError, TypeError):  # none, or not ours: then nothing is
+        return {}
+
+
+def is_filled(path):
+    """Whether something is there that is no empty folder."""
+    return os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ def append_row(path, row):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.is_file() else b""
-    with open(path, "a", newline="") as file:
+    with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
         file.truncate(content.rfind(b"\n") + 1)
         writer = csv.DictWriter(file, row)
         if b"\n" not in content:
@@ -37,7 +37,7 @@ def read_rows(path):
     Rows that are not whole are left out: one is being written, or its process was killed.
     """
     rows = []
-    content = Path(path).read_bytes().decode() if Path(path).is_file() else ""
+    content = Path(path).read_bytes().decode(errors="surrogateescape") if Path(path).is_file() else ""
     for row in csv.DictReader(io.StringIO(content[: content.rfind("\n") + 1])):
         if None in row or None in row.values():  # more values than columns, or fewer
             continue

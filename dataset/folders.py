@@ -1,16 +1,19 @@
 """Finding and reading the frames of DAVIS-2017's and YouTube-VOS's folders."""
 
+import codecs
 import hashlib
 import json
 import multiprocessing
 import os
+import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import InputError
 from common.files import write_json
-from dataset.images import BrokenFrame, list_frames, read_frames
+from dataset.images import KINDS, BrokenFrame, describe_content, is_hidden, list_frames, read_frames, sort_folders
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,65 @@ def scan_davis(root):
         raise InputError(
             f"{names_file} is missing: DAVIS-2017's list of training videos was needed; check --davis_root"
         )
-    names = names_file.read_text().split()
+    names = read_names(names_file, images)
     if not names:
         raise InputError(f"{names_file} names no video: fetch DAVIS-2017's list of training videos again")
     absent = [name for name in names if not Path(images, name).is_dir()]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise InputError(f"{names_file} names {absent[0]}{more}, which {images} lacks: unpack it or remove the line")
-    return [scan_video(Path(images, name)) for name in names]
+    return scan_videos([Path(images, name) for name in names], images)
+
+
+def read_names(path, root):
+    """The names of folders in `root` that a file lists, one a line, as any editor writes it: UTF-8 with or without a
+    mark, UTF-16 by its mark, either end of line. A name that comes twice is taken once, and said."""
+    content = Path(path).read_bytes()
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        names = split_lines(content.decode("utf-16" if marked else "utf-8-sig"))
+    except UnicodeDecodeError:
+        names = split_lines(
+            os.fsdecode(content)
+        )  # folders may have names that are no UTF-8, and the list the same bytes
+        if marked or not all(Path(root, name).is_dir() for name in names):
+            raise InputError(f"{path} is neither UTF-8 nor marked as UTF-16: save it as UTF-8, a name a line") from None
+    if any("\0" in name for name in names):
+        raise InputError(f"{path} is no list of names, or UTF-16 without its mark: save it as UTF-8, a name a line")
+    unique = list(dict.fromkeys(names))
+    if len(unique) < len(names):
+        twice = next(name for name in unique if names.count(name) > 1)
+        print(f"warning: {path} names {twice} more than once: it is taken once", file=sys.stderr, flush=True)
+    return unique
+
+
+def split_lines(text):
+    return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 
 def scan_ytvos(root):
     """Every folder of JPEGImages."""
     images = existing_folder(root, "JPEGImages", "--ytvos_root")
-    with os.scandir(images) as entries:
-        folders = sorted(entry.path for entry in entries if entry.is_dir())
-    videos = [scan_video(Path(folder)) for folder in folders]
-    if not videos:
-        raise InputError(f"{images} holds no folder of frames: unpack YouTube-VOS there or change --ytvos_root")
+    folders = list_folders(images)
+    if not folders:
+        raise InputError(
+            f"{images} holds no folder of frames but {describe_content(images)}: unpack YouTube-VOS there or change "
+            "--ytvos_root"
+        )
+    return scan_videos(folders, images)
+
+
+def list_folders(root):
+    """The folders of videos in `root`, in their order; hidden ones are none."""
+    with os.scandir(root) as entries:
+        return sort_folders([Path(entry.path) for entry in entries if entry.is_dir() and not is_hidden(entry.name)])
+
+
+def scan_videos(folders, root):
+    """Their videos. Raises InputError where none of them has a frame."""
+    videos = [scan_video(folder) for folder in folders]
+    if not any(video.frames for video in videos):
+        raise InputError(f"no folder in {root} holds frames: {videos[0].broken}")
     return videos
 
 
@@ -64,7 +108,10 @@ def existing_folder(root, subfolder, flag):
 
 def scan_video(folder):
     try:
-        return Video(folder, list_frames(folder))
+        frames = list_frames(folder)
+        return Video(
+            folder, frames, broken="" if frames else f"{folder} holds {describe_content(folder)}: {KINDS} were needed"
+        )
     except OSError as error:
         return Video(folder, (), broken=f"{folder} cannot be listed ({error.strerror})")
     except BrokenFrame as error:

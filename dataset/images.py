@@ -1,17 +1,32 @@
-"""Reading frames and masks, listing a folder's pictures, and pairing the two by name."""
+"""Pictures in folders: how a frame and a mask are read, in which order they come, and which of them belong together.
+
+Files are read as bytes and decoded from memory, so that a name may be any that the file system takes.
+"""
 
 import os
+import re
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from common.command_line import require
 from common.errors import InputError
 
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
-LOSSY_THRESHOLD = 127  # of masks in videos and JPEGs, whose zeros are no zeros any more
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what goes wrong is told below
+
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+KINDS = ".jpg, .png, .webp, .bmp or .tif files"
+SYSTEM_NAMES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db")
+MOST_PIXELS = 2**26  # 8192 x 8192; a damaged header may promise gigabytes
+NOISE = 24  # of 255: what compression leaves in a mask's background stays below
+SOME = 0.05  # share of a mask's pixels that is more than chance
+JPEG = b"\xff\xd8"
+START_OF_FRAME = (b"\xc0", b"\xc1", b"\xc2")  # the segments that hold a JPEG's size: baseline, extended, progressive
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 class BrokenFrame(InputError):
@@ -19,7 +34,12 @@ class BrokenFrame(InputError):
 
 
 def read_frame(path):
-    """(h, w, 3) uint8, RGB. Raises BrokenFrame for whatever is no whole image."""
+    """(h, w, 3) uint8, RGB, upright as EXIF says, alpha left out. Raises BrokenFrame for whatever is no whole image."""
+    return decode(path, read_bytes(path), cv2.IMREAD_COLOR_RGB)
+
+
+def read_bytes(path):
+    """An image file's content. Raises BrokenFrame for what can be told broken without decoding."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -28,24 +48,48 @@ def read_frame(path):
         raise BrokenFrame(f"{path} is empty")
     if content.startswith(b"version https://git-lfs"):
         raise BrokenFrame(f"{path} is a Git LFS pointer, not an image: run git lfs pull")
-    if content.startswith(b"\xff\xd8") and not has_end_marker(content):  # OpenCV would fill the rest with grey
-        raise BrokenFrame(f"{path} is cut short ({len(content)} bytes)")
-    frame = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if frame is None:
+    if content.startswith(JPEG):
+        height, width, whole = scan_jpeg(content)
+        if not whole:  # OpenCV would fill the rest with grey
+            raise BrokenFrame(f"{path} is cut short ({len(content)} bytes)")
+        if height * width > MOST_PIXELS:
+            raise BrokenFrame(f"{path} promises {width}x{height} pixels: at most {MOST_PIXELS} were expected")
+    return content
+
+
+def decode(path, content, mode):
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), mode)
+    except (cv2.error, MemoryError):  # more pixels than OpenCV, or this machine, takes
+        image = None
+    if image is None:
         raise BrokenFrame(f"{path} is no readable image ({len(content)} bytes)")
-    return frame
+    return image
 
 
-def has_end_marker(jpeg):
-    """Whether a JPEG's picture is whole, whatever follows it: cameras append previews, videos and data of their own.
+def scan_jpeg(jpeg):
+    """(height, width, whether the picture is whole, whatever follows it): cameras append previews and videos.
 
-    The marker is looked for behind the leading segments, one of which may hold a thumbnail with a marker of its own;
-    in the picture's data it cannot occur by chance, as an ff there is followed by 00 or a restart marker.
+    The end marker is looked for behind the leading segments, one of which may hold a thumbnail with a marker of its
+    own; in the picture's data it cannot occur by chance, as an ff there is followed by 00 or a restart marker.
     """
-    place = 2
+    place, height, width = 2, 0, 0
     while jpeg[place : place + 1] == b"\xff" and jpeg[place + 1 : place + 2] != b"\xda":  # start of the picture's data
+        if jpeg[place + 1 : place + 2] in START_OF_FRAME:
+            height, width = (int.from_bytes(jpeg[place + k : place + k + 2], "big") for k in (5, 7))
         place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
-    return jpeg.find(b"\xff\xd9", place) >= 0
+    return height, width, jpeg.rfind(b"\xff\xd9", place) >= 0
+
+
+def image_size(path):
+    """Such as 854x480: the size of what `read_frame` and `read_mask` return, from the file's header alone."""
+    try:
+        with Image.open(path) as image:
+            turned = image.format != "TIFF" and image.getexif().get(0x0112) in TURNED  # Pillow turns TIFFs itself
+            width, height = image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is no readable image ({error}): fetch it again") from None
+    return f"{height}x{width}" if turned else f"{width}x{height}"
 
 
 def read_frames(paths):
@@ -61,32 +105,107 @@ def size_of(frame):
     return f"{frame.shape[1]}x{frame.shape[0]}"
 
 
+def read_mask(path):
+    """(h, w) uint8, 255 = hole. See `find_hole`."""
+    return find_hole(*read_mask_values(path))[0]
+
+
+def read_mask_values(path):
+    """A mask file's own values (h, w) uint8 or uint16, and whether they are exact, which JPEG and lossy WebP are not.
+
+    Of colours the brightest channel; transparent pixels are 0. In palettes "0 = background" is black.
+    """
+    content = read_bytes(path)
+    mask = decode(path, content, cv2.IMREAD_UNCHANGED)
+    if mask.ndim == 3 and mask.shape[2] == 4:
+        mask = np.where(mask[..., 3] > 0, mask[..., :3].max(axis=-1), 0)
+    else:
+        mask = decode(path, content, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)  # turned as EXIF says
+        mask = mask.max(axis=-1) if mask.ndim == 3 else mask
+    lossy = content.startswith(JPEG) or (content.startswith(b"RIFF") and b"VP8 " in content[:64])
+    return mask, not lossy
+
+
+def find_hole(values, exact):
+    """(hole (h, w) uint8, 255 = hole; what is worth saying about a mask that is not two-valued, or "").
+
+    Labels and drawn masks are exact: any value above 0 is hole. Compressed masks and mattes are not: their hole is what
+    is brighter than a quarter of the brightest value, as DAVIS's colours are 64 to 192 and compression's ripples less.
+
+    Args:
+        values: (h, w) of a mask in its own units.
+        exact: whether the file keeps values as they were drawn.
+    """
+    if values.dtype != np.uint8:
+        values = scale_to_bytes(values)
+    brightest = int(values.max())
+    bright = np.count_nonzero(values > NOISE)
+    between = np.count_nonzero((values > NOISE) & (values < brightest * 3 // 4)) > SOME * bright
+    inner = values[1:, 1:]
+    faint = (inner > 0) & (inner < NOISE)
+    if exact and bright and faint.any():
+        # Labels are areas of one value and lie at any distance. What was compressed before it was saved as a PNG is
+        # near 0 or near the brightest; soft edges are no areas.
+        flat = (inner == values[1:, :-1]) & (inner == values[:-1, 1:])
+        exact = flat[faint].mean() > 0.5 and (between or brightest < 3 * NOISE)
+    threshold = 0 if exact else max(NOISE, brightest // 4)
+    hole = np.where(values > threshold, 255, 0).astype(np.uint8)
+    if exact:
+        levels = np.count_nonzero(np.bincount(values.ravel()))
+        return hole, f"{levels} values, any above 0 is hole" if levels > 2 else ""
+    return hole, f"shades of grey, what is above {threshold} of 255 is hole" if between else ""
+
+
+def scale_to_bytes(values):
+    """Deeper values as uint8, those above 0 at least 1."""
+    most = np.iinfo(values.dtype).max if np.issubdtype(values.dtype, np.integer) else max(values.max(), 1)
+    top = 255 if values.max() <= 255 and np.issubdtype(values.dtype, np.integer) else most  # labels, in 16 bits
+    return np.where(values > 0, np.clip(values * (255.0 / top), 1, 255), 0).astype(np.uint8)
+
+
+def is_hidden(name):
+    """Of files and folders that systems add and nobody looks at, such as ._00000.jpg of macOS."""
+    return name.startswith(".") or name in SYSTEM_NAMES
+
+
+def natural_key(name):
+    """Numbers as numbers: 2 before 10. Names that are padded with zeros keep their order."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)], name
+
+
+def sort_folders(folders):
+    """Folders of videos: by number where all names are one text around a number, else as text.
+
+    YouTube-VOS's names are hexadecimal, and training samples follow from the videos' order.
+    """
+    texts = {re.sub(r"[0-9]+", "0", path.name, count=1) for path in folders}
+    numbered = len(texts) == 1 and not re.search(r"0.*[0-9]", next(iter(texts)))
+    return sorted(folders, key=lambda path: natural_key(path.name) if numbered else path.name)
+
+
 def list_frames(folder):
-    """A folder's images in the order of their names; hidden files, which macOS adds to what it packs, are none.
+    """A folder's images in the order of their names, numbers as numbers; hidden files are none.
 
     Raises: BrokenFrame where two have one name, such as a frame and its mask.
     """
-    names = sorted(os.listdir(folder))
-    paths = tuple(Path(folder, n) for n in names if n.lower().endswith(FRAME_SUFFIXES) and not n.startswith("."))
+    names = [n for n in os.listdir(folder) if n.lower().endswith(FRAME_SUFFIXES) and not is_hidden(n)]
+    paths = tuple(Path(folder, name) for name in sorted(names, key=lambda n: (natural_key(Path(n).stem), n)))
     for path, following in pairwise(paths):
         if path.stem == following.stem:
             raise BrokenFrame(f"{folder} holds {path.name} and {following.name}: one picture per frame was needed")
     return paths
 
 
-def read_mask(path):
-    """(h, w) uint8, 255 = hole: where any colour is above the threshold and not transparent. In palettes
-    "0 = background" is black."""
-    mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if mask is None:
-        raise InputError(f"{path} is no readable image: a mask was needed")
-    if mask.ndim == 3:
-        mask = np.where(mask[..., 3] > 0, mask[..., :3].max(axis=-1), 0) if mask.shape[2] == 4 else mask.max(axis=-1)
-    return binary(mask, 0 if Path(path).suffix.lower() == ".png" else LOSSY_THRESHOLD)
-
-
-def binary(mask, threshold):
-    return np.where(mask > threshold, 255, 0).astype(np.uint8)
+def describe_content(folder):
+    """Such as "12 .gif files, 2 folders": what an error says of a folder without frames."""
+    with os.scandir(folder) as entries:
+        kinds = Counter(
+            "folder" if entry.is_dir() else f"{Path(entry.name).suffix or 'nameless'} file"
+            for entry in entries
+            if not is_hidden(entry.name)
+        )
+    counts = [f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in kinds.most_common(3)]
+    return ", ".join(counts) or "nothing"
 
 
 def pair_by_name(images, masks, flags=("--validation_image", "--validation_mask")):
@@ -98,12 +217,15 @@ def pair_by_name(images, masks, flags=("--validation_image", "--validation_mask"
         f"{masks} is the frames' own folder: {flags[1]} needs folders of masks",
     )
     frames = list_frames(images)
-    require(frames, f"{images} holds no frames: {flags[0]} needs folders of .jpg or .png files")
+    require(
+        frames,
+        f"{images} holds no frames but {describe_content(images)}: {flags[0]} needs folders with {KINDS} in them",
+    )
     by_name = {path.stem: path for path in list_frames(masks)}
     missing = [path.name for path in frames if path.stem not in by_name]
     if missing:
         raise InputError(
             f"{masks} has no mask for {len(missing)} of the {len(frames)} frames in {images}, such as {missing[0]}: "
-            f"{flags[1]} needs a mask of every frame's name"
+            f"{flags[1]} needs a mask of every frame's name (it holds {describe_content(masks)})"
         )
     return [(path, by_name[path.stem]) for path in frames]

@@ -13,9 +13,9 @@ import libs.checkpoints.convert
 from common.errors import InputError
 from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints.convert import convert, main
+from libs.inpainter import FrameInpainter
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import UNetMotionModel
-from libs.inpainter import FrameInpainter
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -26,6 +26,7 @@ from dataset.images import read_frame
 from libs.evaluation.baselines import telea, temporal_median
 from libs.inference.composition import compose_as_deployed, grow_as_deployed, size_as_deployed
 from libs.inference.few_step import PARTS, PREFIX, FewStepSampler, FewStepWeights, choose_steps
+from libs.inference.load import check_inference_flags, choose_prompt
 from libs.inference.pipeline import deployed_pipeline
 from libs.inference.prior import make_prior
 from libs.inference.streams import Mapped, Stream
@@ -345,14 +346,22 @@ def test_run_as_deployed(command, tmp_path, capsys):
     result = run(command())
     assert result.shape == (11, 48, 64, 3) and "windows of 4 frames" in capsys.readouterr().out
     write_frames(tmp_path / "black", np.zeros((11, 50, 67, 3), np.uint8))
-    results = [result] + [run(command(**changes)) for changes in (
-        {"prior": "none"}, {"prior": tmp_path / "black"}, {"blend": "predictions"}, {"prompt": "a dog"},
-        {"mask_dilation": 3}, {"no-two_passes": True}, {"max_side": 40},
-    )]  # fmt: skip
-    assert results[-1].shape == (11, 24, 40, 3)
-    assert len({picture.tobytes() for picture in results}) == len(results)
+    changes = {"prior": tmp_path / "black"}, {"blend": "predictions", "max_side": 40}, {"no-two_passes": True}
+    results = [result, *(run(command(**change)) for change in changes)]
+    assert results[2].shape == (11, 24, 40, 3) and len({picture.tobytes() for picture in results}) == len(results)
     assert np.array_equal(run(command(prior="telea", prompt="", blend="latents", two_passes=True)), result)
     assert run(command(as_deployed=None)).shape == (11, 50, 67, 3)
+
+
+def test_flags_have_two_defaults(command):
+    for given, expected in (({}, ("telea", "latents", True, 2, None, 960, "")),
+                            ({"as_deployed": None}, ("none", "predictions", False, 2, 8, None, "clean background")),
+                            ({"mask_dilation": None}, ("telea", "latents", True, 8, None, 960, "")),
+                            ({"prompt": "a", "soft_edge": 3}, ("telea", "latents", True, 2, 3, 960, "a"))):  # fmt: skip
+        args = run_diffueraser.build_parser().parse_args(command(**given))
+        check_inference_flags(args)
+        flags = (args.prior, args.blend, args.two_passes, args.mask_dilation, args.soft_edge, args.max_side)
+        assert (*flags, choose_prompt(args)) == expected
 
 
 @pytest.mark.parametrize(

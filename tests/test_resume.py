@@ -5,11 +5,10 @@ import re
 import shutil
 
 import pytest
-
-import common.files
 from conftest import equal_files
 from safetensors import safe_open
 
+import common.files
 from common.files import write_json
 from libs.checkpoints.checkpoint import find_latest
 

@@ -20,8 +20,8 @@ from PIL import Image
 from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
 
 import libs.training.checks
-import libs.training.loss
 import libs.training.loop
+import libs.training.loss
 from common.errors import InputError
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_video

@@ -11,8 +11,6 @@ import types
 
 import cv2
 import imageio
-import libs.report.__main__
-import libs.training.loss
 import numpy as np
 import pytest
 import torch
@@ -20,6 +18,8 @@ from conftest import equal_files, moving_video
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import libs.report.__main__
+import libs.training.loss
 import libs.training.validation
 from common.errors import InputError
 from common.run_files import append_row, read_rows
@@ -27,8 +27,8 @@ from libs.checkpoints.checkpoint import mark_best, prune, read_best
 from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers
 from libs.inference.pipeline import Pipeline
 from libs.inference.video import write_frames, write_gif
-from libs.report.__main__ import ticks, write_report
 from libs.inpainter import FrameInpainter
+from libs.report.__main__ import ticks, write_report
 
 
 @pytest.fixture

@@ -1,95 +1,164 @@
-"""Reading and writing whole videos and their masks."""
+"""Clips and their masks, from files of any kind, and what is done to their frames."""
 
-import os
-import sys
 from pathlib import Path
 
 import cv2
-import imageio
 import numpy as np
+from PIL import Image
 
 from common.errors import InputError
 from common.files import written_whole
-from dataset.images import LOSSY_THRESHOLD, binary, list_frames, read_frame, read_mask, size_of
-
-# OpenCV's ffmpeg speaks on stderr of its own; what goes wrong is told below.
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+from dataset.images import (
+    FRAME_SUFFIXES,
+    KINDS,
+    describe_content,
+    find_hole,
+    list_frames,
+    read_frame,
+    read_mask_values,
+    size_of,
+)  # fmt: skip
+from libs.inference.video_file import VideoFile, VideoWriter
 
 GIF_FPS = 8
 CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
-MP4_QUALITY = 8  # of imageio's 0-10
 
 
-def read_video(path):
-    """(frames (f, h, w, 3) uint8 RGB, frames per second or None) of a folder of frames, an image, or a video file.
+class Pictures:
+    """A folder of frames, or one image, read anew in every pass: what VideoFile is for videos, without times."""
 
-    A file with fewer frames than it promises is read as far as it goes, with a line on stderr.
+    fps, has_audio = None, False
+
+    def __init__(self, path):
+        """Raises: InputError where one of them cannot be read, or is of another size."""
+        self.path, self.paths = path, list_pictures(path, "frames")
+        first = None
+        for file, frame in zip(self.paths, self.frames(), strict=True):
+            first = check_size(path, file.name, frame, first)
+        self.height, self.width = first[1].shape[:2]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def frames(self):
+        """(height, width, 3) uint8 RGB, one after the other."""
+        return map(read_frame, self.paths)
+
+
+class Masks:
+    """Masks of one size, read anew in every pass, from a folder, a single image, or a video.
+
+    Attributes: height, width; shares, the hole's share of every mask; note, what is worth saying of masks that are not
+    two-valued, or "". See `dataset.images.find_hole`.
+    """
+
+    def __init__(self, path):
+        self.path, path = path, Path(path)
+        self.video = None if path.is_dir() or is_image(path) else open_video(path)
+        self.paths = () if self.video else list_pictures(path, "masks")
+        self.shares, self.note, first = [], "", None
+        for name, (values, exact) in self.values():
+            first = check_size(path, name, values, first)
+            hole, note = find_hole(values, exact)
+            self.shares.append(float(np.count_nonzero(hole) / hole.size))
+            if note and not self.note:
+                self.note = f"{name} has {note}"
+        self.height, self.width = first[1].shape
+
+    def __len__(self):
+        return len(self.shares)
+
+    def values(self):
+        """(name, (values (height, width), whether they are exact)) of every mask."""
+        if self.video:
+            return ((self.path, (frame.max(axis=-1), False)) for frame in self.video.frames())
+        return ((file.name, read_mask_values(file)) for file in self.paths)
+
+    def frames(self, count=None):
+        """(height, width) uint8, 255 = hole; one for all frames `count` times."""
+        holes = (find_hole(*values)[0] for _, values in self.values())
+        if len(self) > 1 or not count:
+            return holes
+        hole = next(holes)
+        return (hole for _ in range(count))
+
+    def describe(self):
+        return describe_holes(self.shares, self.note)
+
+
+def describe_holes(shares, note=""):
+    """Such as "hole 12.3 % of the picture (8.1 to 14.0)"."""
+    spread = f" ({100 * min(shares):.1f} to {100 * max(shares):.1f})" if len(shares) > 1 else ""
+    return f"hole {100 * np.mean(shares):.1f} % of the picture{spread}" + (f"; {note}" if note else "")
+
+
+def open_video(path):
+    """VideoFile or Pictures of a video file, a folder of frames, or an image: len(), height, width, fps, frames().
 
     Raises: InputError where nothing can be read, or frames differ in size.
     """
     path = Path(path)
-    if path.is_dir():
-        paths = list_frames(path)
-        if not paths:
-            raise InputError(f"{path} holds no frames: .jpg or .png files, or a video file, were needed")
-        return stack([(file.name, read_frame(file)) for file in paths], path), None
+    if path.is_dir() or is_image(path):
+        return Pictures(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist: a video file or a folder of frames was needed")
-    if is_image(path):
-        return read_frame(path)[None], None
-    capture = cv2.VideoCapture(str(path))
-    try:
-        if not capture.isOpened():
-            raise InputError(f"{path} is no video that can be decoded: convert it with ffmpeg, or give its frames")
-        promised, fps = round(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
-        frames = []
-        while True:
-            found, frame = capture.read()
-            if not found:
-                break
-            frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-    finally:
-        capture.release()
-    if not frames:
-        raise InputError(f"{path} has no frame that can be decoded: fetch it again, or convert it with ffmpeg")
-    # No error: the number is an estimate, too high in files that were cut without re-encoding or whose rate varies.
-    if len(frames) < promised:
-        print(f"warning: {path} ends early: {len(frames)} frames can be decoded, it promises {promised}; going on with "
-              f"{len(frames)}, fetch it again if its end is missing", file=sys.stderr, flush=True)  # fmt: skip
-    return np.stack(frames), fps
+    return VideoFile(path)
+
+
+def open_masks(path):
+    """Masks: len(), height, width, shares, describe(), frames(). Raises: InputError as `open_video` does."""
+    return Masks(path)
+
+
+def read_video(path):
+    """(frames (f, h, w, 3) uint8 RGB, frames per second or None) of a whole clip."""
+    video = open_video(path)
+    return np.stack(list(video.frames())), video.fps
+
+
+def read_masks(path):
+    """(f, h, w) uint8, 255 = hole, of all masks."""
+    return np.stack(list(open_masks(path).frames()))
+
+
+def list_pictures(path, what):
+    """The files of a folder, or of a single image."""
+    if not path.is_dir():
+        refuse_animation(path)
+        return (path,)
+    paths = list_frames(path)
+    if not paths:
+        raise InputError(f"{path} holds no {what} but {describe_content(path)}: {KINDS}, or a video file, were needed")
+    return paths
 
 
 def is_image(path):
-    return Path(path).suffix.lower() in (".jpg", ".jpeg", ".png")
+    return path.suffix.lower() in FRAME_SUFFIXES and path.is_file()
+
+
+def refuse_animation(path):
+    """An image file of several pictures, of which OpenCV would read the first."""
+    try:
+        with Image.open(path) as image:
+            count = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "TIFF") else 1
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return  # reading it says why
+    if count > 1:
+        raise InputError(f"{path} holds {count} pictures: one, a video file, or a folder of frames was needed")
+
+
+def check_size(where, name, image, first):
+    """(name, image) of the first; raises InputError where another one's size differs."""
+    if first and image.shape[:2] != first[1].shape[:2]:
+        raise InputError(f"{where}: {name} is {size_of(image)}, {first[0]} is {size_of(first[1])}: one size was needed")
+    return first or (name, image)
 
 
 def stack(named_frames, where):
     """Frames of one size as one array."""
-    first_name, first = named_frames[0]
     for name, frame in named_frames:
-        if frame.shape != first.shape:
-            raise InputError(
-                f"{where}: {name} is {size_of(frame)}, {first_name} is {size_of(first)}: one size was needed"
-            )
+        check_size(where, name, frame, named_frames[0])
     return np.stack([frame for _, frame in named_frames])
-
-
-def read_masks(path):
-    """(f, h, w) uint8, 255 = hole, of a folder of masks, a single mask image, or a mask video.
-
-    Any value above 0 is hole; in videos and JPEGs, whose values are not exact, any above 127.
-    """
-    path = Path(path)
-    if path.is_dir():
-        paths = list_frames(path)
-        if not paths:
-            raise InputError(f"{path} holds no masks: .png or .jpg files were needed")
-        return stack([(file.name, read_mask(file)) for file in paths], path)
-    if is_image(path) and path.is_file():
-        return read_mask(path)[None]
-    frames, _ = read_video(path)
-    return binary(frames.max(axis=-1), LOSSY_THRESHOLD)
 
 
 def dilate(holes, iterations):
@@ -117,25 +186,31 @@ def upscale(frames, height, width):
 def write_gif(path, frames):
     """Write (f, h, w, 3) uint8 frames as a looping GIF of 8 fps; renamed when whole, as a report may look on."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [Image.fromarray(frame) for frame in frames]
     with written_whole(path) as partial:
-        imageio.mimsave(partial, list(frames), format="gif", duration=1000 / GIF_FPS, loop=0)
+        pictures[0].save(partial, "GIF", save_all=True, append_images=pictures[1:], duration=1000 / GIF_FPS, loop=0)
+
+
+def write_image(path, image):
+    """(h, w, 3) uint8 RGB as a lossless PNG. Raises InputError where it cannot be written."""
+    try:
+        path.write_bytes(cv2.imencode(".png", image[..., ::-1])[1])
+    except OSError as error:
+        raise InputError(
+            f"{path} could not be written ({error.strerror}): free some space, or see who may write there"
+        ) from None
 
 
 def write_frames(folder, frames):
-    """00000.png and so on, lossless, instead of those that an earlier clip has left there. Raises InputError."""
+    """00000.png and so on, lossless."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("[0-9][0-9][0-9][0-9][0-9].png"):
-        path.unlink()
     for i, frame in enumerate(frames):
-        if not cv2.imwrite(str(folder / f"{i:05d}.png"), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)):
-            raise InputError(f"{folder}/{i:05d}.png could not be written: free some space, or see who may write there")
+        write_image(folder / f"{i:05d}.png", frame)
 
 
 def write_mp4(path, frames, fps):
-    """H.264, which every player and browser shows."""
+    """(f, h, w, 3) uint8 RGB at an even rate."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    even = all(side % 2 == 0 for side in frames.shape[1:3])
-    imageio.mimsave(
-        path, list(frames), format="FFMPEG", fps=fps, codec="libx264", quality=MP4_QUALITY, macro_block_size=1,
-        pixelformat="yuv420p" if even else "yuv444p",  # 4:2:0 halves both sides
-    )  # fmt: skip
+    with VideoWriter(path, *frames.shape[1:3], fps) as writer:
+        for frame in frames:
+            writer.write(frame)

@@ -1,0 +1,278 @@
+"""Video files through PyAV: what a container says of its frames is honoured, and said of those that are written.
+
+Read: times, turns and mirrors, colour matrix and range. Written: H.264 that every player and browser shows, with the
+clip's times, pixel aspect and sound, in BT.709 and limited range, tagged. Files are opened here and handed to ffmpeg as
+streams, so that a name may be any that the file system takes.
+"""
+
+import sys
+from contextlib import contextmanager
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from common.command_line import require
+from common.errors import InputError
+
+DEFAULT_FPS = 24.0  # of folders of frames, and of videos that do not say
+LIKELY_FPS = (1, 240)  # what a container claims beyond that is its clock's rate
+LONGEST_LAST = 10  # times the usual: a last frame that is said to stand longer was cut from a longer video
+MOST_TWICE = 0.05  # share of frames that may stand at the same time; more, and there are no true times
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # ITU-T H.273
+BT709, BT2020, UNSPECIFIED = 1, 9, 2  # H.273 again; PyAV takes the numbers
+LIMITED_RANGE = 1  # luma 16-235
+SD_SIDES = (1279, 576)  # up to this width and height, a video without tags is BT.601, larger ones BT.709, as players do
+ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+SOUND_OF_MP4 = ("aac", "mp3", "ac3", "eac3", "alac")  # copied; any other is encoded as AAC
+NO_VIDEOS = ("tty", "hls", "concat", "dash", "sdp", "bin", "xbin", "adf", "idf")  # texts and lists that ffmpeg would play
+CRF = "10"  # x264's quality: hardly a visible loss
+
+
+class VideoFile:
+    """A video file's frames, decoded anew in every pass: memory does not grow with their number.
+
+    Opening decodes the file once, so that whatever cannot be read is said before any work. A file with fewer frames
+    than it promises is read as far as it goes, with a line on stderr; so is one in HDR, whose values are not changed.
+
+    Attributes: height and width as shown; pts, a strictly increasing int64 per frame in units of time_base; duration of
+    the last frame in the same; fps, the mean rate; sample_aspect_ratio; has_audio.
+
+    Raises: InputError where nothing can be read, or frames differ in size.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        with self.opened() as (container, stream):
+            promised, self.time_base, rate = stream.frames, stream.time_base, stream.guessed_rate
+            self.sample_aspect_ratio = stream.sample_aspect_ratio or Fraction(1)
+            self.has_audio = bool(container.streams.audio)
+            self.start = Fraction(container.start_time or 0, av.time_base)
+            end = stream.start_time + stream.duration if stream.duration and stream.start_time is not None else None
+        pts, last = [], None
+        for frame in self.decoded():
+            if last is not None and (frame.width, frame.height) != (last.width, last.height):
+                raise InputError(f"{path}: frame {len(pts)} is {frame.width}x{frame.height}, those before are "
+                                 f"{last.width}x{last.height}: one size was needed; cut it there")  # fmt: skip
+            pts.append(frame.pts)
+            last = frame
+        if last is None:
+            raise InputError(f"{path} has no frame that can be decoded: fetch it again, or convert it with ffmpeg")
+        # No error: the number is an estimate, too high in files that were cut without encoding or whose rate varies.
+        if len(pts) < promised:
+            warn(f"{path} ends early: {len(pts)} frames can be decoded, it promises {promised}; going on with "
+                 f"{len(pts)}, fetch it again if its end is missing")  # fmt: skip
+        self.transfer = last.color_trc if last.color_trc in HDR_TRANSFERS else None
+        if self.transfer:
+            warn(f"{path} is HDR ({HDR_TRANSFERS[self.transfer]}): its values are used and kept as they are, which "
+                 "weights trained on SDR have not seen; convert it to SDR for better results")  # fmt: skip
+        self.turn = turn_of(last)
+        self.height, self.width = (last.width, last.height) if self.turn[0] else (last.height, last.width)
+        if self.turn[0]:
+            self.sample_aspect_ratio = 1 / self.sample_aspect_ratio
+        self.set_times(pts, end, rate)
+
+    def set_times(self, pts, end, rate):
+        """Times as they are, uneven or not; the container's rate where frames have none, as in raw streams and AVI."""
+        rate = Fraction(rate if rate and LIKELY_FPS[0] <= rate <= LIKELY_FPS[1] else DEFAULT_FPS)
+        known = np.array([time for time in pts if time is not None], np.int64)
+        if len(known) < len(pts) or np.count_nonzero(np.diff(known) <= 0) > MOST_TWICE * len(pts):
+            self.time_base, self.start, known, end = 1 / rate, Fraction(0), np.arange(len(pts)), len(pts)
+        order = np.arange(len(pts))
+        self.pts = np.maximum.accumulate(known - order) + order  # a time that comes twice is moved by a tick
+        steps = np.diff(self.pts) if len(pts) > 1 else np.array([round(1 / (rate * self.time_base))])
+        usual = max(1, int(np.median(steps)))
+        last = end - int(self.pts[-1]) if end else 0
+        self.last_duration = last if 0 < last <= LONGEST_LAST * usual else usual
+        self.fps = float(1 / (Fraction(float(steps.mean())).limit_denominator(10**6) * self.time_base))
+
+    def __len__(self):
+        return len(self.pts)
+
+    @contextmanager
+    def opened(self):
+        """(container, its video stream)."""
+        with open(self.path, "rb") as file:
+            try:
+                container = av.open(file, metadata_errors="replace", io_open=refuse_other_file)
+                require(container.format.name not in NO_VIDEOS, "")
+            except (av.FFmpegError, OSError, ValueError):  # an InputError is one
+                raise InputError(
+                    f"{self.path} is no video that can be decoded: convert it with ffmpeg, or give its frames"
+                ) from None
+            with container:
+                stream = container.streams.best("video")
+                if stream is None:
+                    raise InputError(f"{self.path} has no pictures, only sound: a video was needed")
+                stream.thread_type = "AUTO"
+                yield container, stream
+
+    def decoded(self):
+        """PyAV's frames, in the order in which they are shown."""
+        with self.opened() as (container, stream):
+            packets = container.demux(stream)
+            while True:
+                try:
+                    packet = next(packets, None)
+                except av.FFmpegError:  # the file ends in the middle of a packet
+                    return
+                if packet is None:
+                    return
+                try:
+                    yield from packet.decode()
+                except av.FFmpegError:  # a damaged packet; what follows may be whole
+                    continue
+
+    def frames(self):
+        """(height, width, 3) uint8 RGB, one after the other."""
+        reformatter = VideoReformatter()
+        for frame, _ in zip(self.decoded(), self.pts, strict=False):
+            matrix = None
+            if frame.colorspace in (0, UNSPECIFIED) and not frame.format.is_rgb:
+                small = frame.width <= SD_SIDES[0] and frame.height <= SD_SIDES[1]
+                matrix = "ITU601" if small else "ITU709"
+            try:
+                rgb = reformatter.reformat(frame, format="rgb24", src_colorspace=matrix, interpolation=ACCURATE)
+            except (av.FFmpegError, ValueError):
+                raise InputError(f"{self.path} has colours ({frame.format.name}) that cannot be read: convert it to "
+                                 "yuv420p with ffmpeg") from None  # fmt: skip
+            yield turned(rgb.to_ndarray(), self.turn)
+
+
+def refuse_other_file(url, flags, options):
+    """A playlist's, or any other file that a file names."""
+    raise FileNotFoundError(url)
+
+
+def warn(line):
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def turn_of(frame):
+    """(transpose, mirror left to right, then top to bottom): what a container says of how a frame is shown."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32)  # x' = a x + c y, y' = b x + d y
+    return (True, bool(c < 0), bool(b < 0)) if abs(b) > abs(a) else (False, bool(a < 0), bool(d < 0))
+
+
+def turned(image, turn):
+    transpose, mirror, flip = turn
+    image = image.swapaxes(0, 1) if transpose else image
+    return np.ascontiguousarray(image[:: -1 if flip else 1, :: -1 if mirror else 1])
+
+
+class VideoWriter:
+    """An mp4 written frame by frame, whole also where the program is interrupted.
+
+    with VideoWriter("result.mp4", height, width, source=video) as writer:
+        writer.write(frame)
+    """
+
+    def __init__(self, path, height, width, fps=None, source=None):
+        """
+        Args:
+            fps: an even rate; None: the source's own times, or 24 without a source.
+            source: the VideoFile that the frames come from; gives times, pixel aspect, and, at its own speed, sound.
+        """
+        self.path, self.source, self.written, self.durations = path, source, 0, {}
+        self.even = (-height % 2, -width % 2)  # 4:2:0 halves both sides
+        rate = Fraction(fps or (source.fps if source else DEFAULT_FPS)).limit_denominator(100_000)
+        if fps or source is None:
+            self.time_base, self.pts = 1 / rate, None
+        else:
+            self.time_base, self.pts = source.time_base, source.pts - int(source.start // source.time_base)
+        self.file = open(path, "wb")  # noqa: SIM115 - closed in __exit__
+        self.container = av.open(self.file, "w", format="mp4")
+        self.stream = self.container.add_stream("libx264", rate=rate)
+        context = self.stream.codec_context
+        context.height, context.width = height + self.even[0], width + self.even[1]
+        context.pix_fmt, context.time_base, context.options = "yuv420p", self.time_base, {"crf": CRF}
+        context.sample_aspect_ratio = source.sample_aspect_ratio if source else Fraction(1)
+        transfer = source.transfer if source else None
+        context.colorspace, context.color_range = BT709, LIMITED_RANGE
+        context.color_primaries, context.color_trc = (BT2020, transfer) if transfer else (BT709, BT709)
+        self.reformatter = VideoReformatter()
+        self.sound = Sound(self.container, source) if source and source.has_audio and self.pts is not None else None
+
+    def __enter__(self):
+        return self
+
+    def write(self, frame):
+        """(height, width, 3) uint8 RGB."""
+        frame = np.pad(frame, [(0, self.even[0]), (0, self.even[1]), (0, 0)], mode="edge")
+        picture = self.reformatter.reformat(
+            av.VideoFrame.from_ndarray(frame, format="rgb24"), format="yuv420p", dst_colorspace="ITU709",
+            dst_color_range="MPEG", interpolation=ACCURATE,
+        )  # fmt: skip
+        picture.time_base, picture.pts = self.time_base, self.time_of(self.written)
+        self.durations[picture.pts] = self.time_of(self.written + 1) - picture.pts
+        self.written += 1
+        self.mux(self.stream.encode(picture))
+
+    def time_of(self, i):
+        """In units of time_base; behind the last frame, when it ends."""
+        if self.pts is None:
+            return i
+        return int(self.pts[i]) if i < len(self.pts) else int(self.pts[-1]) + self.source.last_duration
+
+    def mux(self, packets):
+        for packet in packets:
+            if self.sound:  # as far as the pictures, so that neither has to wait in memory
+                self.sound.copy_until(packet.dts * packet.time_base)
+            packet.duration = self.durations.pop(packet.pts)
+            self.container.mux(packet)
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if self.written:
+                self.mux(self.stream.encode(None))
+                if self.sound:
+                    whole = error is None and self.written == len(self.pts)
+                    self.sound.copy_until(np.inf if whole else self.time_of(self.written) * self.time_base)
+            self.container.close()
+        finally:
+            self.file.close()
+
+
+class Sound:
+    """The first sound of a VideoFile, carried over into another container: copied, or encoded as AAC."""
+
+    def __init__(self, container, source):
+        self.container, self.start = container, source.start
+        with source.opened() as (given, _):
+            self.stream, self.encode = self.add_stream(given.streams.audio[0])
+        self.packets = self.read(source)
+        self.waiting = next(self.packets, None)
+
+    def add_stream(self, audio):
+        """(the new stream, whether it has to be encoded)."""
+        if audio.codec_context.name.startswith(SOUND_OF_MP4):
+            return self.container.add_stream_from_template(audio), False
+        return self.container.add_stream("aac", rate=audio.rate), True
+
+    def read(self, source):
+        """Packets for the new stream, as many as can be read."""
+        with source.opened() as (container, _):
+            audio = container.streams.audio[0]
+            shift = round(self.start / audio.time_base)
+            try:
+                for packet in container.demux(audio):
+                    if self.encode:
+                        for frame in packet.decode():
+                            frame.pts = None if frame.pts is None else frame.pts - shift
+                            yield from self.stream.encode(frame)
+                    elif packet.dts is not None:
+                        packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, self.stream
+                        yield packet
+            except av.FFmpegError as error:
+                warn(f"{source.path}: its sound can be read to the middle only ({error.strerror})")
+            if self.encode:
+                yield from self.stream.encode(None)
+
+    def copy_until(self, seconds):
+        while self.waiting is not None and self.waiting.dts * self.waiting.time_base <= seconds:
+            self.container.mux(self.waiting)
+            self.waiting = next(self.packets, None)
