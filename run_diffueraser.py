@@ -41,7 +41,7 @@ def build_parser():
         help="what to remove is white: a video file, a folder of masks, or one image for all frames")  # fmt: skip
     add("--output_dir", required=True, metavar="DIR", help="result.mp4 and frames/ are written there")
     add("--fps", type=float,
-        help=f"an even rate, without sound (default: the video's own times, else {DEFAULT_FPS:g} a second)")  # fmt: skip
+        help=f"an even rate, without sound (default: the video's own times, else {DEFAULT_FPS:g})")  # fmt: skip
     add("--overwrite", action="store_true", help="replace a frames/ or result.mp4 that no earlier result made")
     add("--resolution", type=int, metavar="PX",
         help="shrink a clip whose short side is longer while working: less memory (default: no)")  # fmt: skip
