@@ -19,14 +19,25 @@ from common.errors import InputError, one_line_errors
 from common.files import check_writable, note_own, refuse_foreign
 from common.run_files import append_row, write_rows
 from dataset.folders import list_folders, read_names
-from dataset.images import KINDS, describe_content, find_hole, list_frames, pair_by_name, read_frames, read_mask_values
+from dataset.images import (
+    KINDS,
+    describe_content,
+    find_hole,
+    list_frames,
+    pair_by_name,
+    read_frame,
+    read_frames,
+    read_mask_values,
+    size_of,
+)
 from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, draw_holes, mask_span, split_mask_span
 from libs.evaluation.baselines import BASELINES
 from libs.evaluation.contact_sheet import contact_sheet, stack_sheets
 from libs.evaluation.metrics import SMALLEST_FLOW, Reference, average, table
 from libs.evaluation.vfid import frechet_distance, load_i3d
+from libs.inference.composition import paste, resize_picture
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline
-from libs.inference.pipeline import paste
+from libs.inference.prior import ON_THE_SPOT, make_prior
 from libs.inference.video import describe_holes, resize, stack, write_image
 
 TRUTH = "the video itself"
@@ -116,10 +127,34 @@ def load_video(folder, number, args):
     return *resize(frames, holes, height, width), note
 
 
+def check_priors(folders, args):
+    """Raises InputError where --prior is a path and lacks a video's frames."""
+    for folder in folders if args.prior not in ON_THE_SPOT else ():
+        prior, needed = Path(args.prior, folder.name), len(list_frames(folder))
+        found = len(list_frames(prior)) if prior.is_dir() else 0
+        if found != needed:
+            raise InputError(f"{prior} holds {found} frames, {folder} {needed}: --prior needs a folder of as many "
+                             f"frames for every video, or one of {', '.join(ON_THE_SPOT)}")  # fmt: skip
+
+
+def load_prior(folder, size, args):
+    """(f, h, w, 3), the video as another method filled it, scaled to `size` (height, width); None: there is none."""
+    if args.prior in ON_THE_SPOT:
+        return None
+    path = Path(args.prior, folder.name)
+    frames, own = read_frames(list_frames(path)), read_frame(list_frames(folder)[0])
+    if frames[0].shape != own.shape:
+        raise InputError(f"{path} is {size_of(frames[0])}, {folder} is {size_of(own)}: --prior needs frames of the "
+                         "video's size")  # fmt: skip
+    return np.stack([resize_picture(frame, *size) for frame in frames])
+
+
 def make_methods(args):
-    """{name: function of (frames, holes) that returns filled frames}; the models come last."""
-    methods = {TRUTH: lambda frames, holes: frames}
-    methods |= {name: BASELINES[name] for name in args.rivals}
+    """{name: function of (frames, holes, prior or None) that returns filled frames}; the models come last."""
+    methods = {TRUTH: lambda frames, holes, prior: frames}
+    methods |= {name: lambda frames, holes, prior, fill=BASELINES[name]: fill(frames, holes) for name in args.rivals}
+    if args.prior not in ON_THE_SPOT:
+        methods[f"prior {args.prior}"] = lambda frames, holes, prior: prior
     if not args.no_model:
         if args.baseline:
             methods[f"baseline {args.baseline}"] = fill_with(args, args.baseline)
@@ -130,9 +165,11 @@ def make_methods(args):
 def fill_with(args, weights):
     pipeline, prompt_embeds, _ = load_pipeline(args, weights)
 
-    def fill(frames, holes):
-        with tqdm(total=pipeline.count_calls(len(frames)), leave=False, unit="call", disable=None) as bar:
-            return pipeline.fill(frames, holes, prompt_embeds, args.seed, progress=bar.update)
+    def fill(frames, holes, prior):
+        prior = make_prior(args.prior, frames, holes) if prior is None else prior
+        work = pipeline.count_work(len(frames), prior is not None)
+        with tqdm(total=work, leave=False, unit="frame", disable=None) as bar:
+            return pipeline.fill(frames, holes, prompt_embeds, args.seed, prior, progress=bar.update)
 
     return fill
 
@@ -148,6 +185,7 @@ def main(argv=None):
     if args.masks:  # all of them, before hours are spent on the first
         for folder in folders:
             pair_by_name(folder, Path(args.masks, folder.name), ("--frames", "--masks"))
+    check_priors(folders, args)
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
     written = ["scores.csv", "means.csv", *(f"{folder.name}.png" for folder in folders)]
@@ -160,9 +198,10 @@ def main(argv=None):
     features = {name: [] for name in methods}  # (1024,) of every video
     for number, folder in enumerate(folders):
         frames, holes, note = load_video(folder, number, args)
+        prior = load_prior(folder, holes.shape[1:], args)
         reference, sheets = Reference(frames, holes), []
         for name, method in methods.items():
-            result = paste(frames, method(frames, holes), holes)
+            result = paste(frames, method(frames, holes, prior), holes)
             values = {"frames": reference.scored_frames, **reference.score(result)}
             scores.setdefault(name, []).append(values)
             append_row(by_video, {"method": name, "video": folder.name, **values})

@@ -1,9 +1,12 @@
 """Remove an object from a clip of your own with a converted folder.
 
 python run_diffueraser.py --video clip.mp4 --mask mask.mp4 --output_dir results/clip
+python run_diffueraser.py --video clip.mp4 --mask mask.mp4 --output_dir results/clip --as_deployed --prior prior.mp4
 """
 
 import argparse
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,18 @@ from tqdm import tqdm
 from common.command_line import Parser, at_least, require
 from common.errors import InputError, one_line_errors
 from common.files import check_writable, note_own, refuse_foreign
-from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline
-from libs.inference.pipeline import MASK_DILATIONS, paste
-from libs.inference.video import dilate, open_masks, open_video, resize, upscale, write_image
+from libs.inference.composition import (
+    compose_as_deployed,
+    grow_as_deployed,
+    paste_frame,
+    resize_as_deployed,
+    resize_picture,
+    size_as_deployed,
+)
+from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline, own_default
+from libs.inference.prior import ON_THE_SPOT, make_prior
+from libs.inference.streams import Mapped, Stream
+from libs.inference.video import dilate, open_masks, open_video, upscale, write_image
 from libs.inference.video_file import DEFAULT_FPS, VideoWriter
 
 RESULTS = ("frames", "result.mp4")
@@ -33,9 +45,13 @@ def build_parser():
     add("--overwrite", action="store_true", help="replace a frames/ or result.mp4 that no earlier result made")
     add("--resolution", type=int, metavar="PX",
         help="shrink a clip whose short side is longer while working: less memory (default: no)")  # fmt: skip
-    add("--mask_dilation", type=int, default=MASK_DILATIONS, metavar="PX", help="grow the mask (default: %(default)s)")
-    add("--soft_edge", type=int, default=8, metavar="PX",
-        help="around the hole, the result fades into the clip over this width (default: %(default)s)")  # fmt: skip
+    add("--max_side", type=int, metavar="PX",
+        help=f"the same for the long side ({own_default('max_side')}, and the result stays as small)")  # fmt: skip
+    add("--mask_dilation", type=int, metavar="PX",
+        help=f"grow the mask ({own_default('mask_dilation')}, after erosion by 1)")  # fmt: skip
+    add("--soft_edge", type=int, metavar="PX",
+        help="around the hole, the result fades into the clip over this width (default: 8; as deployed by a blurred "
+        "mask)")  # fmt: skip
     add_inference_flags(parser)
     return parser
 
@@ -58,33 +74,59 @@ def open_clip(args):
     return video, masks
 
 
-def read_clip(video, masks, args):
-    """Yield (frame (1, h, w, 3), hole (1, h, w)), the hole dilated."""
-    for frame, hole in zip(video.frames(), masks.frames(len(video)), strict=True):
-        yield frame[None], dilate(hole[None], args.mask_dilation)
+def open_prior(args, video):
+    """A stream of what another method made of the clip; None where --prior is no path."""
+    if args.prior in ON_THE_SPOT:
+        return None
+    prior = open_video(args.prior)
+    found, needed = (f"{len(clip)} frames of {clip.width}x{clip.height}" for clip in (prior, video))
+    if found != needed:
+        raise InputError(f"{args.prior} has {found}, {args.video} {needed}: a prior of the clip's length and size was "
+                         "needed")  # fmt: skip
+    return Stream(len(prior), prior.frames)
 
 
-def read_small(video, masks, args):
-    """The whole clip at the size that it is worked on: (frames (f, h, w, 3), holes (f, h, w))."""
-    scale = min(1, args.resolution / min(video.height, video.width)) if args.resolution else 1
-    height, width = round(video.height * scale), round(video.width * scale)
-    frames, holes = np.empty((len(video), height, width, 3), np.uint8), np.empty((len(video), height, width), np.uint8)
-    for i, (frame, hole) in enumerate(read_clip(video, masks, args)):
-        frames[i : i + 1], holes[i : i + 1] = resize(frame, hole, height, width)
-    return frames, holes
+def working_size(video, args):
+    """(height, width) that the model works in."""
+    height, width = video.height, video.width
+    if args.resolution and min(height, width) > args.resolution:
+        scale = args.resolution / min(height, width)
+        height, width = round(height * scale), round(width * scale)
+    if args.as_deployed:
+        return size_as_deployed(height, width, args.max_side)
+    scale = min(1, args.max_side / max(height, width)) if args.max_side else 1
+    return round(height * scale), round(width * scale)
 
 
-def fill(pipeline, prompt_embeds, frames, holes, args):
-    """(f, h, w, 3) uint8: the generated frames. The progress bar shows on a terminal only."""
-    with tqdm(total=pipeline.count_calls(len(frames)), desc="windows x steps", unit="call", disable=None) as bar:
-        return pipeline.fill(frames, holes, prompt_embeds, args.seed, progress=bar.update)
+def prepare(video, masks, args):
+    """Streams (frames, holes) that the result is composed of: as deployed at the model's size, else at the clip's."""
+    frames, whole = Stream(len(video), video.frames), Stream(len(video), lambda: masks.frames(len(video)))
+    if not args.as_deployed:
+        return frames, Mapped(lambda mask: dilate(mask[None], args.mask_dilation)[0], whole)
+    height, width = working_size(video, args)
+    resized = partial(resize_as_deployed, height=height, width=width)
+    return Mapped(resized, frames), Mapped(lambda mask: grow_as_deployed(resized(mask), args.mask_dilation), whole)
 
 
-def paste_all(video, masks, filled, args):
-    """Yield the clip's own frames (h, w, 3) with their holes filled; every pixel that is farther than the soft edge
-    from a hole is the clip's."""
-    for (frame, hole), new in zip(read_clip(video, masks, args), filled, strict=True):
-        yield paste(frame, upscale(new[None], video.height, video.width), hole, args.soft_edge)[0]
+def remove_object(pipeline, prompt_embeds, clip, prior, size, args):
+    """Yield the result's frames (h, w, 3) uint8: the holes filled, and what is far from one untouched.
+
+    Args:
+        clip: streams (frames, holes) that the result is composed of.
+        prior: stream of frames, or None.
+        size: (height, width) that the model works in.
+    """
+    resized = partial(resize_as_deployed if args.as_deployed else resize_picture, height=size[0], width=size[1])
+    small = [Mapped(resized, stream) for stream in clip]
+    prior = make_prior(args.prior, *small) if prior is None else Mapped(resized, prior)
+    work = pipeline.count_work(len(small[0]), prior is not None)
+    with tqdm(total=work, desc="frames x networks", unit="frame", disable=None) as bar:
+        filled = pipeline.stream(*small, prompt_embeds, args.seed, prior, progress=bar.update)
+        for frame, new, hole in zip(clip[0], filled, clip[1], strict=True):
+            if args.soft_edge is None:
+                yield compose_as_deployed(frame, new, hole)
+            else:
+                yield paste_frame(frame, upscale(new[None], *hole.shape)[0], hole, args.soft_edge)
 
 
 def check_output(args):
@@ -92,7 +134,7 @@ def check_output(args):
     folder = Path(args.output_dir)
     check_writable(folder, "--output_dir")
     written = {(folder / name).resolve() for name in RESULTS}
-    if written & {Path(args.video).resolve(), Path(args.mask).resolve()}:
+    if written & {Path(path).resolve() for path in (args.video, args.mask, args.prior)}:
         raise InputError(f"--output_dir={args.output_dir}: the result would replace the clip; choose another folder")
     refuse_foreign(folder, RESULTS, args.overwrite)
     return folder
@@ -103,14 +145,20 @@ def frame_file(folder, i):
 
 
 def write_result(folder, video, frames, fps):
-    """frames/ and result.mp4, one frame after the other, instead of those of an earlier result."""
+    """frames/ and result.mp4, one frame after the other, instead of those of an earlier result.
+
+    Args:
+        video: gives the number of frames, their times and sound.
+        frames: an iterator, whose frames may have another size.
+    """
     earlier = note_own(folder, {"frames": len(video), "result.mp4": 1})
     for i in range(len(video), earlier.get("frames", 0)):
         frame_file(folder, i).unlink(missing_ok=True)
     Path(folder, "frames").mkdir(exist_ok=True)
     source = None if video.fps is None else video
-    with VideoWriter(folder / "result.mp4", video.height, video.width, fps, source) as movie:
-        for i, frame in enumerate(frames):
+    first = next(frames)
+    with VideoWriter(folder / "result.mp4", *first.shape[:2], fps, source) as movie:
+        for i, frame in enumerate(chain([first], frames)):
             write_image(frame_file(folder, i), frame)
             movie.write(frame)
 
@@ -118,18 +166,21 @@ def write_result(folder, video, frames, fps):
 @one_line_errors
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    at_least(0, args, "mask_dilation", "soft_edge")
-    at_least(SMALLEST_SIDE, args, "resolution")
-    require(args.fps is None or 0 < args.fps < np.inf, f"--fps={args.fps}: a positive number was needed")
     check_inference_flags(args)
+    at_least(0, args, "mask_dilation", "soft_edge")
+    at_least(SMALLEST_SIDE, args, "resolution", "max_side")
+    require(args.fps is None or 0 < args.fps < np.inf, f"--fps={args.fps}: a positive number was needed")
     video, masks = open_clip(args)
+    prior, size = open_prior(args, video), working_size(video, args)
+    require(min(size) >= SMALLEST_SIDE, f"{args.video} would be worked on in {size[1]}x{size[0]} pixels, "
+            f"{SMALLEST_SIDE}x{SMALLEST_SIDE} or more was needed")  # fmt: skip
     folder = check_output(args)
     pipeline, prompt_embeds, stage = load_pipeline(args, args.weights)
+    windows = pipeline.windows.at_step(len(video), 0)
     print(f"{len(video)} frames of {video.width}x{video.height}, {masks.describe()}, stage {stage}, "
-          f"{len(pipeline.windows(len(video)))} windows of {min(pipeline.nframes, len(video))} frames on "
-          f"{pipeline.device.type}")  # fmt: skip
-    filled = fill(pipeline, prompt_embeds, *read_small(video, masks, args), args)
-    write_result(folder, video, paste_all(video, masks, filled, args), args.fps)
+          f"{len(windows)} windows of {windows[0][1]} frames on {pipeline.device.type}")  # fmt: skip
+    result = remove_object(pipeline, prompt_embeds, prepare(video, masks, args), prior, size, args)
+    write_result(folder, video, result, args.fps)
     print(f"{folder / 'result.mp4'} and {folder / 'frames'}")
 
 

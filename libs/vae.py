@@ -6,6 +6,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 MAX_PIXELS_AT_ONCE = 11 * 512**2  # through the VAE's encoder, where they take 4 GiB
+MAX_PIXELS_DECODED = 4 * 512**2  # through its decoder, which takes more
 
 
 class FrozenVAE:
@@ -66,9 +67,11 @@ class FrozenVAE:
 
     @torch.no_grad()
     def decode(self, latents):
-        """(N, c, h, w) to pixels (N, 3, 8h, 8w) in [-1, 1], frame by frame: decoding takes the most memory of all."""
+        """(N, c, h, w) to pixels (N, 3, 8h, 8w) in [-1, 1], a few frames at once: decoding takes the most memory."""
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        return torch.cat([self.vae.decode(latent).sample.float().clamp(-1, 1) for latent in latents.split(1)])
+        pixels = self.scale**2 * latents.shape[2] * latents.shape[3]
+        slices = latents.split(max(1, MAX_PIXELS_DECODED // pixels))
+        return torch.cat([self.vae.decode(few).sample.float().clamp(-1, 1) for few in slices])
 
 
 def frames_at_once(frames, height, width):

@@ -9,7 +9,10 @@ from conftest import moving_video
 from diffusers import UniPCMultistepScheduler
 
 from libs.base_model import BaseModel, quiet_libraries
-from libs.inference.pipeline import Pipeline, paste, ramp
+from libs.inference.composition import paste
+from libs.inference.few_step import FewStepSampler
+from libs.inference.pipeline import Pipeline
+from libs.inference.windows import CrossFadedLatents, ramp
 from libs.vae import FrozenVAE
 
 
@@ -38,7 +41,7 @@ def make_pipeline(model, nframes=4, overlap=2, steps=3, **changes):
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 6, 9, 60])
 @pytest.mark.parametrize(("nframes", "overlap"), [(4, 0), (4, 2), (4, 3), (22, 7)])
 def test_windows_cover_every_frame(length, nframes, overlap):
-    windows = make_pipeline(None, nframes, overlap).windows(length)
+    windows = make_pipeline(None, nframes, overlap).windows.at_step(length, 0)
     assert {t for start, stop in windows for t in range(start, stop)} == set(range(length))
     assert {stop - start for start, stop in windows} == {min(length, nframes)}
     for (_, stop), (start, _) in pairwise(windows):
@@ -122,12 +125,21 @@ def test_the_seed_and_the_noise(shared_noise):
     assert torch.equal(start[0][0], start[0][1]) == shared_noise
 
 
-def test_progress_counts_the_calls():
-    done = []
+CROSS_FADED = {"blending": CrossFadedLatents, "nframes": 8, "sampler": FewStepSampler()}
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"two_passes": True}, CROSS_FADED])
+def test_progress_counts_the_frames(changes, prior):
+    """All that go through a network: 3 steps of 4 windows of 4 frames, beside encoding and decoding."""
+    done, steps = [], 3
     frames, holes = moving_video(9, 16, 16)
-    pipeline = make_pipeline(lambda latents, *rest: latents)
-    pipeline.fill(frames, holes, None, 0, progress=lambda: done.append(1))
-    assert len(done) == pipeline.count_calls(9) == 12
+    pipeline = make_pipeline(lambda latents, *rest: latents, prior_scheduler=UniPCMultistepScheduler(), **changes)
+    pipeline.fill(frames, holes, None, 0, frames if prior else None, progress=done.append)
+    assert sum(done) == pipeline.count_work(9, prior)
+    first_pass = (steps + 2) * 4 if "two_passes" in changes else 0
+    called = steps * 2 * 8 if changes is CROSS_FADED else steps * 4 * 4
+    assert sum(done) == called + (2 + prior) * 9 + first_pass
 
 
 @pytest.mark.parametrize("soft_edge", [0, 5])

@@ -14,7 +14,7 @@ from conftest import DATA
 import eval_DiffuEraser
 from libs.evaluation.baselines import BASELINES
 from libs.evaluation.vfid import I3D, frechet_distance, load_i3d, max_pool, same_padding
-from libs.inference.pipeline import paste
+from libs.inference.composition import paste
 
 LAYOUT = json.loads((DATA / "published_layout/pytorch-i3d/keys.json").read_text())
 # Of the InceptionI3d of pytorch-i3d with the weights and videos below, in training mode and double precision, its

@@ -35,18 +35,26 @@ def blank(frame, hole):
 
 def temporal_median(frames, holes):
     """Every pixel's median over the frames that show it; Telea where none does."""
-    filled = frames.copy()
-    never_seen = (holes > 0).all(axis=0)
-    for top in range(0, frames.shape[1], ROWS):
+    plate, never_seen = median_plate(frames, holes)
+    return np.stack([with_plate(frame, hole, plate, never_seen) for frame, hole in zip(frames, holes, strict=True)])
+
+
+def median_plate(frames, holes):
+    """(every pixel's median over the frames that show it (h, w, 3) uint8, where none does (h, w))."""
+    plate, never_seen = np.zeros_like(frames[0]), (holes > 0).all(axis=0)
+    for top in range(0, len(plate), ROWS):
         rows = slice(top, top + ROWS)
-        hole = holes[:, rows] > 0
-        known = np.where(hole[..., None], np.nan, frames[:, rows].astype(np.float32))
-        known[:, never_seen[rows]] = 0  # filled below
-        median = np.nanmedian(known, axis=0).round().astype(np.uint8)
-        filled[:, rows] = np.where(hole[..., None], median, frames[:, rows])
-    if never_seen.any():
-        filled = telea(filled, np.broadcast_to(never_seen, holes.shape))
-    return filled
+        known = np.where(holes[:, rows, :, None] > 0, np.nan, frames[:, rows].astype(np.float32))
+        known[:, never_seen[rows]] = 0  # filled by Telea
+        plate[rows] = np.nanmedian(known, axis=0).round()
+    return plate, never_seen
+
+
+def with_plate(frame, hole, plate, never_seen):
+    """A frame (h, w, 3) with the plate in its hole (h, w), and Telea where the plate shows nothing."""
+    filled = np.where(hole[..., None] > 0, plate, frame)
+    unknown = never_seen & (hole > 0)
+    return telea(filled[None], unknown[None])[0] if unknown.any() else filled
 
 
 def mean_colour(frames, holes):

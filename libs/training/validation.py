@@ -20,7 +20,8 @@ from dataset.utils import draw_holes
 from libs.evaluation.baselines import telea
 from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers, stack_sheets
 from libs.evaluation.metrics import SCORES, Reference, average, table
-from libs.inference.pipeline import MASK_DILATIONS, Pipeline, paste
+from libs.inference.composition import MASK_DILATIONS, paste
+from libs.inference.pipeline import Pipeline
 from libs.inference.video import dilate, resize, stack, write_gif
 from libs.training.log import log
 from libs.training.validation_loss import ValidationLoss, attempt, spread

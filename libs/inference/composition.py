@@ -1,0 +1,61 @@
+"""From a mask to the hole that is filled, and from the generated frames to the result; ours, and as deployed.
+
+Masks and holes are (h, w) uint8, 255 = remove; frames (h, w, 3) uint8 RGB.
+"""
+
+import cv2
+import numpy as np
+from PIL import Image
+
+MASK_DILATIONS = 4  # of object masks in validation and by default in run_diffueraser.py
+SQUARE = cv2.getStructuringElement(cv2.MORPH_RECT, (3, 3))
+BLUR = (21, 21)  # pixels; OpenCV derives a standard deviation of 3.5 from it
+
+
+def grow_as_deployed(mask, iterations):
+    """Eroded once, which removes specks, and dilated so many times."""
+    return cv2.dilate(cv2.erode(mask, SQUARE), SQUARE, iterations=iterations)
+
+
+def resize_picture(picture, height, width):
+    """A frame at another size by area, a mask by nearest, so that it stays binary."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    return cv2.resize(
+        picture, (width, height), interpolation=cv2.INTER_AREA if picture.ndim == 3 else cv2.INTER_NEAREST
+    )
+
+
+def size_as_deployed(height, width, longest):
+    """(height, width) that DiffuEraser works in: the long side `longest` pixels at most, both multiples of 8."""
+    ratio = max(1, max(height, width) / longest)
+    return int(height / ratio) // 8 * 8, int(width / ratio) // 8 * 8
+
+
+def resize_as_deployed(picture, height, width):
+    """A frame bicubically, a mask by nearest."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    method = Image.Resampling.BICUBIC if picture.ndim == 3 else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(picture).resize((width, height), method))
+
+
+def compose_as_deployed(frame, filled, hole):
+    """`filled` in the hole M, fading out around it: its share is 1 - (1 - M)(1 - blurred M), in 8 bits."""
+    share = 1 - (1 - hole / 255) * (1 - cv2.GaussianBlur(hole, BLUR, 0) / 255)
+    share = (share * 255).astype(np.uint8)[..., None].astype(np.float32) / 255
+    return (filled * share + frame * (1 - share)).astype(np.uint8)
+
+
+def paste_frame(frame, filled, hole, soft_edge=0):
+    """`filled` inside the hole, `frame` outside; over `soft_edge` pixels around the hole one fades into the other."""
+    if not soft_edge or not hole.any():
+        return np.where(hole[..., None] > 0, filled, frame)
+    distance = cv2.distanceTransform((hole == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    share = np.clip(1 - distance / (soft_edge + 1), 0, 1)[..., None]
+    return np.where(share > 0, share * filled + (1 - share) * frame, frame).round().astype(np.uint8)
+
+
+def paste(frames, filled, holes, soft_edge=0):
+    """`paste_frame` of whole clips: (f, h, w, 3)."""
+    return np.stack([paste_frame(*of_frame, soft_edge) for of_frame in zip(frames, filled, holes, strict=True)])
