@@ -11,12 +11,12 @@ from common.errors import InputError
 from common.weights import fingerprint
 from libs.checkpoints.checkpoint import TrainerState
 
-# What resuming makes of a setting that has changed since the checkpoint.
-REFUSED = "refused"  # position in the data or optimizer state would mean something else; --resume_anyway goes on
-OPTIMIZER = "optimizer"  # refused always: optimizer state has another form
-BATCH = "batch"  # logged, as long as the global batch stays: a step then is the mean over the same clips
+# What resuming makes of a setting that has changed since the checkpoint, as docs/settings.md says it.
+REFUSED = "refused"  # the position in the data or the optimizer's state would mean something else
+OPTIMIZER = "refused always: another form of optimizer state"
+BATCH = "logged if processes x batch x accumulation stay, else refused"  # a step then is the mean over the same clips
 LOGGED = "logged"
-CONTENT = "content"  # a folder: not where it lies, but what it holds is compared
+CONTENT = "path free; other content refused"
 IN_WORDS = {"clips": "clips an epoch", "videos": "videos, by a hash of names and lengths,"}
 # Their product is the global batch.
 BATCH_SETTINGS = ("num_processes", "train_batch_size", "gradient_accumulation_steps")

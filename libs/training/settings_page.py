@@ -3,7 +3,7 @@
 import re
 
 from common.command_line import default_of, settings_by_group
-from libs.checkpoints.resume import BATCH, CONTENT, LOGGED, OPTIMIZER, REFUSED
+from libs.checkpoints.resume import LOGGED
 from libs.training.config import CONFIGS, LAUNCHER_VARIABLES
 
 HEAD = """# Settings
@@ -17,16 +17,6 @@ Variables are the shell scripts': `NFRAMES=16 bash finetune_stage1.sh`. Flags go
 On resuming, a changed setting is taken over without a word (free), taken over and logged (logged), or the run does not
 start (refused), unless `--resume_anyway` is given.
 """
-ON_CHANGE = {
-    None: "free",
-    REFUSED: "refused",
-    OPTIMIZER: "refused always: another form of optimizer state",
-    BATCH: "logged if processes x batch x accumulation stay, else refused",
-    LOGGED: "logged",
-    CONTENT: "path free; other content refused",
-}
-
-
 COLUMNS = ["| variable | flag | default | meaning | on resuming |", "|---|---|---|---|---|"]
 
 
@@ -56,7 +46,7 @@ def row(fields):
         meaning += f"; without the shell script: {'off' if first.type is bool else 'none'}"
     if meta["may_be_empty"]:
         meaning += "; may be empty"
-    resuming = ON_CHANGE[meta["on_change"]]
+    resuming = meta["on_change"] or "free"
     if meta["sets_clips"] and meta["on_change"] == LOGGED:
         resuming += "; the held-out loss starts anew"
     variable = f"`{meta['variable']}`" if meta["variable"] else ""
