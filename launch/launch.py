@@ -43,7 +43,6 @@ FORMS = {  # of variables: what they must match, in words
     "MIXED_PRECISION": ("no|fp16|bf16", "no (fp32), fp16 or bf16"),
 }
 LINES_SHOWN = 15  # of a failed run's log
-KILLED = 128 + signal.SIGKILL  # the exit status of a shell whose command was killed
 
 
 @one_line_errors
@@ -301,8 +300,7 @@ class Trainers:
             print(f"{self.stop_file} cannot be written ({error.strerror}): a second signal ends at once", flush=True)
 
     def kill(self):
-        launcher = psutil.Process(self.process.pid)
-        for process in (launcher, *launcher.children(recursive=True)):
+        for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
