@@ -29,6 +29,8 @@ from libs.training.setup import (
 from libs.training.stopping import StopRequest
 from libs.training.validation import Validation
 
+STOPPED = "stopped by %s at step %d; the same command with --resume_from_checkpoint=latest goes on"
+
 
 @one_line_errors
 def run(stage, argv=None):
@@ -54,12 +56,7 @@ def run(stage, argv=None):
 
 
 def train(config, stage, accelerator, found, stop):
-    """Step until the last step, or until a signal asks to stop.
-
-    Args:
-        stage: Stage; which models there are and what is trained.
-        found: what the checks have opened: weights, dataset, and the state to start from.
-    """
+    """Step until the last step, or until a signal asks to stop. `found`: RunInputs, what the checks have opened."""
     seed_everything(config)
     base, validation_embeds = load_base(config, accelerator, found)
     validation = Validation(config, stage, accelerator, found, base, validation_embeds, stop)
@@ -82,9 +79,7 @@ def train(config, stage, accelerator, found, stop):
         broken_videos.note(batch)
         with accelerator.accumulate(model):
             loss = forward_backward(batch)
-            grad_norm = None
-            if accelerator.sync_gradients:
-                grad_norm = unsharded(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+            grad_norm = clip_gradients(accelerator, model, config.max_grad_norm)
             optimizer.step()
             forward_backward.clear_gradients(optimizer)
         meter.add(loss, grad_norm, state.global_step + 1, batch["videos"])
@@ -108,8 +103,7 @@ def train(config, stage, accelerator, found, stop):
         if saving:
             checkpoints.save(meter.bad_streak(), must=last or stopping)
         if stopping:
-            log.info("stopped by %s at step %d; the same command with --resume_from_checkpoint=latest goes on",
-                     stop.signal, step)  # fmt: skip
+            log.info(STOPPED, stop.signal, step)
             break
         if validating:
             validation.run(unwrapped, state)
@@ -121,6 +115,13 @@ def train(config, stage, accelerator, found, stop):
     else:
         checkpoints.convert()
     base.close()
+
+
+def clip_gradients(accelerator, model, max_norm):
+    """Their norm before clipping; None where more passes add to them."""
+    if not accelerator.sync_gradients:
+        return None
+    return unsharded(accelerator.clip_grad_norm_(model.parameters(), max_norm))
 
 
 def must_stop(config, accelerator, step, stop):
