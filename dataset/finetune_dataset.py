@@ -18,7 +18,6 @@ from dataset.images import read_frames
 from dataset.utils import FULL_SPAN, fill, random_outlines
 
 PROMPT = "clean background"
-PROMPTS = (PROMPT, "")  # a clip's `prompt` is an index into these
 DAVIS_OVERSAMPLING = 10  # about 60 DAVIS videos beside 3,471 of YouTube-VOS: 15 % of an epoch instead of 2 %
 MIN_HOLE = 0.01  # share of the crop that has to be hole in every frame
 MAX_REDRAWS = 1000
@@ -30,7 +29,7 @@ class Clip:
 
     frames: np.ndarray  # (f, h, w, 3) uint8, RGB
     holes: np.ndarray  # (f, h, w) uint8, 255 = hole, 0 = keep
-    prompt: int  # index into PROMPTS
+    prompt: int  # index into FinetuneDataset.prompts
     noise_seed: int  # everything random that the training step does to this clip follows from it
     video: str
     paths: tuple[Path, ...]  # of the frames, in the clip's order
@@ -42,8 +41,9 @@ class FinetuneDataset(Dataset):
 
     Args:
         args: davis_root, ytvos_root (one of them may be None or empty), nframes, resolution; optional: seed (42),
-            proportion_empty_prompts (0), mask_span (smallest and largest share of each side of the frame),
-            mask_original_margins (False), validation_image (folders of frames that are left out of training).
+            prompt ("clean background"), proportion_empty_prompts (0), mask_span (smallest and largest share of each
+            side of the frame), mask_original_margins (False), validation_image (folders of frames that are left out of
+            training).
         tokenizer: CLIP tokenizer for `input_ids`; may be None where only `clip` is used.
         broken: {folder: reason} of videos to leave out, as `scan_frames` finds them.
 
@@ -56,6 +56,7 @@ class FinetuneDataset(Dataset):
         self.proportion_empty_prompts = getattr(args, "proportion_empty_prompts", 0)
         self.mask_span = getattr(args, "mask_span", FULL_SPAN)
         self.mask_original_margins = getattr(args, "mask_original_margins", False)
+        self.prompts = (getattr(args, "prompt", PROMPT), "")
         self.tokenizer, broken = tokenizer, broken or {}
         self.epoch = 0
 
@@ -106,7 +107,7 @@ class FinetuneDataset(Dataset):
             "pixel_values": pixel_values,
             "conditioning_pixel_values": conditioning_pixel_values,
             "masks": masks,
-            "input_ids": tokenize(self.tokenizer, PROMPTS[clip.prompt]),
+            "input_ids": tokenize(self.tokenizer, self.prompts[clip.prompt]),
         }
 
     def clip(self, index, epoch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import libs.checkpoints.convert
 from common.errors import InputError
+from libs.base_model import BaseModel
 from libs.brushnet_CA import BrushNetModel
-from libs.checkpoints.convert import convert, main
+from libs.checkpoints.convert import convert, main, read_prompt
 from libs.checkpoints.model_card import write_model_card
+from libs.inference.load import choose_prompt
 from libs.inpainter import FrameInpainter
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import UNetMotionModel
@@ -204,3 +207,23 @@ def test_converting_twice_replaces_the_first(train, tmp_path):
         convert(1, tmp_path / "s1" / f"checkpoint-{step}", tmp_path / "out")
         assert json.loads((tmp_path / "out/brushnet/conversion.json").read_text())["step"] == step
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "s1"]
+
+
+def test_the_prompt_goes_from_training_to_inference(train, tmp_path, weights, monkeypatch):
+    """It is what the text encoder reads, and what run and eval fill holes with unless they are told otherwise."""
+    encode, read = BaseModel.encode_prompts, []
+
+    def watch(base, prompts, device):
+        read.append(prompts)
+        return encode(base, prompts, device)
+
+    monkeypatch.setattr(BaseModel, "encode_prompts", watch)
+    train(1, max_train_steps=1, prompt="grass")
+    assert read == [["grass", ""]]
+    args = SimpleNamespace(prompt=None, as_deployed=False)
+    assert choose_prompt(args, tmp_path / "run") == "grass"
+    assert choose_prompt(args, weights / "diffuEraser") == "clean background"
+    assert choose_prompt(SimpleNamespace(prompt="", as_deployed=False), tmp_path / "run") == ""
+    assert choose_prompt(SimpleNamespace(prompt=None, as_deployed=True), tmp_path / "run") == ""
+    convert(1, tmp_path / "run", tmp_path / "again")
+    assert read_prompt(tmp_path / "again") == "grass"

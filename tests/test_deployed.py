@@ -361,7 +361,7 @@ def test_flags_have_two_defaults(command):
         args = run_diffueraser.build_parser().parse_args(command(**given))
         check_inference_flags(args)
         flags = (args.prior, args.blend, args.two_passes, args.mask_dilation, args.soft_edge, args.max_side)
-        assert (*flags, choose_prompt(args)) == expected
+        assert (*flags, choose_prompt(args, "/no/folder")) == expected
 
 
 @pytest.mark.parametrize(

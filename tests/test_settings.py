@@ -141,11 +141,13 @@ def test_a_checkpoint_s_settings_keep_their_names(stage):
         "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "max_train_steps",
         "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "mixed_precision",
         "gradient_checkpointing", "compile", "cuda_graph", "proportion_empty_prompts", "use_8bit_adam",
+        "prompt",  # since 2026-11-26
     }  # fmt: skip
 
 
 def another(name, value):
     other = {"mask_span": (0.1, 0.2), "validation_image": ["a"], "mixed_precision": "bf16", "lr_scheduler": "cosine"}
+    other["prompt"] = "grass"
     if name in other:
         return other[name]
     return not value if isinstance(value, bool) else (value or 0) + 1

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from common.command_line import Parser
 from common.errors import InputError, one_line_errors
-from common.weights import WEIGHTS_NAME, compare_shapes, fingerprint, read_tensors, shapes_of
+from common.weights import WEIGHTS_NAME, compare_shapes, fingerprint, read_json, read_tensors, shapes_of
+from dataset.finetune_dataset import PROMPT
 from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints.checkpoint import (
     MODEL_FILE,
@@ -29,7 +30,8 @@ from libs.checkpoints.model_card import write_model_card
 from libs.inpainter import INPAINTERS
 from libs.unet_2d_condition import UNet2DConditionModel
 
-MARKER_FILE = "conversion.json"  # tells a converted folder, which may be written anew, from source weights
+# In a converted folder: step, prompt and checksum. Tells it, as it may be written anew, from source weights.
+MARKER_FILE = "conversion.json"
 HELP = {
     "input_dir": "a checkpoint-<step> folder, or a run's folder: its newest complete checkpoint",
     "output_dir": "where unet_main/ and brushnet/ are written",
@@ -56,6 +58,7 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
     refuse_source_weights(output_dir, [checkpoint, pretrained_stage1] if pretrained_stage1 else [checkpoint])
     if is_original_form(checkpoint):
         step = checkpoint.name.rpartition("-")[2]
+        marker = {"stage": stage, "step": step}
         parts = original_parts(stage, checkpoint, [pretrained_stage1, model_config])
     else:
         state = TrainerState.read(checkpoint, weights_only=True)
@@ -64,6 +67,7 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
                 f"{checkpoint} is a stage {state.stage} checkpoint: use save_checkpoint_stage{state.stage}.py"
             )
         step = state.global_step
+        marker = {"stage": stage, "step": step, "prompt": state.settings.get("prompt", PROMPT)}
         parts = own_parts(state, checkpoint, pretrained_stage1)
 
     print(f"converting {checkpoint} (stage {stage}, step {step})", flush=True)
@@ -72,7 +76,7 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
     try:
         shutil.rmtree(partial, ignore_errors=True)
         for name, (cls, config, tensors) in parts.items():
-            summary = write_model(partial / name, cls, config, tensors, {"stage": stage, "step": step})
+            summary = write_model(partial / name, cls, config, tensors, marker)
             print(f"{output_dir / name}: {summary}", flush=True)
         for name in parts:
             replace_folder(partial / name, output_dir / name)
@@ -229,6 +233,12 @@ def write_model(folder, cls, config, tensors, marker):
     Path(folder, MARKER_FILE).write_text(json.dumps({**marker, "sha256": checksum}, indent=1))
     millions = sum(tensor.numel() for tensor in state_dict.values()) / 1e6
     return f"{cls.__name__}, {len(state_dict)} tensors, {millions:.1f} M values, sha256 {checksum[:16]}"
+
+
+def read_prompt(folder):
+    """What the weights of a converted folder were trained with; of any other folder "clean background"."""
+    marker = Path(folder, "unet_main", MARKER_FILE)
+    return read_json(marker).get("prompt", PROMPT) if marker.is_file() else PROMPT
 
 
 @one_line_errors

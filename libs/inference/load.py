@@ -11,9 +11,9 @@ from common.command_line import at_least, require
 from common.distributed import DTYPES
 from common.errors import InputError
 from common.weights import read_config, read_shapes
-from dataset.finetune_dataset import PROMPT
 from libs.base_model import BaseModel
 from libs.brushnet_CA import BrushNetModel
+from libs.checkpoints.convert import read_prompt
 from libs.inference.composition import MASK_DILATIONS
 from libs.inference.few_step import FewStepSampler, FewStepWeights
 from libs.inference.pipeline import Pipeline
@@ -69,7 +69,7 @@ def add_sampling_flags(add):
         f"another method has made ({own_default('prior')})")  # fmt: skip
     add("--num_inference_steps", type=int, metavar="N",
         help="steps of UniPC (default: the stage's, 50 or 20) or of few-step weights (the file's)")  # fmt: skip
-    add("--prompt", help=f"what to fill the hole with (default: {PROMPT}; as deployed none)")
+    add("--prompt", help="what to fill the hole with (default: what the weights were trained with; as deployed none)")
     add("--seed", type=int, default=42, help="the result's noise follows from it (default: 42)")
     add("--mixed_precision", choices=DTYPES, help="weights and arithmetic (default: fp16 on a GPU, else no)")
 
@@ -95,11 +95,11 @@ def check_inference_flags(args):
         FewStepWeights(args.pcm_weights, args.num_inference_steps)
 
 
-def choose_prompt(args):
-    """What the text encoder reads, where --prompt does not say it."""
+def choose_prompt(args, weights):
+    """What the text encoder reads: --prompt, or what the folder `weights` was trained with."""
     if args.prompt is not None:
         return args.prompt
-    return "" if args.as_deployed else PROMPT
+    return "" if args.as_deployed else read_prompt(weights)
 
 
 def load_pipeline(args, weights):
@@ -124,7 +124,7 @@ def load_pipeline(args, weights):
     nframes, overlap = window_sizes(args, inpainter, unet)
 
     device, dtype = choose_device(args)
-    prompt_embeds = base.encode_prompts([choose_prompt(args)], device)
+    prompt_embeds = base.encode_prompts([choose_prompt(args, weights)], device)
     model = inpainter(unet.load(dtype), brushnet.load(dtype)).to(device).eval()
     if few_step:
         few_step.fold(model.unet_main)

@@ -92,8 +92,11 @@ class TrainConfig:
         on_change=LOGGED, on_card=True, sets_clips=True)
     mask_original_margins: bool = setting(  # of --mask_span=original
         False, "", flag=False, on_change=LOGGED, sets_clips=True)
+    prompt: str = setting(
+        PROMPT, "what the text encoder reads for every clip; run_diffueraser.py and eval_DiffuEraser.py take it over",
+        metavar="TEXT", variable="PROMPT", may_be_empty=True, on_change=LOGGED, on_card=True, sets_clips=True)
     proportion_empty_prompts: float = setting(
-        0.0, f"share of clips trained with an empty prompt instead of '{PROMPT}'", metavar="P", check=share,
+        0.0, "share of clips trained with an empty prompt instead of --prompt", metavar="P", check=share,
         on_change=LOGGED)
     scan_data: bool = setting(False, "read every frame before training; what is broken is left out")
     max_broken_share: float = setting(
@@ -188,7 +191,7 @@ class TrainConfig:
         list, "Python list of folders of masks, any value above 0 = hole, with the frames' names", metavar="LIST",
         parse=python_list, per_machine=True, launcher="their `Annotations/480p/`")
     validation_prompt: Sequence | None = setting(
-        None, "Python list of prompts", metavar="LIST", parse=python_list, default_text=f"'{PROMPT}' for every video")
+        None, "Python list of prompts", metavar="LIST", parse=python_list, default_text="--prompt for every video")
     probe_clips: int = setting(
         16, "held-out loss: on N fixed clips of the validation videos, with fixed masks, timesteps and noises; 0: off",
         check=zero_or_more, on_change=LOGGED, sets_clips=True)
@@ -251,7 +254,7 @@ REMOVED_FLAGS = {
     "--train_data_dir": "folders of frames replaced videos: use --davis_root and --ytvos_root",
     "--csv_file": "folders of frames replaced the list of videos: use --davis_root and --ytvos_root",
     "--video_column": "folders of frames replaced the list of videos: use --davis_root and --ytvos_root",
-    "--caption_column": f"every clip is trained with the prompt '{PROMPT}': use --proportion_empty_prompts",
+    "--caption_column": "every clip is trained with one prompt: use --prompt or --proportion_empty_prompts",
     "--max_train_samples": "shorten ImageSets/2017/train.txt, or use --max_train_steps",
     "--cache_dir": "set the environment variable HF_HOME",
     "--hub_token": "nothing is uploaded: use `hf upload` on the converted folders",
@@ -279,7 +282,7 @@ def parse_args(stage, argv=None):
 def check_validation(config):
     """The three validation lists belong together, entry by entry, frame by frame."""
     if config.validation_prompt is None:
-        config.validation_prompt = [PROMPT] * len(config.validation_image)
+        config.validation_prompt = [config.prompt] * len(config.validation_image)
     lists = {name: getattr(config, name) for name in ("validation_image", "validation_mask", "validation_prompt")}
     if len({len(entries) for entries in lists.values()}) > 1:
         lengths = ", ".join(f"--{name} has {len(entries)}" for name, entries in lists.items())

@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 
 from common.distributed import DTYPES, autocast_under_fsdp, refuse_differences
 from common.weights import fingerprint, weight_files
-from dataset.finetune_dataset import PROMPTS
 from dataset.loader import EpochSampler, TrainingClips
 from libs.base_model import LoadedBase
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
@@ -53,13 +52,14 @@ def load_base(config, accelerator, found):
     One embedding per prompt for the whole run; the text encoder is gone before the large models come.
     """
     device, half = accelerator.device, DTYPES[accelerator.mixed_precision]
-    embeds = found.base.encode_prompts([*PROMPTS, *config.validation_prompt], device)
+    prompts = found.dataset.prompts
+    embeds = found.base.encode_prompts([*prompts, *config.validation_prompt], device)
     cache = open_latent_cache(config, accelerator, found.base, half) if config.latent_cache else None
     vae = found.base.load_vae(device, half, config.nframes, cache)
     if config.compile:
         vae.compile_encoder()
-    base = LoadedBase(vae, found.base.noise_scheduler, embeds[: len(PROMPTS)], device)
-    return base, embeds[len(PROMPTS) :]
+    base = LoadedBase(vae, found.base.noise_scheduler, embeds[: len(prompts)], device)
+    return base, embeds[len(prompts) :]
 
 
 def open_latent_cache(config, accelerator, base, dtype):
