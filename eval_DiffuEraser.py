@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.command_line import Parser, require
+from common.command_line import Parser, Renamed, require
 from common.errors import InputError, one_line_errors
 from common.files import check_writable, note_own, refuse_foreign
 from common.run_files import append_row, write_rows
@@ -25,10 +25,8 @@ from dataset.images import (
     find_hole,
     list_frames,
     pair_by_name,
-    read_frame,
     read_frames,
     read_mask_values,
-    size_of,
 )
 from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, draw_holes, mask_span, split_mask_span
 from libs.evaluation.baselines import BASELINES
@@ -37,7 +35,7 @@ from libs.evaluation.metrics import SMALLEST_FLOW, Reference, average, table
 from libs.evaluation.vfid import frechet_distance, load_i3d
 from libs.inference.composition import paste, resize_picture
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline
-from libs.inference.prior import ON_THE_SPOT, make_prior
+from libs.inference.prior import ON_THE_SPOT, check_prior, make_prior, open_prior
 from libs.inference.video import describe_holes, resize, stack, write_image
 
 TRUTH = "the video itself"
@@ -50,9 +48,9 @@ def build_parser():
     add("--masks", metavar="DIR", help="folder with a folder of masks per video, of the frames' names, above 0 = hole")
     add("--videos", nargs="+", metavar="NAME", help="names of videos, or a text file of names (default: all)")
     add("--size", type=size, metavar="WxH", help="scale frames and masks to this size, such as 432x240")
-    add("--baseline", metavar="DIR", help="another converted folder to compare with")
-    add("--rivals", nargs="*", choices=BASELINES, default=list(BASELINES), metavar="NAME",
-        help=f"plain methods to compare with (default: {' '.join(BASELINES)})")  # fmt: skip
+    add("--compare_with", "--baseline", action=Renamed, metavar="DIR", help="another converted folder")
+    add("--baselines", "--rivals", action=Renamed, nargs="*", choices=BASELINES, default=list(BASELINES),
+        metavar="NAME", help=f"plain methods to compare with (default: {' '.join(BASELINES)})")  # fmt: skip
     add("--i3d_weights", metavar="FILE", help="compute VFID too: i3d_rgb_imagenet.pt, the state dict of pytorch-i3d")
     add("--no_model", action="store_true", help="score the plain methods only: no weights are needed")
     add("--output_dir", default="evaluation", metavar="DIR", help="CSV files and contact sheets (default: %(default)s)")
@@ -127,37 +125,15 @@ def load_video(folder, number, args):
     return *resize(frames, holes, height, width), note
 
 
-def check_priors(folders, args):
-    """Raises InputError where --prior is a path and lacks a video's frames."""
-    for folder in folders if args.prior not in ON_THE_SPOT else ():
-        prior, needed = Path(args.prior, folder.name), len(list_frames(folder))
-        found = len(list_frames(prior)) if prior.is_dir() else 0
-        if found != needed:
-            raise InputError(f"{prior} holds {found} frames, {folder} {needed}: --prior needs a folder of as many "
-                             f"frames for every video, or one of {', '.join(ON_THE_SPOT)}")  # fmt: skip
-
-
-def load_prior(folder, size, args):
-    """(f, h, w, 3), the video as another method filled it, scaled to `size` (height, width); None: there is none."""
-    if args.prior in ON_THE_SPOT:
-        return None
-    path = Path(args.prior, folder.name)
-    frames, own = read_frames(list_frames(path)), read_frame(list_frames(folder)[0])
-    if frames[0].shape != own.shape:
-        raise InputError(f"{path} is {size_of(frames[0])}, {folder} is {size_of(own)}: --prior needs frames of the "
-                         "video's size")  # fmt: skip
-    return np.stack([resize_picture(frame, *size) for frame in frames])
-
-
 def make_methods(args):
     """{name: function of (frames, holes, prior or None) that returns filled frames}; the models come last."""
     methods = {TRUTH: lambda frames, holes, prior: frames}
-    methods |= {name: lambda frames, holes, prior, fill=BASELINES[name]: fill(frames, holes) for name in args.rivals}
+    methods |= {name: lambda frames, holes, prior, fill=BASELINES[name]: fill(frames, holes) for name in args.baselines}
     if args.prior not in ON_THE_SPOT:
         methods[f"prior {args.prior}"] = lambda frames, holes, prior: prior
     if not args.no_model:
-        if args.baseline:
-            methods[f"baseline {args.baseline}"] = fill_with(args, args.baseline)
+        if args.compare_with:
+            methods[f"baseline {args.compare_with}"] = fill_with(args, args.compare_with)
         methods[args.weights] = fill_with(args, args.weights)
     return methods
 
@@ -179,13 +155,14 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     split_mask_span(args)
     check_inference_flags(args)
-    if args.no_model and not args.rivals:
-        raise InputError("--no_model and an empty --rivals leave nothing to score: leave one of them out")
+    if args.no_model and not args.baselines:
+        raise InputError("--no_model and an empty --baselines leave nothing to score: leave one of them out")
     folders = find_videos(args)
     if args.masks:  # all of them, before hours are spent on the first
         for folder in folders:
             pair_by_name(folder, Path(args.masks, folder.name), ("--frames", "--masks"))
-    check_priors(folders, args)
+    for folder in folders:
+        check_prior(args.prior, folder, list_frames(folder))
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
     written = ["scores.csv", "means.csv", *(f"{folder.name}.png" for folder in folders)]
@@ -198,7 +175,9 @@ def main(argv=None):
     features = {name: [] for name in methods}  # (1024,) of every video
     for number, folder in enumerate(folders):
         frames, holes, note = load_video(folder, number, args)
-        prior = load_prior(folder, holes.shape[1:], args)
+        prior = open_prior(args.prior, folder, list_frames(folder))
+        if prior is not None:
+            prior = np.stack([resize_picture(frame, *holes.shape[1:]) for frame in prior])
         reference, sheets = Reference(frames, holes), []
         for name, method in methods.items():
             result = paste(frames, method(frames, holes, prior), holes)
@@ -216,7 +195,7 @@ def main(argv=None):
     if i3d:
         for name in methods:
             means[name]["vfid"] = frechet_distance(features[TRUTH], features[name])
-    if args.baseline and not args.no_model:
+    if args.compare_with and not args.no_model:
         *_, before, after = means.values()
         means["difference"] = {**{name: after[name] - before[name] for name in after}, "frames": after["frames"]}
     write_rows(output_dir / "means.csv", [{"method": name, "videos": len(folders), **means[name]} for name in means])

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import sys
 from dataclasses import MISSING, fields
 from typing import get_args
 
@@ -27,6 +28,15 @@ class Removed(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         raise InputError(f"{option_string} is gone: {self.const}")
+
+
+class Renamed(argparse._StoreAction):
+    """A flag with a better name than it had: the old one, second in the list, still works and says the new one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if option_string != self.option_strings[0]:
+            print(f"{option_string} is called {self.option_strings[0]} by now", file=sys.stderr, flush=True)
+        super().__call__(parser, namespace, values, option_string)
 
 
 def settings_by_group(config_class):

@@ -8,7 +8,19 @@ from pathlib import Path
 # Numbers beside the trackers' files: the lines of the log, held-out losses, and scores of every validation video.
 HISTORY_FILE, HELD_OUT_FILE, SCORES_FILE = "history.csv", "held_out.csv", "scores.csv"
 CONTACT_SHEET = "contact_sheet.png"
+AS_DEPLOYED = "-as-deployed"  # in the names of what a validation as deployed writes
 CONFIG_FILE = "config.json"  # a list with command, settings and versions of every start, in the run's folder
+
+
+def of_form(name, form):
+    """A file's name with AS_DEPLOYED, or nothing, before its extension."""
+    stem, dot, extension = name.partition(".")
+    return f"{stem}{form}{dot}{extension}"
+
+
+def validation_form(folder):
+    """The form of validation that a run's page and card show: as trained ("") where there is one."""
+    return "" if Path(folder, SCORES_FILE).is_file() else AS_DEPLOYED
 
 
 def read_starts(run_dir):

@@ -41,9 +41,9 @@ class FinetuneDataset(Dataset):
 
     Args:
         args: davis_root, ytvos_root (one of them may be None or empty), nframes, resolution; optional: seed (42),
-            prompt ("clean background"), proportion_empty_prompts (0), mask_span (smallest and largest share of each
-            side of the frame), mask_original_margins (False), validation_image (folders of frames that are left out of
-            training).
+            prompt ("clean background"), proportion_empty_prompts (0), known_frames (0: share of clips with frames
+            that have no hole), mask_span (smallest and largest share of each side of the frame), mask_original_margins
+            (False), validation_image (folders of frames that are left out of training).
         tokenizer: CLIP tokenizer for `input_ids`; may be None where only `clip` is used.
         broken: {folder: reason} of videos to leave out, as `scan_frames` finds them.
 
@@ -54,6 +54,7 @@ class FinetuneDataset(Dataset):
         self.nframes, self.resolution = args.nframes, args.resolution
         self.seed = getattr(args, "seed", 42)
         self.proportion_empty_prompts = getattr(args, "proportion_empty_prompts", 0)
+        self.known_frames = getattr(args, "known_frames", 0)
         self.mask_span = getattr(args, "mask_span", FULL_SPAN)
         self.mask_original_margins = getattr(args, "mask_original_margins", False)
         self.prompts = (getattr(args, "prompt", PROMPT), "")
@@ -126,12 +127,24 @@ class FinetuneDataset(Dataset):
             crop.resize(image, out=frame)
         return Clip(
             frames=frames,
-            holes=self.draw_holes(rng, crop),
+            holes=self.empty_some(self.draw_holes(rng, crop), epoch, index),
             prompt=int(rng.random() < self.proportion_empty_prompts),
             noise_seed=int(rng.integers(2**63)),
             video=video.name,
             paths=tuple(paths),
         )
+
+    def empty_some(self, holes, epoch, index):
+        """The holes (f, h, w), in a share of the clips without those of a few frames, evenly spread.
+
+        As inference's second pass has them, where nframes of a long clip's frames are known: a clip of 2 to nframes
+        times that length is drawn, and where the window lies in it.
+        """
+        rng = np.random.default_rng([self.seed, epoch, index, 2])
+        if rng.random() < self.known_frames:
+            spacing = rng.uniform(2, self.nframes)
+            holes[np.arange(rng.uniform(0, spacing), self.nframes, spacing).astype(int)] = 0
+        return holes
 
     def draw_holes(self, rng, crop):
         """Masks of one shape, drawn in the source frame and scaled to the crop; redrawn while next to none is seen."""

@@ -184,3 +184,20 @@ def test_progressive_jpegs(tmp_path):
     (tmp_path / "a.jpg").write_bytes(content[: len(content) * 2 // 3])
     with pytest.raises(BrokenFrame, match="is cut short"):
         read_frame(tmp_path / "a.jpg")
+
+
+def test_known_frames(videos):
+    """A share of the clips has a few frames without a hole, evenly spread; nothing else of a clip changes."""
+    plain = FinetuneDataset(settings(videos, nframes=22))
+    dataset = FinetuneDataset(settings(videos, nframes=22, known_frames=0.5))
+    emptied = []
+    for index in range(44):
+        before, clip = plain.clip(index, 0), dataset.clip(index, 0)
+        assert np.array_equal(clip.frames, before.frames) and clip.noise_seed == before.noise_seed
+        known = np.flatnonzero(~clip.holes.any(axis=(1, 2)))
+        others = np.setdiff1d(np.arange(22), known)
+        assert np.array_equal(clip.holes[others], before.holes[others])
+        steps = np.diff(known)
+        assert len(steps) == 0 or steps.max() - steps.min() <= 1
+        emptied.append(len(known))
+    assert 10 < np.count_nonzero(emptied) < 34 and min(filter(None, emptied)) <= 2 and max(emptied) >= 6

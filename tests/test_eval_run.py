@@ -140,7 +140,7 @@ def test_no_result_is_lost(weights, models, clip, capsys, monkeypatch):
         (["--size=8x8"], "argument --size: 16x16 or more was needed, not '8x8'"),
         (["--size=0x0"], "16x16 or more was needed, not '0x0'"),
         (["--size=100x15"], "16x16 or more was needed"),
-        (["--no_model", "--rivals"], "leave nothing to score"),
+        (["--no_model", "--baselines"], "leave nothing to score"),
         (["--nframes=0"], "--nframes=0: 1 or more"),
         (["--num_inference_steps=-3"], "--num_inference_steps=-3: 1 or more"),
         (["--output_dir=/proc/x"], "--output_dir /proc/x cannot be written to"),

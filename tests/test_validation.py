@@ -17,6 +17,7 @@ import torch
 from conftest import equal_files, moving_video
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_deployed import write_lora
 
 import libs.report.__main__
 import libs.training.validation
@@ -30,6 +31,7 @@ from libs.inference.video import write_frames, write_gif
 from libs.inpainter import FrameInpainter
 from libs.report.__main__ import write_report
 from libs.report.charts import ticks
+from libs.unet_2d_condition import UNet2DConditionModel
 
 
 @pytest.fixture
@@ -347,3 +349,48 @@ def test_a_cuda_graph_changes_nothing(validated, tmp_path, changes):
     validated(output_dir=tmp_path / "graph", cuda_graph=True, latent_cache=tmp_path / "latents", **settings)
     final = "unet_main/diffusion_pytorch_model.safetensors"
     assert equal_files(tmp_path / "plain" / final, tmp_path / "graph" / final)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_validation_as_deployed(validated, train, weights, tmp_path, capsys, stage):
+    """Two steps of few-step weights from a prior, beside the other form if asked: rows, files and log say which, and
+    the weights are, bit for bit, those of a run that validates without."""
+    pcm_weights = tmp_path / "pcm_sd15_2step.safetensors"
+    write_lora(pcm_weights, UNet2DConditionModel.from_pretrained(weights / "stable-diffusion-v1-5/unet"))
+    train(stage, output_dir=tmp_path / "plain")
+    capsys.readouterr()
+    validated(stage, pcm_weights=pcm_weights)
+    output = capsys.readouterr().out
+    assert "few-step weights: 2 steps" in output and "step 2, as deployed" in output
+    assert "validation as deployed: 2 videos" in output and "validation: 2 videos" not in output
+    folder = tmp_path / f"run/logs-finetune-stage{stage}"
+    assert sorted(path.name for path in (folder / "samples/sample-2").iterdir()) == [
+        "1-as-deployed.gif", "2-as-deployed.gif", "contact_sheet-as-deployed.png",
+    ]  # fmt: skip
+    assert len(read(folder / "scores-as-deployed.csv")) == 4 and not (folder / "scores.csv").exists()
+    final = "unet_main/diffusion_pytorch_model.safetensors"
+    assert equal_files(tmp_path / "plain" / final, tmp_path / "run" / final)
+    page = write_report(tmp_path / "run").read_text()
+    assert page.count("data:image/webp") == 4 and page.count("data:image/png") == 1
+    assert "filled as deployed" in (tmp_path / "run/README.md").read_text()
+    if stage == 1:  # the other stage's 20 steps take a while
+        validated(pcm_weights=pcm_weights, validate_as_trained=True, max_train_steps=1, output_dir=tmp_path / "both")
+        output = capsys.readouterr().out
+        assert "validation as deployed: 2 videos" in output and "validation: 2 videos" in output
+        names = {path.name for path in (tmp_path / "both/logs-finetune-stage1/samples/sample-1").iterdir()}
+        assert {"1.gif", "1-as-deployed.gif", "contact_sheet.png"} < names
+
+
+def test_priors_of_validation_videos(validated, weights, tmp_path, capsys):
+    """A folder of frames per video; what is not there is said before weights load."""
+    pcm_weights = tmp_path / "pcm_sd15_2step.safetensors"
+    write_lora(pcm_weights, UNet2DConditionModel.from_pretrained(weights / "stable-diffusion-v1-5/unet"))
+    settings = {"pcm_weights": pcm_weights, "prior": tmp_path / "priors", "max_train_steps": 1}
+    with pytest.raises(SystemExit):
+        validated(**settings)
+    assert "priors/buoy holds 0 frames" in capsys.readouterr().err
+    for name in ("buoy", "lantern"):
+        write_frames(tmp_path / "priors" / name, moving_video(3, 96, 160)[0])
+    validated(**settings)
+    assert "prior " + str(tmp_path / "priors") in capsys.readouterr().out
+    assert (tmp_path / "run/logs-finetune-stage1/samples/sample-1/2-as-deployed.gif").is_file()

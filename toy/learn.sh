@@ -54,8 +54,8 @@ for stage in 1 2; do "$PYTHON" -m libs.report "$run/stage$stage"; done
 evaluate() { # WEIGHTS BASELINE and further arguments
   "$PYTHON" eval_DiffuEraser.py --frames "$DAVIS_ROOT/JPEGImages/480p" --videos "$DAVIS_ROOT/ImageSets/2017/val.txt" \
     --base_model_name_or_path "$WEIGHTS/stable-diffusion-v1-5" --vae_path "$WEIGHTS/sd-vae-ft-mse" \
-    --weights "$run/$1" --baseline "$run/$2" --size "$((RESOLUTION * 7 / 4))x$RESOLUTION" \
+    --weights "$run/$1" --compare_with "$run/$2" --size "$((RESOLUTION * 7 / 4))x$RESOLUTION" \
     --output_dir "$run/evaluation-$1" "${@:3}"
 }
 evaluate stage1 start --nframes 30
-evaluate stage2 stage1 --nframes "$STAGE2_FRAMES" --rivals
+evaluate stage2 stage1 --nframes "$STAGE2_FRAMES" --baselines

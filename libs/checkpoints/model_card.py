@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from common.files import written_whole
-from common.run_files import HELD_OUT_FILE, SCORES_FILE, read_rows, read_starts
+from common.run_files import HELD_OUT_FILE, SCORES_FILE, of_form, read_rows, read_starts, validation_form
 from libs.evaluation.metrics import SCORES, average
 
 SIGNATURE = "<!-- written by the converter: remove this line to keep changes of your own -->"
@@ -44,13 +44,15 @@ def write_model_card(folder, stage, step, run_dir):
 
 def score_lines(folder, step):
     """What the run measured at that step, on its held-out videos."""
+    form = validation_form(folder)
     losses = {row["step"]: float(row["held_out_loss"]) for row in read_rows(folder / HELD_OUT_FILE)}
-    videos = [row for row in read_rows(folder / SCORES_FILE) if row["step"] == step]
+    videos = [row for row in read_rows(folder / of_form(SCORES_FILE, form)) if row["step"] == step]
     lines = []
     if step in losses:
         lines.append(f"- held-out loss: {losses[step]:.4f} (at the run's start {next(iter(losses.values())):.4f})")
     if videos:
         means = average([{name: float(row[name]) for name in ("frames", *SCORES)} for row in videos])
         scores = ", ".join(f"{heading} {means[name]:.{decimals}f}" for name, (heading, decimals) in SCORES.items())
-        lines.append(f"- {len(videos)} held-out video(s), synthetic holes, known pixels pasted back: {scores}")
+        how = "filled as deployed, " if form else ""
+        lines.append(f"- {len(videos)} held-out video(s), synthetic holes, {how}known pixels pasted back: {scores}")
     return lines

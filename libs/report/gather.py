@@ -10,7 +10,16 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from common.errors import InputError
-from common.run_files import CONTACT_SHEET, HELD_OUT_FILE, HISTORY_FILE, SCORES_FILE, read_rows, read_starts
+from common.run_files import (
+    CONTACT_SHEET,
+    HELD_OUT_FILE,
+    HISTORY_FILE,
+    SCORES_FILE,
+    of_form,
+    read_rows,
+    read_starts,
+    validation_form,
+)
 from libs.checkpoints.checkpoint import list_checkpoints, read_best
 from libs.evaluation.metrics import SCORES, average
 from libs.report.charts import Chart, Line, smooth
@@ -30,7 +39,8 @@ def gather(run_dir):
     if not history:
         raise InputError(f"{folder}/{HISTORY_FILE} has no step yet: wait for the run's first line in the log")
     held_out = numbers(read_rows(folder / HELD_OUT_FILE))
-    scores = average_by_step(numbers(read_rows(folder / SCORES_FILE)))
+    form = validation_form(folder)
+    scores = average_by_step(numbers(read_rows(folder / of_form(SCORES_FILE, form))))
     best = read_best(run_dir)
     videos = [Path(video).name for video in starts[-1]["settings"]["validation_image"]]
     return {
@@ -43,9 +53,9 @@ def gather(run_dir):
         ],
         "score_names": SCORES,
         "scores": evenly(list(scores.items()), SCORE_ROWS),
-        "samples": samples(folder / "samples", videos),
+        "samples": samples(folder / "samples", videos, form),
         "checkpoints": checkpoints(run_dir, held_out, best),
-        "sheet": newest_sheet(folder / "samples"),
+        "sheet": newest_sheet(folder / "samples", form),
         "starts": starts,
     }
 
@@ -118,11 +128,12 @@ def list_samples(folder):
     return sorted((int(path.name.partition("-")[2]), path) for path in folder.glob("sample-*"))
 
 
-def samples(folder, videos):
+def samples(folder, videos, form):
     """(steps, [(video, [animation, or None, at each step])])."""
     validations = evenly(list_samples(folder), SAMPLES)
     rows = [
-        (video, [animation(path / f"{n}.gif") for _, path in validations]) for n, video in enumerate(videos, start=1)
+        (video, [animation(path / f"{n}{form}.gif") for _, path in validations])
+        for n, video in enumerate(videos, start=1)
     ]
     return [step for step, _ in validations], rows
 
@@ -142,11 +153,11 @@ def animation(path):
     return data_url(content.getvalue(), "webp")
 
 
-def newest_sheet(folder):
+def newest_sheet(folder, form):
     """The newest whole contact sheet's data URL, or None."""
     for _, path in reversed(list_samples(folder)):
         try:
-            content = (path / CONTACT_SHEET).read_bytes()
+            content = (path / of_form(CONTACT_SHEET, form)).read_bytes()
             Image.open(io.BytesIO(content)).load()
         except UNREADABLE:  # missing, or being written
             continue

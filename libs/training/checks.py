@@ -7,19 +7,21 @@ from pathlib import Path
 
 import torch
 from accelerate.tracking import LoggerType, get_available_trackers
-from PIL import Image
 
 from common.distributed import check_distributed, distributed_type, state_bytes
 from common.errors import InputError
 from common.files import check_writable
 from common.hardware import compiling_lacks, gpu_is_used
+from common.weights import read_shapes
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_frames
-from dataset.images import pair_by_name
+from dataset.images import image_size, list_frames, pair_by_name
 from libs.base_model import BaseModel
 from libs.checkpoints.checkpoint import TrainerState, find_latest, list_checkpoints
 from libs.checkpoints.convert import refuse_source_weights
 from libs.checkpoints.resume import describe_run, global_batch, go_on_from
+from libs.inference.few_step import FewStepWeights
+from libs.inference.prior import check_prior
 from libs.training.config import resume_policy
 from libs.training.optimizer import eight_bit_adam
 
@@ -88,6 +90,8 @@ def check_run(args, stage):
     if base and opened:
         checks.check("model family", check_fit, args, base, opened)
     checks.check("output folder", check_output_dir, args)
+    if opened and args.pcm_weights:
+        checks.check("few-step weights", check_few_step, args, opened)
     dataset = checks.open("training data", open_dataset, args)
     checks.check("validation", check_validation_videos, args)
     start = describe_run(args, stage, opened, dataset, resume_policy()) if opened and dataset else None
@@ -192,6 +196,15 @@ def open_dataset(args):
     return dataset, found
 
 
+def check_few_step(args, opened):
+    """Every tensor of --pcm_weights has its layer in the UNet, and --prior is one."""
+    few_step = FewStepWeights(args.pcm_weights)
+    layers = few_step.match(read_shapes(opened["unet_main"].files))
+    for folder in args.validation_image:
+        check_prior(args.prior, Path(folder), list_frames(folder)[: args.nframes])
+    return f"{few_step.steps} steps, {len(layers)} layers; validation as deployed, prior {args.prior}"
+
+
 def check_validation_videos(args):
     """Every mask has its frame's size. (The lists were compared when the flags were parsed.)"""
     if not args.validation_image:
@@ -212,15 +225,6 @@ def check_validation_videos(args):
     short = sum(count < args.nframes for count in counts)
     note = f"; {short} shorter than {args.nframes} frames: sampled, but not in the held-out loss" if short else ""
     return f"{len(counts)} videos of {', '.join(map(str, counts))} frames with masks{note}"
-
-
-def image_size(path):
-    """Such as 854x480, from the file's header."""
-    try:
-        with Image.open(path) as image:
-            return f"{image.width}x{image.height}"
-    except OSError as error:
-        raise InputError(f"{path} is no readable image ({error}): fetch it again") from None
 
 
 def find_start(args, stage, start):

@@ -97,7 +97,10 @@ class TrainConfig:
         metavar="TEXT", variable="PROMPT", may_be_empty=True, on_change=LOGGED, on_card=True, sets_clips=True)
     proportion_empty_prompts: float = setting(
         0.0, "share of clips trained with an empty prompt instead of --prompt", metavar="P", check=share,
-        on_change=LOGGED)
+        variable="PROPORTION_EMPTY_PROMPTS", on_change=LOGGED)
+    known_frames: float = setting(
+        0.0, "share of clips in which some frames have no hole, as in the second pass over a long clip; for stage 2",
+        metavar="P", check=share, variable="KNOWN_FRAMES", on_change=LOGGED, sets_clips=True)
     scan_data: bool = setting(False, "read every frame before training; what is broken is left out")
     max_broken_share: float = setting(
         0.05, "stop when more than this share of the clips met came from broken videos", metavar="P", check=share)
@@ -197,6 +200,13 @@ class TrainConfig:
         check=zero_or_more, on_change=LOGGED, sets_clips=True)
     validation_minutes: float = setting(
         10.0, "a validation begins no more videos after this time; those left are named", metavar="MIN", check=positive)
+    pcm_weights: str | None = setting(
+        None, "PCM's few-step weights: validation then fills holes as deployed, in 2 steps instead of 50 or 20",
+        metavar="FILE", variable="PCM_WEIGHTS", per_machine=True)
+    prior: str = setting(
+        "telea", "what that starts from: telea, median or none, made on the spot, or a folder with a folder of frames "
+        "per validation video", metavar="NAME|DIR", per_machine=True)
+    validate_as_trained: bool = setting(False, "with --pcm_weights: also fill holes as without them")
 
 
 @dataclass

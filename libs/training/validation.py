@@ -2,10 +2,12 @@
 
 Two holes are filled in every validation video: the object's, whose true background nobody knows (GIFs), and a
 synthetic one, drawn as in training but over known content, which is scored. Nothing here touches training's random
-numbers or weights, and whatever goes wrong here is one line in the log.
+numbers or weights, and whatever goes wrong here is one line in the log. With few-step weights holes are filled as
+deployed.
 """
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,17 +16,21 @@ import imageio
 import numpy as np
 import torch
 
-from common.run_files import CONTACT_SHEET, SCORES_FILE, append_row
+from common.run_files import AS_DEPLOYED, CONTACT_SHEET, SCORES_FILE, append_row, of_form
 from dataset.images import pair_by_name, read_frames, read_mask
 from dataset.utils import draw_holes
 from libs.evaluation.baselines import telea
 from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers, stack_sheets
 from libs.evaluation.metrics import SCORES, Reference, average, table
-from libs.inference.composition import MASK_DILATIONS, paste
-from libs.inference.pipeline import Pipeline
+from libs.inference.composition import MASK_DILATIONS, paste, resize_picture
+from libs.inference.few_step import FewStepWeights
+from libs.inference.pipeline import Pipeline, deployed_pipeline
+from libs.inference.prior import make_prior, open_prior
 from libs.inference.video import dilate, resize, stack, write_gif
 from libs.training.log import log
 from libs.training.validation_loss import ValidationLoss, attempt, spread
+
+AS_TRAINED = ""  # the form of validation that samples as the stage trains; the other one is AS_DEPLOYED
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
@@ -34,6 +40,7 @@ class ValidationVideo:
     object_holes: np.ndarray  # (f, h, w) uint8, 255 = hole: the object
     synthetic_holes: np.ndarray  # the same, a random shape over known content
     prompt_embeds: torch.Tensor  # (1, n, d)
+    prior: np.ndarray | None  # of --prior's folder, like frames
 
     @property
     def name(self):
@@ -69,7 +76,10 @@ def load_validation_video(images, masks, prompt_embeds, config, number):
     height, width = (round(side * scale) for side in holes.shape[1:])
     frames, holes = resize(frames, dilate(holes, MASK_DILATIONS), height, width)
     synthetic = draw_holes(len(frames), height, width, config, number)
-    return ValidationVideo(Path(images), frames, holes, synthetic, prompt_embeds)
+    prior = open_prior(config.prior, Path(images), [frame for frame, _ in pairs]) if config.pcm_weights else None
+    if prior is not None:
+        prior = np.stack([resize_picture(frame, height, width) for frame in prior])
+    return ValidationVideo(Path(images), frames, holes, synthetic, prompt_embeds, prior)
 
 
 class Validation:
@@ -84,7 +94,11 @@ class Validation:
 
     def __init__(self, config, stage, accelerator, found, base, prompt_embeds, stop):
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
-        self.inpainter, self.vae, self.sampler, self.stop = stage.model_class, base.vae, found.base.load_sampler(), stop
+        self.inpainter, self.base, self.sampler, self.stop = stage.model_class, base, found.base.load_sampler(), stop
+        self.few_step = FewStepWeights(config.pcm_weights) if config.pcm_weights else None
+        self.forms = [AS_DEPLOYED] * bool(config.pcm_weights) + [AS_TRAINED] * (
+            config.validate_as_trained or not config.pcm_weights
+        )
         self.folder = Path(config.output_dir, config.logging_dir)
         pairs = zip(config.validation_image, config.validation_mask, strict=True) if config.validation_steps else ()
         self.videos = [
@@ -99,40 +113,60 @@ class Validation:
         Args:
             model: unwrapped: DDP's forward would wait for processes that have nothing left to do.
         """
-        begin, step = time.perf_counter(), state.global_step
-        losses_by_video = self.loss.report(model, state)
-        if not self.videos:
-            return
-        found = self.sample_videos(model, step)
-        if self.accelerator.is_main_process:
-            attempt(step, self.device, self.report, step, found, losses_by_video)
-        self.accelerator.wait_for_everyone()
-        left = [video.name for i, video in enumerate(self.videos) if i not in found]
-        log.info("validation: %d videos in %s, %.0f s%s%s", len(found), self.samples_folder(step),
-                 time.perf_counter() - begin, f"; without {', '.join(left)}" if left else "",
-                 self.free_memory())  # fmt: skip
+        step, losses_by_video = state.global_step, self.loss.report(model, state)
+        model.eval()
+        for form in self.forms if self.videos else ():
+            begin = time.perf_counter()
+            found = attempt(step, self.device, self.sample_videos, model, step, form) or {}
+            if self.accelerator.is_main_process:
+                attempt(step, self.device, self.report, step, found, losses_by_video, form)
+            self.accelerator.wait_for_everyone()
+            left = [video.name for i, video in enumerate(self.videos) if i not in found]
+            log.info("validation%s: %d videos in %s, %.0f s%s%s", form.replace("-", " "), len(found),
+                     self.samples_folder(step), time.perf_counter() - begin,
+                     f"; without {', '.join(left)}" if left else "", self.free_memory())  # fmt: skip
 
     def samples_folder(self, step):
         return self.folder / "samples" / f"sample-{step}"
 
-    @torch.compiler.set_stance("force_eager")
-    def sample_videos(self, model, step):
-        """{number of a video: (scores, contact sheet)}; writes the GIFs of the removed objects."""
-        model.eval()
-        begin, limit = time.perf_counter(), 60 * self.config.validation_minutes
-        pipeline = Pipeline(
-            model, self.vae, self.sampler, self.device, self.config.nframes, 0, self.inpainter.inference_steps,
-            self.inpainter.shared_noise,
-        )  # fmt: skip
+    @contextmanager
+    def pipeline(self, model, form):
+        """The Pipeline of a form: what trains, from noise; or with few-step weights, as it is deployed."""
+        nframes, shared_noise = self.config.nframes, self.inpainter.shared_noise
+        if form == AS_DEPLOYED:
+            with self.few_step.folded(model.unet_main):
+                yield deployed_pipeline(model, self.few_step, self.base, self.device, nframes, shared_noise)
+        else:
+            yield Pipeline(
+                model,
+                self.base.vae,
+                self.sampler,
+                self.device,
+                nframes,
+                0,
+                self.inpainter.inference_steps,
+                shared_noise,
+            )
 
-        def sample(i):
+    def fill(self, pipeline, form, video, holes):
+        """The whole generated frames; as deployed with an empty prompt, and from a prior."""
+        if form != AS_DEPLOYED:
+            return pipeline.fill(video.frames, holes, video.prompt_embeds, self.config.seed)
+        prior = make_prior(self.config.prior, video.frames, holes) if video.prior is None else video.prior
+        return pipeline.fill(video.frames, holes, self.base.prompt_embeds[1:], self.config.seed, prior)
+
+    @torch.compiler.set_stance("force_eager")
+    def sample_videos(self, model, step, form):
+        """{number of a video: (scores, contact sheet)}; writes the GIFs of the removed objects."""
+        begin, limit = time.perf_counter(), 60 * self.config.validation_minutes
+
+        def sample(i, pipeline):
             video = self.videos[i]
             # Both before anything else that may fail in one process: a sharded model's layers need all of them.
             removed, filled = (
-                pipeline.fill(video.frames, holes, video.prompt_embeds, self.config.seed)
-                for holes in (video.object_holes, video.synthetic_holes)
+                self.fill(pipeline, form, video, holes) for holes in (video.object_holes, video.synthetic_holes)
             )
-            write_gif(self.samples_folder(step) / f"{i + 1}.gif", removed)
+            write_gif(self.samples_folder(step) / f"{i + 1}{form}.gif", removed)
             result = paste(video.frames, filled, video.synthetic_holes)
             scores = video.score(result)
             sheets = [
@@ -147,16 +181,20 @@ class Validation:
         def too_late():
             return time.perf_counter() - begin > limit or self.stop.signal is not None
 
-        found = spread(self.accelerator, len(self.videos), lambda i: attempt(step, self.device, sample, i), too_late)
+        with self.pipeline(model, form) as pipeline:
+            found = spread(
+                self.accelerator, len(self.videos), lambda i: attempt(step, self.device, sample, i, pipeline), too_late
+            )
         return {i: result for i, result in sorted(found.items()) if result is not None}
 
-    def report(self, step, found, losses_by_video):
+    def report(self, step, found, losses_by_video, form):
         """Table, CSV, contact sheet and trackers (main process)."""
         if not found:
             return
         scores = {self.videos[i]: result[0] for i, result in found.items()}
+        name = f"step {step}" + form.replace("-", " ").replace(" as", ", as", 1)
         rows = {
-            f"step {step}": average(list(scores.values())),
+            name: average(list(scores.values())),
             "OpenCV Telea": average([video.telea_scores for video in scores]),
             "the video itself": average([video.own_scores for video in scores]),
         }
@@ -166,12 +204,12 @@ class Validation:
             video = self.videos[i]
             row = {"step": step, "number": i + 1, "video": video.name}
             row |= {"held_out_loss": losses_by_video.get(video.folder, ""), **values}
-            append_row(self.folder / SCORES_FILE, row)
-        path = self.samples_folder(step) / CONTACT_SHEET
+            append_row(self.folder / of_form(SCORES_FILE, form), row)
+        path = self.samples_folder(step) / of_form(CONTACT_SHEET, form)
         imageio.imwrite(path, stack_sheets([sheet for _, sheet in found.values()]))
-        means = rows[f"step {step}"]
-        self.accelerator.log({f"validation/{name}": means[name] for name in SCORES}, step=step)
-        gifs = {f"{i + 1}-{self.videos[i].name}": self.samples_folder(step) / f"{i + 1}.gif" for i in found}
+        means = rows[name]
+        self.accelerator.log({f"validation{form}/{score}": means[score] for score in SCORES}, step=step)
+        gifs = {f"{i + 1}-{self.videos[i].name}{form}": self.samples_folder(step) / f"{i + 1}{form}.gif" for i in found}
         show_in_trackers(self.accelerator.trackers, step, gifs, path)
 
     def free_memory(self):
