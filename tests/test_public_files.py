@@ -452,6 +452,14 @@ def test_memory_does_not_grow_with_the_clip(tmp_path):
     assert peak < 12 * frame.nbytes and len(open_video(tmp_path / "result.mp4")) == 40
 
 
+def test_a_full_disk_while_writing_is_one_line():
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    expected = pytest.raises(InputError, match=r"full could not be written \(No space left")
+    with expected, VideoWriter("/dev/full", 480, 640, 10) as writer:
+        for _ in range(30):
+            writer.write(noise)
+
+
 # Folders that hold something already
 
 
