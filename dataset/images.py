@@ -102,7 +102,7 @@ def scan_jpeg(jpeg):
 def scan_png(png):
     """The same of a PNG, whose pieces say how long they are: OpenCV would allocate what a damaged one says."""
     place = len(PNG)
-    while 0 < len(png[place : place + 8]) and png[place + 4 : place + 8] != b"IEND":
+    while place < len(png) and png[place + 4 : place + 8] != b"IEND":
         place += 12 + int.from_bytes(png[place : place + 4], "big")
     return int.from_bytes(png[20:24], "big"), int.from_bytes(png[16:20], "big"), place < len(png)
 
