@@ -64,10 +64,12 @@ def read_bytes(path):
         raise BrokenFrame(f"{path} is a Git LFS pointer, not an image: run git lfs pull")
     if content.startswith(JPEG):
         height, width, whole = scan_jpeg(content)
-        if not whole:  # OpenCV would fill the rest with grey
-            raise BrokenFrame(f"{path} is cut short ({len(content)} bytes)")
+    elif content.startswith(PNG):
+        height, width, whole = scan_png(content)
     else:
-        height, width = scan_header(content)
+        height, width, whole = *scan_header(content), True
+    if not whole:  # OpenCV would fill the rest of a JPEG with grey
+        raise BrokenFrame(f"{path} is cut short ({len(content)} bytes)")
     if height * width > MOST_PIXELS:
         raise BrokenFrame(f"{path} promises more than {MOST_PIXELS} pixels: a damaged header")
     return content
@@ -97,6 +99,14 @@ def scan_jpeg(jpeg):
     return height, width, jpeg.rfind(b"\xff\xd9", place) >= 0
 
 
+def scan_png(png):
+    """The same of a PNG, whose pieces say how long they are: OpenCV would allocate what a damaged one says."""
+    place = len(PNG)
+    while place < len(png) and png[place + 4 : place + 8] != b"IEND":
+        place += 12 + int.from_bytes(png[place : place + 4], "big")
+    return int.from_bytes(png[20:24], "big"), int.from_bytes(png[16:20], "big"), place < len(png)
+
+
 @contextmanager
 def pillow(file):
     """An image file opened by Pillow, whose header alone is read, and which is not to say what it thinks of it."""
@@ -106,8 +116,6 @@ def pillow(file):
 
 def scan_header(content):
     """(height, width) of any other image; (0, 0) where Pillow does not know it."""
-    if content.startswith(PNG) and len(content) >= 24:  # Pillow checks the header's sum first, OpenCV after allocating
-        return int.from_bytes(content[20:24], "big"), int.from_bytes(content[16:20], "big")
     try:
         with pillow(io.BytesIO(content)) as image:
             return image.height, image.width

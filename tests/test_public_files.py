@@ -39,6 +39,7 @@ COLOURS = "000 800 080 880 008 808 088 888 400"
 DAVIS_COLOURS = [16 * int(digit, 16) for digit in COLOURS.replace(" ", "")]
 BARS = np.array([191, 0, 0, 0, 191, 0, 0, 0, 191, 191, 191, 0, 0, 191, 191, 191, 0, 191, 191, 191, 191, 74, 203, 221])
 BARS = BARS.reshape(8, 3)
+OPTIONS = {"libx264": {"crf": "5"}, "libvpx": {"deadline": "realtime"}}
 
 
 class CopyingPipeline:
@@ -86,7 +87,7 @@ def encode(path, frames, codec="libx264", container="mp4", times=None, time_base
     """A video file as other programs write them; `tags` are matrix and range, or None, and `sound` a codec."""
     times = range(len(frames)) if times is None else times
     with open(path, "wb") as file, av.open(file, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=1 / time_base, options={"crf": "5"} if codec == "libx264" else {})
+        stream = out.add_stream(codec, rate=1 / time_base, options=OPTIONS.get(codec, {}))
         context = stream.codec_context
         context.height, context.width, context.pix_fmt, context.time_base = *frames[0].shape[:2], pixels, time_base
         if tags:
@@ -450,6 +451,14 @@ def test_memory_does_not_grow_with_the_clip(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12 * frame.nbytes and len(open_video(tmp_path / "result.mp4")) == 40
+
+
+def test_a_full_disk_while_writing_is_one_line():
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    expected = pytest.raises(InputError, match=r"full could not be written \(No space left")
+    with expected, VideoWriter("/dev/full", 480, 640, 10) as writer:
+        for _ in range(30):
+            writer.write(noise)
 
 
 # Folders that hold something already

@@ -18,6 +18,7 @@ from common.errors import InputError
 
 DEFAULT_FPS = 24.0  # of folders of frames, and of videos that do not say
 LIKELY_FPS = (1, 240)  # what a container claims beyond that is its clock's rate
+FINEST_CLOCK, USUAL_CLOCK = 10**6, 90_000  # ticks a second: finer ones are more than an mp4 holds
 LONGEST_LAST = 10  # times the usual: a last frame that is said to stand longer was cut from a longer video
 MOST_TWICE = 0.05  # share of frames that may stand at the same time; more, and there are no true times
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # ITU-T H.273
@@ -26,17 +27,8 @@ LIMITED_RANGE = 1  # luma 16-235
 SD_SIDES = (1279, 576)  # up to this width and height, a video without tags is BT.601, larger ones BT.709, as players do
 ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 SOUND_OF_MP4 = ("aac", "mp3", "ac3", "eac3", "alac")  # copied; any other is encoded as AAC
-NO_VIDEOS = (
-    "tty",
-    "hls",
-    "concat",
-    "dash",
-    "sdp",
-    "bin",
-    "xbin",
-    "adf",
-    "idf",
-)  # texts and lists that ffmpeg would play
+# Texts and lists that ffmpeg would play
+NO_VIDEOS = ("tty", "hls", "concat", "dash", "sdp", "bin", "xbin", "adf", "idf")
 DAMAGED = (av.FFmpegError, OSError)  # what reading raises; some of PyAV's errors are the system's
 CRF = "10"  # x264's quality: hardly a visible loss
 
@@ -90,6 +82,9 @@ class VideoFile:
         known = np.array([time for time in pts if time is not None], np.int64)
         if len(known) < len(pts) or np.count_nonzero(np.diff(known) <= 0) > MOST_TWICE * len(pts):
             self.time_base, self.start, known, end = 1 / rate, Fraction(0), np.arange(len(pts)), len(pts)
+        if self.time_base.denominator > FINEST_CLOCK:
+            ticks = float(self.time_base * USUAL_CLOCK)
+            self.time_base, known, end = Fraction(1, USUAL_CLOCK), np.round(known * ticks).astype(np.int64), None
         order = np.arange(len(pts))
         self.pts = np.maximum.accumulate(known - order) + order  # a time that comes twice is moved by a tick
         steps = np.diff(self.pts) if len(pts) > 1 else np.array([round(1 / (rate * self.time_base))])
@@ -210,7 +205,8 @@ class VideoWriter:
         picture.time_base, picture.pts = self.time_base, self.time_of(self.written)
         self.durations[picture.pts] = self.time_of(self.written + 1) - picture.pts
         self.written += 1
-        self.mux(self.stream.encode(picture))
+        with writing(self.path):
+            self.mux(self.stream.encode(picture))
 
     def time_of(self, i):
         """In units of time_base; behind the last frame, when it ends."""
@@ -226,15 +222,22 @@ class VideoWriter:
             self.container.mux(packet)
 
     def __exit__(self, kind, error, traceback):
-        try:
+        with writing(self.path), self.file:
             if self.written:
                 self.mux(self.stream.encode(None))
                 if self.sound:
                     whole = error is None and self.written == len(self.pts)
                     self.sound.copy_until(np.inf if whole else self.time_of(self.written) * self.time_base)
             self.container.close()
-        finally:
-            self.file.close()
+
+
+@contextmanager
+def writing(path):
+    """Raises InputError where the disk is full, or the clip is nothing that an mp4 can hold."""
+    try:
+        yield
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"{path} could not be written ({error.strerror}): free some space, or use --fps") from None
 
 
 class Sound:
