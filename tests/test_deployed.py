@@ -150,7 +150,7 @@ def test_a_validation_leaves_every_bit(unet, pcm, dtype, failing):
 
 
 def test_sharded_weights_are_folded_too(tmp_path):
-    """FSDP2 keeps some weights gathered between forward passes: neither folding nor putting back may miss the shards."""
+    """Under FSDP2: shards are changed, and have their bits back."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         unet = nn.Sequential(OrderedDict(up_block=nn.Conv2d(3, 5, 3, padding=1), mid_block=nn.Linear(8, 7)))
