@@ -18,7 +18,7 @@ def one_line_errors(main):
     @wraps(main)
     def wrapped(*args, **kwargs):
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no UTF-8
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: names of files may be no UTF-8
         try:
             return main(*args, **kwargs)
         except (InputError, torch.OutOfMemoryError, MemoryError) as error:

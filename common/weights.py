@@ -129,8 +129,21 @@ def weight_files(folder, variant=None, names=(WEIGHTS_NAME, WEIGHTS_NAME)):
     """The file, or the files of a sharded model, that hold a folder's weights; safetensors before .bin.
 
     Args:
+        variant: such as "fp16", taken where the folder has it.
         names: of the safetensors and the .bin file, without variant and extension.
     """
+    files = find_files(folder, variant, names) or find_files(folder, None, names)
+    if files:
+        return files
+    extensions = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
+    others = sorted(path.name for path in Path(folder).iterdir() if path.name.endswith(extensions))
+    variants = [name.split(".")[1] for name in others if name.startswith(names) and name.count(".") > 1]
+    hint = f"; it has {others[0]}: add --variant={variants[0]}" if variants else ""
+    raise InputError(f"{folder} has no {names[0]}.safetensors: a folder with a model's weights was needed{hint}")
+
+
+def find_files(folder, variant, names):
+    """The same for one variant; an empty list where the folder does not have it."""
     dot_variant = f".{variant}" if variant else ""
     for name, extension in zip(names, ("safetensors", "bin"), strict=True):
         file = Path(folder, f"{name}{dot_variant}.{extension}")
@@ -139,7 +152,12 @@ def weight_files(folder, variant=None, names=(WEIGHTS_NAME, WEIGHTS_NAME)):
             return [file]
         if index.is_file():
             return [Path(folder, shard) for shard in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    raise InputError(f"{folder} has no {names[0]}{dot_variant}.safetensors: a folder with a model's weights was needed")
+    return []
+
+
+def variant_of(folder, variant, names=(WEIGHTS_NAME, WEIGHTS_NAME)):
+    """`variant` where the folder has it, as diffusers and transformers have to be told."""
+    return variant if variant and find_files(folder, variant, names) else None
 
 
 def open_weights(file):

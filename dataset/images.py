@@ -3,9 +3,13 @@
 Files are read as bytes and decoded from memory, so that a name may be any that the file system takes.
 """
 
+import io
 import os
 import re
+import struct
+import warnings
 from collections import Counter
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,8 +28,18 @@ SYSTEM_NAMES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information
 MOST_PIXELS = 2**26  # 8192 x 8192; a damaged header may promise gigabytes
 NOISE = 24  # of 255: what compression leaves in a mask's background stays below
 SOME = 0.05  # share of a mask's pixels that is more than chance
-JPEG = b"\xff\xd8"
+JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 START_OF_FRAME = (b"\xc0", b"\xc1", b"\xc2")  # the segments that hold a JPEG's size: baseline, extended, progressive
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+)  # of Pillow
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -50,10 +64,14 @@ def read_bytes(path):
         raise BrokenFrame(f"{path} is a Git LFS pointer, not an image: run git lfs pull")
     if content.startswith(JPEG):
         height, width, whole = scan_jpeg(content)
-        if not whole:  # OpenCV would fill the rest with grey
-            raise BrokenFrame(f"{path} is cut short ({len(content)} bytes)")
-        if height * width > MOST_PIXELS:
-            raise BrokenFrame(f"{path} promises {width}x{height} pixels: at most {MOST_PIXELS} were expected")
+    elif content.startswith(PNG):
+        height, width, whole = scan_png(content)
+    else:
+        height, width, whole = *scan_header(content), True
+    if not whole:  # OpenCV would fill the rest of a JPEG with grey
+        raise BrokenFrame(f"{path} is cut short ({len(content)} bytes)")
+    if height * width > MOST_PIXELS:
+        raise BrokenFrame(f"{path} promises more than {MOST_PIXELS} pixels: a damaged header")
     return content
 
 
@@ -81,13 +99,39 @@ def scan_jpeg(jpeg):
     return height, width, jpeg.rfind(b"\xff\xd9", place) >= 0
 
 
+def scan_png(png):
+    """The same of a PNG, whose pieces say how long they are: OpenCV would allocate what a damaged one says."""
+    place = len(PNG)
+    while place < len(png) and png[place + 4 : place + 8] != b"IEND":
+        place += 12 + int.from_bytes(png[place : place + 4], "big")
+    return int.from_bytes(png[20:24], "big"), int.from_bytes(png[16:20], "big"), place < len(png)
+
+
+@contextmanager
+def pillow(file):
+    """An image file opened by Pillow, whose header alone is read, and which is not to say what it thinks of it."""
+    with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+        yield image
+
+
+def scan_header(content):
+    """(height, width) of any other image; (0, 0) where Pillow does not know it."""
+    try:
+        with pillow(io.BytesIO(content)) as image:
+            return image.height, image.width
+    except Image.DecompressionBombError:
+        return MOST_PIXELS, 2
+    except UNREADABLE:
+        return 0, 0
+
+
 def image_size(path):
     """Such as 854x480: the size of what `read_frame` and `read_mask` return, from the file's header alone."""
     try:
-        with Image.open(path) as image:
+        with pillow(path) as image:
             turned = image.format != "TIFF" and image.getexif().get(0x0112) in TURNED  # Pillow turns TIFFs itself
             width, height = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is no readable image ({error}): fetch it again") from None
     return f"{height}x{width}" if turned else f"{width}x{height}"
 

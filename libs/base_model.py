@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UniPCMultistepScheduler
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from common.errors import InputError
-from common.weights import read_config, read_json, read_shapes, resolve_folder, weight_files
+from common.weights import read_config, read_json, read_shapes, resolve_folder, variant_of, weight_files
 from dataset.finetune_dataset import tokenize
 from libs.vae import FrozenVAE
 
@@ -98,8 +98,9 @@ class BaseModel:
         """(len(prompts), n, d) text embeddings, fp32; the text encoder is gone afterwards."""
         tokenizer = self.load_tokenizer()
         with quiet_libraries():
+            variant = variant_of(self.text_encoder_folder, self.variant, TEXT_ENCODER_NAMES)
             text_encoder, report = CLIPTextModel.from_pretrained(
-                self.text_encoder_folder, variant=self.variant, dtype=torch.float32, output_loading_info=True
+                self.text_encoder_folder, variant=variant, dtype=torch.float32, output_loading_info=True
             )
         refuse_missing(report, self.text_encoder_folder)
         input_ids = torch.stack([tokenize(tokenizer, prompt) for prompt in prompts])
@@ -107,8 +108,9 @@ class BaseModel:
 
     def load_vae(self, device, dtype, frames, cache=None):
         with quiet_libraries():
+            variant = variant_of(self.vae_folder, self.variant)
             vae, report = AutoencoderKL.from_pretrained(
-                self.vae_folder, variant=self.variant, torch_dtype=dtype, output_loading_info=True
+                self.vae_folder, variant=variant, torch_dtype=dtype, output_loading_info=True
             )
         refuse_missing(report, self.vae_folder)
         return FrozenVAE(vae.to(device), frames, cache)

@@ -10,7 +10,6 @@ import sys
 import types
 
 import cv2
-import imageio
 import numpy as np
 import pytest
 import torch
@@ -126,14 +125,14 @@ def test_what_is_sampled(train, videos, monkeypatch, tmp_path):
 
 def test_two_processes_may_write_the_same_gif(tmp_path, monkeypatch):
     """Where there are more processes than videos, several sample the same one."""
-    frames, write = np.zeros((2, 8, 8, 3), np.uint8), imageio.mimsave
+    frames, save = np.zeros((2, 8, 8, 3), np.uint8), Image.Image.save
 
-    def write_while_another_does(path, *args, **settings):
-        write(path, *args, **settings)
-        monkeypatch.setattr(imageio, "mimsave", write)
+    def save_while_another_does(*args, **settings):
+        save(*args, **settings)
+        monkeypatch.setattr(Image.Image, "save", save)
         write_gif(tmp_path / "1.gif", frames)
 
-    monkeypatch.setattr(imageio, "mimsave", write_while_another_does)
+    monkeypatch.setattr(Image.Image, "save", save_while_another_does)
     write_gif(tmp_path / "1.gif", frames)
     assert [path.name for path in tmp_path.iterdir()] == ["1.gif"]
 
@@ -308,13 +307,13 @@ def test_report_page(validated, tmp_path, capsys):
 def test_a_gif_is_whole_or_not_there(tmp_path, monkeypatch):
     """Whoever looks while it is written finds the old one."""
     write_gif(tmp_path / "1.gif", moving_video(3, 20, 30)[0])
-    before, save = (tmp_path / "1.gif").read_bytes(), imageio.mimsave
+    before, save = (tmp_path / "1.gif").read_bytes(), Image.Image.save
 
     def look(*args, **kwargs):
         save(*args, **kwargs)
         assert (tmp_path / "1.gif").read_bytes() == before
 
-    monkeypatch.setattr(imageio, "mimsave", look)
+    monkeypatch.setattr(Image.Image, "save", look)
     write_gif(tmp_path / "1.gif", moving_video(5, 20, 30)[0])
     assert [path.name for path in tmp_path.iterdir()] == ["1.gif"]
     with Image.open(tmp_path / "1.gif") as gif:

@@ -11,9 +11,11 @@ from common.files import written_whole
 from dataset.images import (
     FRAME_SUFFIXES,
     KINDS,
+    UNREADABLE,
     describe_content,
     find_hole,
     list_frames,
+    pillow,
     read_frame,
     read_mask_values,
     size_of,
@@ -139,9 +141,9 @@ def is_image(path):
 def refuse_animation(path):
     """An image file of several pictures, of which OpenCV would read the first."""
     try:
-        with Image.open(path) as image:
+        with pillow(path) as image:
             count = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "TIFF") else 1
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (*UNREADABLE, Image.DecompressionBombError):
         return  # reading it says why
     if count > 1:
         raise InputError(f"{path} holds {count} pictures: one, a video file, or a folder of frames was needed")

@@ -1,6 +1,6 @@
 """Video files through PyAV: what a container says of its frames is honoured, and said of those that are written.
 
-Read: times, turns and mirrors, colour matrix and range. Written: H.264 that every player and browser shows, with the
+Read: times, turns, colour matrix and range. Written: H.264 that every player and browser shows, with the
 clip's times, pixel aspect and sound, in BT.709 and limited range, tagged. Files are opened here and handed to ffmpeg as
 streams, so that a name may be any that the file system takes.
 """
@@ -18,6 +18,7 @@ from common.errors import InputError
 
 DEFAULT_FPS = 24.0  # of folders of frames, and of videos that do not say
 LIKELY_FPS = (1, 240)  # what a container claims beyond that is its clock's rate
+FINEST_CLOCK, USUAL_CLOCK = 10**6, 90_000  # ticks a second: finer ones are more than an mp4 holds
 LONGEST_LAST = 10  # times the usual: a last frame that is said to stand longer was cut from a longer video
 MOST_TWICE = 0.05  # share of frames that may stand at the same time; more, and there are no true times
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # ITU-T H.273
@@ -26,7 +27,9 @@ LIMITED_RANGE = 1  # luma 16-235
 SD_SIDES = (1279, 576)  # up to this width and height, a video without tags is BT.601, larger ones BT.709, as players do
 ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 SOUND_OF_MP4 = ("aac", "mp3", "ac3", "eac3", "alac")  # copied; any other is encoded as AAC
-NO_VIDEOS = ("tty", "hls", "concat", "dash", "sdp", "bin", "xbin", "adf", "idf")  # texts and lists that ffmpeg would play
+# Texts and lists that ffmpeg would play
+NO_VIDEOS = ("tty", "hls", "concat", "dash", "sdp", "bin", "xbin", "adf", "idf")
+DAMAGED = (av.FFmpegError, OSError)  # what reading raises; some of PyAV's errors are the system's
 CRF = "10"  # x264's quality: hardly a visible loss
 
 
@@ -67,9 +70,9 @@ class VideoFile:
         if self.transfer:
             warn(f"{path} is HDR ({HDR_TRANSFERS[self.transfer]}): its values are used and kept as they are, which "
                  "weights trained on SDR have not seen; convert it to SDR for better results")  # fmt: skip
-        self.turn = turn_of(last)
-        self.height, self.width = (last.width, last.height) if self.turn[0] else (last.height, last.width)
-        if self.turn[0]:
+        self.turn = round(last.rotation / 90) % 4  # counterclockwise, as np.rot90 counts
+        self.height, self.width = (last.width, last.height) if self.turn % 2 else (last.height, last.width)
+        if self.turn % 2:
             self.sample_aspect_ratio = 1 / self.sample_aspect_ratio
         self.set_times(pts, end, rate)
 
@@ -79,6 +82,9 @@ class VideoFile:
         known = np.array([time for time in pts if time is not None], np.int64)
         if len(known) < len(pts) or np.count_nonzero(np.diff(known) <= 0) > MOST_TWICE * len(pts):
             self.time_base, self.start, known, end = 1 / rate, Fraction(0), np.arange(len(pts)), len(pts)
+        if self.time_base.denominator > FINEST_CLOCK:
+            ticks = float(self.time_base * USUAL_CLOCK)
+            self.time_base, known, end = Fraction(1, USUAL_CLOCK), np.round(known * ticks).astype(np.int64), None
         order = np.arange(len(pts))
         self.pts = np.maximum.accumulate(known - order) + order  # a time that comes twice is moved by a tick
         steps = np.diff(self.pts) if len(pts) > 1 else np.array([round(1 / (rate * self.time_base))])
@@ -93,11 +99,15 @@ class VideoFile:
     @contextmanager
     def opened(self):
         """(container, its video stream)."""
-        with open(self.path, "rb") as file:
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read ({error.strerror}): see who may read it") from None
+        with file:
             try:
                 container = av.open(file, metadata_errors="replace", io_open=refuse_other_file)
                 require(container.format.name not in NO_VIDEOS, "")
-            except (av.FFmpegError, OSError, ValueError):  # an InputError is one
+            except (*DAMAGED, ValueError):  # an InputError is one
                 raise InputError(
                     f"{self.path} is no video that can be decoded: convert it with ffmpeg, or give its frames"
                 ) from None
@@ -115,13 +125,13 @@ class VideoFile:
             while True:
                 try:
                     packet = next(packets, None)
-                except av.FFmpegError:  # the file ends in the middle of a packet
+                except DAMAGED:  # the file ends in the middle of a packet
                     return
                 if packet is None:
                     return
                 try:
                     yield from packet.decode()
-                except av.FFmpegError:  # a damaged packet; what follows may be whole
+                except DAMAGED:  # a damaged packet; what follows may be whole
                     continue
 
     def frames(self):
@@ -134,10 +144,10 @@ class VideoFile:
                 matrix = "ITU601" if small else "ITU709"
             try:
                 rgb = reformatter.reformat(frame, format="rgb24", src_colorspace=matrix, interpolation=ACCURATE)
-            except (av.FFmpegError, ValueError):
+            except (*DAMAGED, ValueError):
                 raise InputError(f"{self.path} has colours ({frame.format.name}) that cannot be read: convert it to "
                                  "yuv420p with ffmpeg") from None  # fmt: skip
-            yield turned(rgb.to_ndarray(), self.turn)
+            yield np.ascontiguousarray(np.rot90(rgb.to_ndarray(), self.turn))
 
 
 def refuse_other_file(url, flags, options):
@@ -147,21 +157,6 @@ def refuse_other_file(url, flags, options):
 
 def warn(line):
     print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
-def turn_of(frame):
-    """(transpose, mirror left to right, then top to bottom): what a container says of how a frame is shown."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False, False, False
-    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32)  # x' = a x + c y, y' = b x + d y
-    return (True, bool(c < 0), bool(b < 0)) if abs(b) > abs(a) else (False, bool(a < 0), bool(d < 0))
-
-
-def turned(image, turn):
-    transpose, mirror, flip = turn
-    image = image.swapaxes(0, 1) if transpose else image
-    return np.ascontiguousarray(image[:: -1 if flip else 1, :: -1 if mirror else 1])
 
 
 class VideoWriter:
@@ -210,7 +205,8 @@ class VideoWriter:
         picture.time_base, picture.pts = self.time_base, self.time_of(self.written)
         self.durations[picture.pts] = self.time_of(self.written + 1) - picture.pts
         self.written += 1
-        self.mux(self.stream.encode(picture))
+        with writing(self.path):
+            self.mux(self.stream.encode(picture))
 
     def time_of(self, i):
         """In units of time_base; behind the last frame, when it ends."""
@@ -226,15 +222,22 @@ class VideoWriter:
             self.container.mux(packet)
 
     def __exit__(self, kind, error, traceback):
-        try:
+        with writing(self.path), self.file:
             if self.written:
                 self.mux(self.stream.encode(None))
                 if self.sound:
                     whole = error is None and self.written == len(self.pts)
                     self.sound.copy_until(np.inf if whole else self.time_of(self.written) * self.time_base)
             self.container.close()
-        finally:
-            self.file.close()
+
+
+@contextmanager
+def writing(path):
+    """Raises InputError where the disk is full, or the clip is nothing that an mp4 can hold."""
+    try:
+        yield
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"{path} could not be written ({error.strerror}): free some space, or use --fps") from None
 
 
 class Sound:
@@ -267,8 +270,8 @@ class Sound:
                     elif packet.dts is not None:
                         packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, self.stream
                         yield packet
-            except av.FFmpegError as error:
-                warn(f"{source.path}: its sound can be read to the middle only ({error.strerror})")
+            except DAMAGED as error:
+                warn(f"{source.path}: its sound cannot be read to its end ({error.strerror})")
             if self.encode:
                 yield from self.stream.encode(None)
 

@@ -1,0 +1,524 @@
+"""What people's files are like: names, lists, pictures, masks, containers, and folders that hold something already."""
+
+import tracemalloc
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import moving_video
+from fuzz_files import fuzz
+from PIL import Image
+
+import eval_DiffuEraser
+import run_diffueraser
+from common.errors import InputError
+from common.weights import variant_of, weight_files
+from dataset.finetune_dataset import FinetuneDataset
+from dataset.folders import read_names, scan_ytvos
+from dataset.images import (
+    find_hole,
+    image_size,
+    list_frames,
+    pair_by_name,
+    read_frame,
+    read_mask,
+    read_mask_values,
+    size_of,
+    sort_folders,
+)
+from libs.inference.video import open_masks, open_video, read_masks, read_video, write_frames
+from libs.inference.video_file import ACCURATE, VideoWriter
+
+# DAVIS's palette from the background to the eighth object, and a chart
+COLOURS = "000 800 080 880 008 808 088 888 400"
+DAVIS_COLOURS = [16 * int(digit, 16) for digit in COLOURS.replace(" ", "")]
+BARS = np.array([191, 0, 0, 0, 191, 0, 0, 0, 191, 191, 191, 0, 0, 191, 191, 191, 0, 191, 191, 191, 191, 74, 203, 221])
+BARS = BARS.reshape(8, 3)
+OPTIONS = {"libx264": {"crf": "5"}, "libvpx": {"deadline": "realtime"}}
+
+
+class CopyingPipeline:
+    """Fills holes with what is there, so that frames in are frames out."""
+
+    nframes, device = 8, torch.device("cpu")
+
+    def windows(self, length):
+        return [(0, length)]
+
+    def count_calls(self, length):
+        return 1
+
+    def fill(self, frames, holes, prompt_embeds, seed, progress):
+        return frames
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run_diffueraser.py with a model that copies: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(run_diffueraser, "load_pipeline", lambda args, weights: (CopyingPipeline(), None, 1))
+
+    def call(video, mask, output=tmp_path / "out", *flags):
+        status = 0
+        try:
+            run_diffueraser.main([f"--video={video}", f"--mask={mask}", f"--output_dir={output}", *flags])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """frames/ (6 frames of 64x48) and mask.png."""
+    frames, holes = moving_video(6, 48, 64)
+    write_frames(tmp_path / "clip", frames)
+    Image.fromarray(holes[0]).save(tmp_path / "mask.png")
+    return SimpleNamespace(frames=frames, folder=tmp_path / "clip", mask=tmp_path / "mask.png")
+
+
+def encode(path, frames, codec="libx264", container="mp4", times=None, time_base=Fraction(1, 10), sound=None,
+           pixels="yuv420p", matrix="ITU709", full=False, tags=(1, 1), rotation=None, aspect=None):  # fmt: skip
+    """A video file as other programs write them; `tags` are matrix and range, or None, and `sound` a codec."""
+    times = range(len(frames)) if times is None else times
+    with open(path, "wb") as file, av.open(file, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=1 / time_base, options=OPTIONS.get(codec, {}))
+        context = stream.codec_context
+        context.height, context.width, context.pix_fmt, context.time_base = *frames[0].shape[:2], pixels, time_base
+        if tags:
+            context.colorspace, context.color_range = tags[:2]
+            context.color_trc = tags[2] if len(tags) > 2 else 1
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if aspect:
+            context.sample_aspect_ratio = aspect
+        audio = out.add_stream(sound, rate=48000) if sound else None
+        for time, frame in zip(times, frames, strict=True):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                format=pixels, dst_colorspace=matrix, dst_color_range="JPEG" if full else "MPEG", interpolation=ACCURATE
+            )
+            picture.pts, picture.time_base = time, time_base
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode(None))
+        if audio:
+            samples = np.sin(np.arange(int(48000 * (times[-1] + 1) * time_base)) / 17) * 9000
+            tone = av.AudioFrame.from_ndarray(samples.astype(np.int16)[None], format="s16", layout="mono")
+            tone.rate, tone.pts, tone.time_base = 48000, 0, Fraction(1, 48000)
+            out.mux(audio.encode(tone))
+            out.mux(audio.encode(None))
+    return path
+
+
+# Names and lists
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"kites\nmy kites\n", ["kites", "my kites"]),
+        ("\ufeffkites\r\nmarbles\r\n".encode(), ["kites", "marbles"]),
+        ("kites\r\n风筝\r\n".encode("utf-16"), ["kites", "风筝"]),
+        (b"\n\n kites \n   \nmarbles", ["kites", "marbles"]),
+        (b"bou\xe9e\n", ["bou\udce9e"]),  # a folder has these bytes
+        ("风筝\r\nkites\r\n".encode("gbk"), "neither UTF-8 nor marked as UTF-16"),
+        ("kites\n".encode("utf-16-le"), "UTF-16 without its mark"),
+    ],
+)
+def test_lists(tmp_path, content, expected):
+    (tmp_path / "bou\udce9e").mkdir()
+    (tmp_path / "list.txt").write_bytes(content)
+    if isinstance(expected, list):
+        assert read_names(tmp_path / "list.txt", tmp_path) == expected
+    else:
+        with pytest.raises(InputError, match=expected):
+            read_names(tmp_path / "list.txt", tmp_path)
+
+
+def test_a_name_twice_is_said(tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("kites\nkites\nmarbles\n")
+    assert read_names(tmp_path / "list.txt", tmp_path) == ["kites", "marbles"]
+    assert "names kites more than once" in capsys.readouterr().err
+
+
+def test_numbers_sort_as_numbers(tmp_path, run, clip):
+    frames = np.stack([np.full((48, 64, 3), 20 * i, np.uint8) for i in range(12)])
+    folder = tmp_path / "YTBV/JPEGImages/unpadded"
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / f"frame_{i}.png")
+    assert [path.stem for path in list_frames(folder)] == [f"frame_{i}" for i in range(12)]
+    assert run(folder, clip.mask)[0] == 0
+    assert np.array_equal(read_video(tmp_path / "out/frames")[0], frames)
+    args = SimpleNamespace(davis_root="", ytvos_root=tmp_path / "YTBV", nframes=12, resolution=48)
+    levels = FinetuneDataset(args).clip(0, 0).frames[:, 0, 0, 0].astype(int)
+    assert set(np.diff(levels)) in ({20}, {-20})
+
+
+def test_names_that_were_in_order_keep_it():
+    """Training samples follow from the videos' order: hexadecimal names stay as text."""
+    hexadecimal = [Path(name) for name in ("00f88c4f0a", "0a1b2c3d4e", "1b2c3d4e5f", "9a00000000")]
+    assert sort_folders(hexadecimal[::-1]) == hexadecimal
+    assert [path.name for path in sort_folders([Path(f"v{i}") for i in (10, 9, 1)])] == ["v1", "v9", "v10"]
+
+
+@pytest.mark.parametrize("name", ["2024-01-01T12:30:45", "100%d clip_%03d", "caf\udce9", "我的 clip's"])
+def test_any_file_name(run, tmp_path, clip, name, capsys):
+    """As a video file, as folders of frames and masks, and as the output folder."""
+    video = encode(tmp_path / f"{name}.mp4", clip.frames)
+    (tmp_path / name).mkdir()
+    mask = clip.mask.rename(tmp_path / name / "00000.png")
+    assert run(video, mask.parent, tmp_path / f"{name}-out")[0] == 0
+    result = tmp_path / f"{name}-out"
+    assert len(read_video(result / "result.mp4")[0]) == len(list_frames(result / "frames")) == 6
+    assert run(result / "frames", mask, tmp_path / f"{name}-again")[0] == 0
+    eval_DiffuEraser.main([f"--frames={tmp_path}", "--videos", f"{name}-out/frames", "--no_model", "--rivals",
+                           "mean-colour", f"--output_dir={tmp_path / name}-scores"])  # fmt: skip
+    capsys.readouterr()
+
+
+def test_a_relative_name_with_a_colon(run, clip, tmp_path, monkeypatch):
+    encode(tmp_path / "12:30.mp4", clip.frames)
+    monkeypatch.chdir(tmp_path)
+    assert run("12:30.mp4", "mask.png", "out")[0] == 0
+
+
+def test_what_systems_add_is_passed_over(tmp_path):
+    folder = tmp_path / "JPEGImages/clip"
+    write_frames(folder, moving_video(3, 16, 16)[0])
+    for name in ("__MACOSX", ".ipynb_checkpoints", "@eaDir"):
+        write_frames(tmp_path / "JPEGImages" / name, moving_video(3, 16, 16)[0])
+    (folder / "._00000.png").write_bytes(b"\0\5\x16\7")
+    assert [video.name for video in scan_ytvos(tmp_path)] == ["clip"]
+    assert len(list_frames(folder)) == 3
+
+
+def test_errors_say_what_a_folder_holds(tmp_path, run, clip):
+    folder = tmp_path / "root/JPEGImages/clip"
+    folder.mkdir(parents=True)
+    for i in range(12):
+        (folder / f"{i}.heic").write_bytes(b"")
+    for call in (lambda: scan_ytvos(tmp_path / "root"), lambda: pair_by_name(folder, clip.folder)):
+        with pytest.raises(InputError, match=r"holds.* 12 \.heic files.*\.jpg, \.png, \.webp"):
+            call()
+    status, _, error = run(folder, clip.mask)
+    assert status == 1 and "12 .heic files" in error
+
+
+# Pictures and masks
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_frame_and_mask_are_turned_alike(tmp_path, suffix, orientation):
+    path, exif = tmp_path / f"a.{suffix}", Image.Exif()
+    exif[0x0112] = orientation
+    picture = np.zeros((32, 48, 3), np.uint8)
+    picture[:10, :20] = 255
+    Image.fromarray(picture).save(path, exif=exif)
+    frame, mask = read_frame(path), read_mask(path)
+    assert image_size(path) == size_of(frame) == size_of(mask) == ("48x32" if orientation < 5 else "32x48")
+    assert np.mean((frame[..., 0] > 127) == (mask > 0)) > 0.97
+    corners = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+    assert frame[corners[orientation]].min() > 200
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif", "webp"])
+def test_other_kinds_of_pictures(tmp_path, suffix):
+    frames = moving_video(2, 32, 48)[0]
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"{i}.{suffix}", lossless=True)
+    assert np.array_equal(read_video(tmp_path)[0], frames)
+
+
+def davis_masks(label, count=1):
+    """(whether a pixel is the object, a palette image in DAVIS's colours)."""
+    labels = np.zeros((64, 96), np.uint8)
+    labels[20:44, 30:66] = label
+    image = Image.fromarray(labels, mode="P")
+    image.putpalette(DAVIS_COLOURS)
+    return labels > 0, image
+
+
+def check_hole(hole, truth, reach=2):
+    """All of the object, and nothing farther from it than compression smears."""
+    near = cv2.dilate(truth.astype(np.uint8), np.ones((2 * reach + 1,) * 2)) > 0
+    assert (hole[truth] > 0).mean() > 0.98 and not (hole[~near] > 0).any()
+
+
+@pytest.mark.parametrize("label", [1, 2, 4, 7, 8])
+def test_davis_colours_in_any_file(tmp_path, label):
+    truth, image = davis_masks(label)
+    image.save(tmp_path / "a.png")
+    assert np.array_equal(read_mask(tmp_path / "a.png") > 0, truth)
+    for quality in (95, 60):
+        image.convert("RGB").save(tmp_path / "a.jpg", quality=quality)
+        check_hole(read_mask(tmp_path / "a.jpg"), truth)
+        Image.open(tmp_path / "a.jpg").save(tmp_path / "b.png")
+        check_hole(read_mask(tmp_path / "b.png"), truth)
+    frames = np.repeat(np.asarray(image.convert("RGB"))[None], 3, axis=0)
+    for hole in read_masks(encode(tmp_path / "a.mp4", frames)):
+        check_hole(hole, truth)
+
+
+@pytest.mark.parametrize("quality", [90, 30])
+def test_white_masks_that_were_compressed(tmp_path, quality):
+    truth = davis_masks(1)[0]
+    Image.fromarray(truth.astype(np.uint8) * 255).save(tmp_path / "a.jpg", quality=quality)
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    for name in ("a.jpg", "a.png"):
+        check_hole(read_mask(tmp_path / name), truth)
+
+
+def test_labels_of_any_number_are_hole():
+    labels = np.kron(np.arange(48, dtype=np.uint8).reshape(6, 8), np.ones((12, 12), np.uint8))
+    hole, note = find_hole(labels, exact=True)
+    assert np.array_equal(hole > 0, labels > 0) and note == "48 values, any above 0 is hole"
+    deep, _ = find_hole(labels.astype(np.uint16), exact=True)
+    assert np.array_equal(deep, hole)
+
+
+def test_mattes_are_named_and_their_share_is_printed(run, clip, tmp_path):
+    matte = cv2.GaussianBlur(read_mask(clip.mask), (0, 0), 3)
+    Image.fromarray(matte).save(tmp_path / "matte.png")
+    hole, note = find_hole(*read_mask_values(tmp_path / "matte.png"))
+    assert np.count_nonzero(matte > 127) < np.count_nonzero(hole) < np.count_nonzero(matte)
+    assert note.startswith("shades of grey")
+    status, output, _ = run(clip.folder, tmp_path / "matte.png")
+    share = 100 * np.count_nonzero(hole) / hole.size
+    assert status == 0 and f"hole {share:.1f} % of the picture; matte.png has shades of grey" in output
+
+
+def test_animations_are_no_single_picture(run, clip, tmp_path):
+    pictures = [Image.fromarray(frame) for frame in clip.frames]
+    pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:])
+    assert "a.webp holds 6 pictures" in run(tmp_path / "a.webp", clip.mask)[2]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=100)
+    assert run(tmp_path / "a.gif", clip.mask)[0] == 0 and open_video(tmp_path / "a.gif").fps == 10
+
+
+# Videos in and out
+
+
+def bars(height=64, width=256):
+    return np.repeat(BARS.astype(np.uint8), width // 8, axis=0)[None].repeat(height, axis=0)
+
+
+def bars_error(frame):
+    width = frame.shape[1] // 8
+    shown = frame[frame.shape[0] // 2, width // 2 :: width].astype(int)
+    return np.abs(shown - BARS).max()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pixels": "yuvj420p", "full": True, "tags": (1, 2)},
+        {"matrix": "ITU601", "tags": (6, 1)},
+        {"matrix": "ITU601", "tags": None},  # small and untagged
+        {"codec": "libvpx-vp9", "container": "webm"},
+        {"codec": "libsvtav1"},
+        {"codec": "libx264rgb", "pixels": "rgb24", "tags": None, "container": "matroska"},
+    ],
+    ids=["709", "full", "601", "untagged", "vp9", "av1", "rgb"],
+)
+def test_colours_in_and_out(run, tmp_path, settings):
+    """A chart of known colours, within 3 levels, in frames/ and in the tagged result.mp4."""
+    chart = [bars()] * 2
+    mask = np.zeros((64, 256), np.uint8)
+    mask[:8, :8] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    assert run(encode(tmp_path / "chart", chart, **settings), tmp_path / "mask.png")[0] == 0
+    assert bars_error(read_video(tmp_path / "out/frames")[0][0]) <= 3
+    assert bars_error(read_video(tmp_path / "out/result.mp4")[0][0]) <= 3
+    with av.open(tmp_path / "out/result.mp4") as result:
+        context = result.streams.video[0].codec_context
+        tags = (context.colorspace, context.color_primaries, context.color_trc, context.color_range)
+        assert tags == (1, 1, 1, 1) and context.pix_fmt == "yuv420p" and context.profile == "High"
+
+
+def test_large_videos_without_tags_are_709(tmp_path):
+    chart = bars(720, 1280)
+    video = open_video(encode(tmp_path / "a.mp4", [chart], tags=None))
+    assert bars_error(next(video.frames())) <= 3
+
+
+def test_hdr_is_named_and_kept(run, clip, tmp_path):
+    path = encode(
+        tmp_path / "a.mp4", clip.frames, pixels="yuv420p10le", codec="libx265", tags=(9, 1, 18), matrix="BT2020"
+    )
+    status, _, errors = run(path, clip.mask)
+    assert status == 0 and errors.count("\n") == 1 and "a.mp4 is HDR (HLG)" in errors
+    with av.open(tmp_path / "out/result.mp4") as result:
+        context = result.streams.video[0].codec_context
+        assert (context.color_primaries, context.color_trc) == (9, 18)
+
+
+def times(path):
+    video = open_video(path)
+    return [float((t - video.pts[0]) * video.time_base) for t in video.pts]
+
+
+@pytest.mark.parametrize(("container", "codec", "sound"), [("mp4", "libx264", "aac"), ("webm", "libvpx", "libopus")])
+def test_uneven_times_and_sound_are_kept(run, clip, tmp_path, container, codec, sound):
+    given = encode(tmp_path / "clip.x", clip.frames, codec, container, times=(0, 200, 400, 433, 466, 500),
+                   time_base=Fraction(1, 1000), sound=sound)  # fmt: skip
+    assert open_video(given).fps == 10
+    assert run(given, clip.mask)[0] == 0
+    result = tmp_path / "out/result.mp4"
+    assert times(result) == pytest.approx([0, 0.2, 0.4, 0.433, 0.466, 0.5], abs=1e-3)
+    with av.open(result) as shown:
+        audio = shown.streams.audio[0]
+        assert audio.codec_context.name == "aac"
+        samples = np.concatenate([frame.to_ndarray()[0] for frame in shown.decode(audio)])
+        assert float(audio.duration * audio.time_base) == pytest.approx(0.5, abs=0.05)
+        assert np.abs(samples).max() > 0.1
+
+
+def test_an_even_rate_has_no_sound(run, clip, tmp_path):
+    given = encode(tmp_path / "clip.mp4", clip.frames, sound="aac")
+    assert run(given, clip.mask, tmp_path / "out", "--fps=20")[0] == 0
+    result = open_video(tmp_path / "out/result.mp4")
+    assert result.fps == 20 and not result.has_audio
+
+
+def test_raw_streams_have_the_usual_rate(clip, tmp_path):
+    video = open_video(encode(tmp_path / "clip.avi", clip.frames, container="avi"))
+    assert len(video) == 6 and video.fps == 10  # AVI's frames have no times of their own
+
+
+def test_turned_videos_are_shown_upright(run, tmp_path):
+    frames, holes = moving_video(4, 48, 64)
+    path = encode(tmp_path / "a.mp4", frames, rotation=90, aspect=Fraction(4, 3))
+    Image.fromarray(np.rot90(holes[0])).save(tmp_path / "mask.png")
+    assert run(path, tmp_path / "mask.png")[0] == 0
+    shown = read_video(tmp_path / "out/frames")[0]
+    errors = [np.abs(shown[0].astype(int) - np.rot90(frames[0], turns)).mean() for turns in (1, 3)]
+    assert errors[0] < 15 < errors[1]  # of chroma, and of the opposite turn
+    result = open_video(tmp_path / "out/result.mp4")
+    assert (result.height, result.width, result.sample_aspect_ratio) == (64, 48, Fraction(3, 4))
+
+
+@pytest.mark.parametrize("size", [(47, 64), (48, 63), (47, 63)])
+def test_odd_sizes_are_even_in_the_mp4_only(run, tmp_path, size):
+    frames, holes = moving_video(2, *size)
+    write_frames(tmp_path / "clip", frames)
+    Image.fromarray(holes[0]).save(tmp_path / "mask.png")
+    assert run(tmp_path / "clip", tmp_path / "mask.png")[0] == 0
+    assert np.array_equal(read_video(tmp_path / "out/frames")[0], frames)
+    assert read_video(tmp_path / "out/result.mp4")[0].shape == (2, 48, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello\n" * 500, b"#EXTM3U\n#EXTINF:1,\nclip.mp4\n"], ids=["empty", "text", "list"]
+)
+def test_what_is_no_video(run, clip, tmp_path, content):
+    (tmp_path / "a.mp4").write_bytes(content)
+    status, _, error = run(tmp_path / "a.mp4", clip.mask)
+    assert status == 1 and error.count("\n") == 1 and "is no video that can be decoded" in error
+
+
+def test_an_interrupted_result_plays(tmp_path):
+    """Ctrl-C in the middle: what was written is whole."""
+    frames = moving_video(9, 48, 64)[0]
+    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "a.mp4", 48, 64, 10) as writer:
+        for i, frame in enumerate(frames):
+            if i == 5:
+                raise KeyboardInterrupt
+            writer.write(frame)
+    assert len(read_video(tmp_path / "a.mp4")[0]) == 5
+
+
+def test_memory_does_not_grow_with_the_clip(tmp_path):
+    """Reading, pasting and writing hold a few frames, of a clip of 40 frames of 1.4 MB."""
+    frame = np.random.default_rng(0).integers(0, 256, (480, 960, 3), np.uint8)
+    with VideoWriter(tmp_path / "a.mp4", 480, 960) as writer:
+        for _ in range(40):
+            writer.write(frame)
+    mask = np.zeros((480, 960), np.uint8)
+    mask[:9, :9] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    args = SimpleNamespace(video=tmp_path / "a.mp4", mask=tmp_path / "mask.png", mask_dilation=4, soft_edge=0, fps=None)
+    tracemalloc.start()
+    video, masks = run_diffueraser.open_clip(args)
+    filled = (np.zeros((48, 96, 3), np.uint8) for _ in range(40))
+    run_diffueraser.write_result(tmp_path, video, run_diffueraser.paste_all(video, masks, filled, args), None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * frame.nbytes and len(open_video(tmp_path / "result.mp4")) == 40
+
+
+def test_a_full_disk_while_writing_is_one_line():
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    expected = pytest.raises(InputError, match=r"full could not be written \(No space left")
+    with expected, VideoWriter("/dev/full", 480, 640, 10) as writer:
+        for _ in range(30):
+            writer.write(noise)
+
+
+# Folders that hold something already
+
+
+def test_nobodys_files_are_replaced(run, clip, tmp_path):
+    out = tmp_path / "out"
+    write_frames(out / "frames", 255 - clip.frames)
+    before = {path: path.read_bytes() for path in (out / "frames").iterdir()}
+    status, _, error = run(clip.folder, clip.mask)
+    assert status == 1 and "holds frames, which no earlier result made" in error and "--overwrite" in error
+    assert {path: path.read_bytes() for path in (out / "frames").iterdir()} == before
+    assert not (out / "result.mp4").exists()
+    assert run(clip.folder, clip.mask, out, "--overwrite")[0] == 0
+    assert np.array_equal(read_video(out / "frames")[0], clip.frames)
+
+
+def test_an_earlier_result_is_replaced(run, clip, tmp_path):
+    """Frames of a longer one go, a file of the user's beside them stays."""
+    assert run(clip.folder, clip.mask)[0] == 0
+    (tmp_path / "out/frames/00099.png").write_bytes(clip.mask.read_bytes())
+    write_frames(tmp_path / "short", clip.frames[:2])
+    assert run(tmp_path / "short", clip.mask)[0] == 0
+    names = [path.name for path in list_frames(tmp_path / "out/frames")]
+    assert names == ["00000.png", "00001.png", "00099.png"]
+
+
+def test_nobodys_scores_are_replaced(clip, tmp_path, capsys):
+    call = [f"--frames={tmp_path}", "--videos", "clip", "--no_model", "--rivals", "mean-colour",
+            f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/clip.png").write_text("mine")
+    with pytest.raises(SystemExit):
+        eval_DiffuEraser.main(call)
+    assert "holds clip.png, which no earlier result made" in capsys.readouterr().err
+    assert (tmp_path / "out/clip.png").read_text() == "mine"
+    for _ in range(2):
+        (tmp_path / "out/clip.png").unlink()
+        eval_DiffuEraser.main(call)
+    assert "hole " in capsys.readouterr().out
+
+
+def test_variants_are_named_and_taken_where_they_are(tmp_path):
+    (tmp_path / "model.fp16.safetensors").write_bytes(b"")
+    names = ("model", "pytorch_model")
+    with pytest.raises(InputError, match=r"it has model\.fp16\.safetensors: add --variant=fp16"):
+        weight_files(tmp_path, None, names)
+    assert weight_files(tmp_path, "fp16", names) == [tmp_path / "model.fp16.safetensors"]
+    (tmp_path / "model.fp16.safetensors").rename(tmp_path / "model.safetensors")
+    assert weight_files(tmp_path, "fp16", names) == [tmp_path / "model.safetensors"]
+    assert variant_of(tmp_path, "fp16", names) is None
+
+
+def test_damaged_files_are_one_line():
+    outcomes, failures = fuzz(80)
+    assert not failures and min(outcomes.values()) > 10
+
+
+def test_masks_are_one_size(tmp_path):
+    write_frames(tmp_path / "masks", moving_video(1, 16, 16)[0])
+    Image.fromarray(np.zeros((20, 16), np.uint8)).save(tmp_path / "masks/1.png")
+    with pytest.raises(InputError, match=r"1\.png is 16x20, 00000\.png is 16x16: one size"):
+        open_masks(tmp_path / "masks")
