@@ -6,6 +6,7 @@ PARITY_INFERENCE=DIR runs the case folders in another place too.
 import os
 import re
 import weakref
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ from parity_inference import LARGEST, run_case
 from safetensors.torch import load_file, save_file
 from test_sampling import PixelVAE
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import eval_DiffuEraser
 import run_diffueraser
@@ -144,6 +147,27 @@ def test_a_validation_leaves_every_bit(unet, pcm, dtype, failing):
     for name, weight in unet.named_parameters():
         same, place, copy = before[name]
         assert weight is same and weight.data_ptr() == place and torch.equal(weight, copy)
+
+
+def test_sharded_weights_are_folded_too(tmp_path):
+    """Under FSDP2: shards are changed, and have their bits back."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        unet = nn.Sequential(OrderedDict(up_block=nn.Conv2d(3, 5, 3, padding=1), mid_block=nn.Linear(8, 7)))
+        few_step, pixels = FewStepWeights(write_lora(tmp_path / PCM, unet, rank=2)), torch.ones(2, 3, 8, 8)
+        with torch.no_grad():
+            before = unet(pixels)
+            with few_step.folded(unet):
+                expected = unet(pixels)
+            mesh = init_device_mesh("cpu", (1,))
+            fully_shard(unet.up_block, mesh=mesh)
+            fully_shard(unet, mesh=mesh)
+            assert torch.equal(unet(pixels), before)
+            with few_step.folded(unet):
+                assert torch.equal(unet(pixels), expected) and not torch.equal(expected, before)
+            assert torch.equal(unet(pixels), before)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 LAYER = f"{PREFIX}mid_block_resnets_0_conv1"

@@ -105,6 +105,7 @@ class FewStepWeights:
         that change (3.2 GiB of SD 1.5's UNet in fp32) are gone afterwards.
         """
         originals = []
+        forget_gathered(unet)  # its parameters are the shards then
         try:
             for weight, change in self.changes(unet):
                 originals.append((weight, weight.clone()))
@@ -118,7 +119,7 @@ class FewStepWeights:
 
 
 def forget_gathered(model):
-    """Let FSDP gather weights anew: it may keep some between forward passes."""
+    """Let FSDP gather weights anew; it keeps some between forward passes, and shows them as the parameters."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
