@@ -79,10 +79,11 @@ class FinetuneDataset(Dataset):
                 self.videos += [video] * repeats
         if not self.videos:
             longest = max(len(video.frames) for video, _ in candidates)
+            such_as = f" ({self.left_out[0]})" if self.left_out else ""
             raise InputError(
                 f"no video to train on: of {len(candidates)} videos {len(self.held_out)} are held out for validation, "
-                f"{len(self.left_out)} broken, the others have fewer than {self.nframes} frames (the longest video has "
-                f"{longest}); lower --nframes or add longer videos"
+                f"{len(self.left_out)} broken{such_as}, the others have fewer than {self.nframes} frames (the longest "
+                f"video has {longest}); lower --nframes or add longer videos"
             )
 
     def __len__(self):

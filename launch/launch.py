@@ -32,6 +32,7 @@ from common.command_line import Parser, require
 from common.errors import InputError, one_line_errors
 from common.files import written_whole
 from common.hardware import compiling_lacks, gpu_is_used
+from dataset.folders import read_names
 from libs.training.config import flags_from_environment
 from libs.training.stopping import STOP_FILE
 
@@ -202,9 +203,9 @@ def trainer_flags(stage, engine, given):
 
 def find_validation_videos(davis, count=2):
     """[(folder of frames, folder of masks)] of the first held-out DAVIS videos that have both."""
-    names = davis / "ImageSets/2017/val.txt"
-    names = names.read_text().split() if names.is_file() else []
-    pairs = [(davis / "JPEGImages/480p" / name, davis / "Annotations/480p" / name) for name in names]
+    names, folder = davis / "ImageSets/2017/val.txt", davis / "JPEGImages/480p"
+    names = read_names(names, folder) if names.is_file() else []
+    pairs = [(folder / name, davis / "Annotations/480p" / name) for name in names]
     return [(str(frames), str(masks)) for frames, masks in pairs if frames.is_dir() and masks.is_dir()][:count]
 
 

@@ -149,6 +149,9 @@ CASES = {
         "is no complete safetensors file"),
     "output_is_source_weights": (
         1, None, lambda c: {"output_dir": c.weights / "diffuEraser"}, "holds weights that no converter wrote"),
+    "output_has_a_foreign_config": (
+        1, lambda c: (c.run.mkdir(), (c.run / "config.json").write_text("{}")), {},
+        "run/config.json is no training run's: choose another --output_dir"),
     "output_is_a_file": (
         1, lambda c: c.run.write_text(""), {}, "--output_dir .*run cannot be written to"),
     "output_is_read_only": (1, None, {"output_dir": "/proc/run"}, "--output_dir /proc/run cannot be written to"),

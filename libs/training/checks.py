@@ -12,6 +12,7 @@ from common.distributed import check_distributed, distributed_type, state_bytes
 from common.errors import InputError
 from common.files import check_writable
 from common.hardware import compiling_lacks, gpu_is_used
+from common.run_files import CONFIG_FILE, read_starts
 from common.weights import read_shapes
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_frames
@@ -172,6 +173,9 @@ def check_output_dir(args):
     pretrained_stage1 = getattr(args, "pretrained_stage1", None)
     refuse_source_weights(folder, [pretrained_stage1] if pretrained_stage1 else [], flag="--output_dir")
     check_writable(folder, "--output_dir")
+    config = Path(folder, CONFIG_FILE)
+    if config.is_file() and not read_starts(folder):
+        raise InputError(f"{config} is no training run's: choose another --output_dir, it would be replaced")
     return str(folder)
 
 

@@ -1,7 +1,6 @@
 """What the log says: one line per event, from the main process."""
 
 import importlib.util
-import json
 import logging
 import platform
 import sys
@@ -16,6 +15,7 @@ from accelerate.utils import DistributedType
 
 from common.errors import InputError, first_line
 from common.files import write_json
+from common.run_files import CONFIG_FILE, read_starts
 from libs.training.config import settings_with
 
 log = logging.getLogger("diffueraser")
@@ -58,11 +58,10 @@ def log_start(args, stage, accelerator, checks, found):
     for line in found.notes:
         log.info("%s", line)
     if accelerator.is_main_process:
-        path = Path(args.output_dir, "config.json")
-        runs = json.loads(path.read_text()) if path.is_file() else []
+        runs = read_starts(args.output_dir)
         card = list(settings_with("on_card"))  # what the converters, which know no settings, say in the model card
         runs.append({"command": sys.argv, "settings": vars(args), "model_card": card, "versions": versions})
-        write_json(path, runs)
+        write_json(Path(args.output_dir, CONFIG_FILE), runs)
 
 
 def log_parameters(model, checkpoints_total_limit):

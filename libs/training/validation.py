@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import imageio
 import numpy as np
 import torch
 
@@ -26,7 +25,7 @@ from libs.inference.composition import MASK_DILATIONS, paste, resize_picture
 from libs.inference.few_step import FewStepWeights
 from libs.inference.pipeline import Pipeline, deployed_pipeline
 from libs.inference.prior import make_prior, open_prior
-from libs.inference.video import dilate, resize, stack, write_gif
+from libs.inference.video import dilate, resize, stack, write_gif, write_image
 from libs.training.log import log
 from libs.training.validation_loss import ValidationLoss, attempt, spread
 
@@ -206,7 +205,7 @@ class Validation:
             row |= {"held_out_loss": losses_by_video.get(video.folder, ""), **values}
             append_row(self.folder / of_form(SCORES_FILE, form), row)
         path = self.samples_folder(step) / of_form(CONTACT_SHEET, form)
-        imageio.imwrite(path, stack_sheets([sheet for _, sheet in found.values()]))
+        write_image(path, stack_sheets([sheet for _, sheet in found.values()]))
         means = rows[name]
         self.accelerator.log({f"validation{form}/{score}": means[score] for score in SCORES}, step=step)
         gifs = {f"{i + 1}-{self.videos[i].name}{form}": self.samples_folder(step) / f"{i + 1}{form}.gif" for i in found}
