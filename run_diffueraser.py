@@ -25,7 +25,7 @@ from libs.inference.composition import (
 )
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline, own_default
 from libs.inference.prior import ON_THE_SPOT, make_prior
-from libs.inference.streams import Mapped, Stream
+from libs.inference.streams import Mapped, Stream, in_threads
 from libs.inference.video import dilate, open_masks, open_video, upscale, write_image
 from libs.inference.video_file import DEFAULT_FPS, VideoWriter
 
@@ -122,11 +122,13 @@ def remove_object(pipeline, prompt_embeds, clip, prior, size, args):
     work = pipeline.count_work(len(small[0]), prior is not None)
     with tqdm(total=work, desc="frames x networks", unit="frame", disable=None) as bar:
         filled = pipeline.stream(*small, prompt_embeds, args.seed, prior, progress=bar.update)
-        for frame, new, hole in zip(clip[0], filled, clip[1], strict=True):
+
+        def compose(frame, new, hole):
             if args.soft_edge is None:
-                yield compose_as_deployed(frame, new, hole)
-            else:
-                yield paste_frame(frame, upscale(new[None], *hole.shape)[0], hole, args.soft_edge)
+                return compose_as_deployed(frame, new, hole)
+            return paste_frame(frame, upscale(new[None], *hole.shape)[0], hole, args.soft_edge)
+
+        yield from in_threads(compose, zip(clip[0], filled, clip[1], strict=True))
 
 
 def check_output(args):
@@ -158,8 +160,12 @@ def write_result(folder, video, frames, fps):
     source = None if video.fps is None else video
     first = next(frames)
     with VideoWriter(folder / "result.mp4", *first.shape[:2], fps, source) as movie:
-        for i, frame in enumerate(chain([first], frames)):
+
+        def write(i, frame):
             write_image(frame_file(folder, i), frame)
+            return frame
+
+        for frame in in_threads(write, enumerate(chain([first], frames))):
             movie.write(frame)
 
 

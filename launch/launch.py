@@ -46,6 +46,10 @@ FORMS = {  # of variables: what they must match, in words
 LINES_SHOWN = 15  # of a failed run's log
 
 
+# NVML is asked for the GPUs: a process that has asked CUDA itself leaves a CUDA that does not work to those it forks.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
 @one_line_errors
 def main(argv=None):
     stage, *extra = sys.argv[1:] if argv is None else argv

@@ -2,9 +2,14 @@
 a list, a reader of a video file, or a function of other streams. Nothing keeps a whole clip in memory.
 """
 
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
+
+AHEAD = 2  # items per core that are computed before they are asked for
 
 
 class Stream:
@@ -21,7 +26,7 @@ class Stream:
 
 
 class Mapped:
-    """`function` of one item of each stream, computed whenever it is read."""
+    """`function` of one item of each stream, computed whenever it is read, on all cores."""
 
     def __init__(self, function, *streams):
         self.function, self.streams = function, streams
@@ -30,7 +35,21 @@ class Mapped:
         return len(self.streams[0])
 
     def __iter__(self):
-        return map(self.function, *self.streams)
+        return in_threads(self.function, zip(*self.streams, strict=True))
+
+
+def in_threads(function, items):
+    """Yield function(*item) of every item, in order; a few are computed ahead. For functions that release Python's lock
+    most of the time, as OpenCV's and Pillow's do."""
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cores) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, *item))
+            if len(waiting) > AHEAD * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def first(stream):

@@ -20,6 +20,7 @@ from dataset.images import (
     read_mask_values,
     size_of,
 )  # fmt: skip
+from libs.inference.streams import in_threads
 from libs.inference.video_file import VideoFile, VideoWriter
 
 GIF_FPS = 8
@@ -44,7 +45,7 @@ class Pictures:
 
     def frames(self):
         """(height, width, 3) uint8 RGB, one after the other."""
-        return map(read_frame, self.paths)
+        return in_threads(read_frame, zip(self.paths, strict=True))
 
 
 class Masks:
@@ -59,9 +60,8 @@ class Masks:
         self.video = None if path.is_dir() or is_image(path) else open_video(path)
         self.paths = () if self.video else list_pictures(path, "masks")
         self.shares, self.note, first = [], "", None
-        for name, (values, exact) in self.values():
-            first = check_size(path, name, values, first)
-            hole, note = find_hole(values, exact)
+        for name, hole, note in self.holes():
+            first = check_size(path, name, hole, first)
             self.shares.append(float(np.count_nonzero(hole) / hole.size))
             if note and not self.note:
                 self.note = f"{name} has {note}"
@@ -70,15 +70,16 @@ class Masks:
     def __len__(self):
         return len(self.shares)
 
-    def values(self):
-        """(name, (values (height, width), whether they are exact)) of every mask."""
+    def holes(self):
+        """(name, hole (height, width), note) of every mask."""
         if self.video:
-            return ((self.path, (frame.max(axis=-1), False)) for frame in self.video.frames())
-        return ((file.name, read_mask_values(file)) for file in self.paths)
+            return in_threads(lambda frame: (self.path, *find_hole(frame.max(axis=-1), False)),
+                              zip(self.video.frames(), strict=True))  # fmt: skip
+        return in_threads(lambda file: (file.name, *find_hole(*read_mask_values(file))), zip(self.paths, strict=True))
 
     def frames(self, count=None):
         """(height, width) uint8, 255 = hole; one for all frames `count` times."""
-        holes = (find_hole(*values)[0] for _, values in self.values())
+        holes = (hole for _, hole, _ in self.holes())
         if len(self) > 1 or not count:
             return holes
         hole = next(holes)
