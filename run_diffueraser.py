@@ -15,6 +15,7 @@ from tqdm import tqdm
 from common.command_line import Parser, at_least, require
 from common.errors import InputError, one_line_errors
 from common.files import check_writable, note_own, refuse_foreign
+from common.threads import in_threads
 from libs.inference.composition import (
     compose_as_deployed,
     grow_as_deployed,
@@ -25,7 +26,7 @@ from libs.inference.composition import (
 )
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline, own_default
 from libs.inference.prior import ON_THE_SPOT, make_prior
-from libs.inference.streams import Mapped, Stream, in_threads
+from libs.inference.streams import Mapped, Stream
 from libs.inference.video import dilate, open_masks, open_video, upscale, write_image
 from libs.inference.video_file import DEFAULT_FPS, VideoWriter
 

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 import eval_DiffuEraser
 import run_diffueraser
 from common.errors import InputError
+from common.threads import AHEAD
 from dataset.images import read_frame
 from libs.evaluation.baselines import telea, temporal_median
 from libs.inference.composition import compose_as_deployed, grow_as_deployed, size_as_deployed
@@ -318,8 +319,10 @@ def test_sizes_and_masks_as_deployed():
     assert (result[grown > 0] == 200).all() and not result[33:].any() and 0 < result[23, 15, 0] < 200
 
 
-def test_streams_are_read_in_chunks(tmp_path):
-    """From files and from arrays the same pixels; of the frames that were read, no more than a few chunks are held."""
+def test_streams_are_read_in_chunks(tmp_path, monkeypatch):
+    """From files and from arrays the same pixels; of the frames that were read, no more than a few chunks are held, and
+    what two cores read ahead for each of two streams."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     frames, holes = moving_video(60, 16, 24)
     write_frames(tmp_path, frames)
     alive, most = weakref.WeakSet(), []
@@ -338,7 +341,8 @@ def test_streams_are_read_in_chunks(tmp_path):
     files = Mapped(read, sorted(tmp_path.glob("*.png")))
     masks = Stream(60, lambda: iter(holes))
     result = np.stack(list(pipeline.stream(files, masks, None, 0, make_prior("telea", files, masks))))
-    assert np.array_equal(result, expected) and max(most) <= 2 * pipeline.nframes and len(most) > 60
+    held = 2 * pipeline.nframes + 2 * (2 * AHEAD + 1)
+    assert np.array_equal(result, expected) and max(most) <= held < 45 and len(most) > 60
 
 
 @pytest.fixture

@@ -46,15 +46,13 @@ class CopyingPipeline:
     """Fills holes with what is there, so that frames in are frames out."""
 
     nframes, device = 8, torch.device("cpu")
+    windows = SimpleNamespace(at_step=lambda length, number: [(0, length)])
 
-    def windows(self, length):
-        return [(0, length)]
+    def count_work(self, length, with_prior):
+        return length
 
-    def count_calls(self, length):
-        return 1
-
-    def fill(self, frames, holes, prompt_embeds, seed, progress):
-        return frames
+    def stream(self, frames, holes, prompt_embeds, seed, prior, progress):
+        return iter(frames)
 
 
 @pytest.fixture

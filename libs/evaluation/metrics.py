@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from common.threads import in_threads
+
 SSIM_WINDOW = 65  # the largest odd number that fits in smaller frames
 SCORES = {  # name: (heading, decimals)
     "psnr": ("PSNR", 2),
@@ -34,24 +36,28 @@ class Reference:
 
     def __init__(self, frames, holes):
         self.frames, self.holes = frames, holes
-        self.motions = [track(first, second) for first, second in pairwise(frames)]
+        self.motions = list(in_threads(track, pairwise(frames)))
 
     def score(self, result):
         """{score: mean over the frames that have a hole}, the names as in SCORES; nan where there is no such frame."""
-        values = {name: [] for name in SCORES}
-        for t in np.flatnonzero(self.holes.any(axis=(1, 2))):
-            hole = self.holes[t] > 0
-            values["psnr"].append(psnr(self.frames[t], result[t]))
-            values["psnr_hole"].append(psnr(self.frames[t][hole], result[t][hole]))
-            mean, local = ssim(self.frames[t], result[t])
-            values["ssim"].append(mean)
-            values["ssim_hole"].append(local[hole].mean())
-            if t < len(self.motions):
-                target, visible = self.motions[t]
-                error = warping_error(result[t], result[t + 1], target)
-                values["warp"].append(mean_where(error, visible))
-                values["warp_hole"].append(mean_where(error, visible & hole))
-        return {name: mean_of_numbers(entries) for name, entries in values.items()}
+        numbers = np.flatnonzero(self.holes.any(axis=(1, 2)))
+        frames = list(in_threads(lambda t: self.score_frame(result, t), zip(numbers, strict=True)))
+        return {name: mean_of_numbers([scores.get(name, np.nan) for scores in frames]) for name in SCORES}
+
+    def score_frame(self, result, t):
+        """{score: value} of frame `t`, which has a hole; the last frame has no warping error."""
+        hole, (mean, local) = self.holes[t] > 0, ssim(self.frames[t], result[t])
+        scores = {
+            "psnr": psnr(self.frames[t], result[t]),
+            "psnr_hole": psnr(self.frames[t][hole], result[t][hole]),
+            "ssim": mean,
+            "ssim_hole": local[hole].mean(),
+        }
+        if t < len(self.motions):
+            target, visible = self.motions[t]
+            error = warping_error(result[t], result[t + 1], target)
+            scores |= {"warp": mean_where(error, visible), "warp_hole": mean_where(error, visible & hole)}
+        return scores
 
     @property
     def scored_frames(self):

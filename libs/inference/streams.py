@@ -2,14 +2,11 @@
 a list, a reader of a video file, or a function of other streams. Nothing keeps a whole clip in memory.
 """
 
-import os
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
 
-AHEAD = 2  # items per core that are computed before they are asked for
+from common.threads import in_threads
 
 
 class Stream:
@@ -36,20 +33,6 @@ class Mapped:
 
     def __iter__(self):
         return in_threads(self.function, zip(*self.streams, strict=True))
-
-
-def in_threads(function, items):
-    """Yield function(*item) of every item, in order; a few are computed ahead. For functions that release Python's lock
-    most of the time, as OpenCV's and Pillow's do."""
-    cores = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(cores) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, *item))
-            if len(waiting) > AHEAD * cores:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def first(stream):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from common.errors import InputError
 from common.files import written_whole
+from common.threads import in_threads
 from dataset.images import (
     FRAME_SUFFIXES,
     KINDS,
@@ -20,7 +21,6 @@ from dataset.images import (
     read_mask_values,
     size_of,
 )  # fmt: skip
-from libs.inference.streams import in_threads
 from libs.inference.video_file import VideoFile, VideoWriter
 
 GIF_FPS = 8

@@ -1,0 +1,21 @@
+"""Work on many pictures at once."""
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+AHEAD = 2  # items per core that are computed before they are asked for
+
+
+def in_threads(function, items):
+    """Yield function(*item) of every item, in order; a few are computed ahead. For functions that release Python's lock
+    most of the time, as OpenCV's and Pillow's do."""
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cores) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, *item))
+            if len(waiting) > AHEAD * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
