@@ -137,6 +137,10 @@ class LayerWalk:
     def disable_gradient_checkpointing(self):
         self.gradient_checkpointing = False
 
+    def enable_freeu(self, *factors, **named_factors):
+        """diffusers' switch would be accepted and change nothing: its factors act in blocks, which are not called."""
+        raise ValueError("FreeU is not supported: its factors act in blocks, which are not called")
+
     def reject_unsupported(self, arguments):
         """Pipelines pass many optional arguments as None or False; anything else would be silently without effect."""
         given = [name for name, value in arguments.items() if value is not None and value is not False]

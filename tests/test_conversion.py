@@ -46,7 +46,8 @@ def test_both_stages(train, tmp_path, weights):
     assert equal_files(tmp_path / "c1" / "brushnet" / WEIGHTS, tmp_path / "c2" / "brushnet" / WEIGHTS)
     for name in ("unet_main", "brushnet"):  # the end of a run writes the same two folders
         assert equal_files(tmp_path / "c2" / name / WEIGHTS, tmp_path / "s2" / name / WEIGHTS)
-    assert json.loads((tmp_path / "c2/unet_main/config.json").read_text())["_class_name"] == "UNetMotionModel"
+    config = json.loads((tmp_path / "c2/unet_main/config.json").read_text())
+    assert config["_class_name"] == "UNetMotionModel" and "time_cond_proj_dim" in config  # the original reads it
     assert (tmp_path / "c2/unet_main" / WEIGHTS).stat().st_mode & 0o044 == 0o044  # others may read them
 
 

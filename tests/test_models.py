@@ -241,3 +241,9 @@ def test_gradient_checkpointing_recomputes_whole_layers(tiny):
             brushnet(torch.randn(2, 4, 16, 16), 3, torch.randn(2, 5, 16), torch.randn(2, 5, 16, 16))
         saved[recompute] = sum(sizes)
     assert saved[True] < 0.5 * saved[False]
+
+
+def test_freeu_is_refused():
+    case, _ = parity_case("batch2")
+    with pytest.raises(ValueError, match="FreeU is not supported"):
+        UNet2DConditionModel(**case["configs"]["unet"]).enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
