@@ -193,7 +193,7 @@ def test_eval(weights, videos, i3d_file, i3d, tmp_path, capsys):
     eval_DiffuEraser.split_mask_span(args)
     features = []
     for number, folder in enumerate(eval_DiffuEraser.find_videos(args)):
-        frames, holes = eval_DiffuEraser.load_video(folder, number, args)
+        frames, holes, _ = eval_DiffuEraser.load_video(folder, number, args)
         filled = paste(frames, BASELINES["telea"](frames, holes), holes)
         features.append([i3d.describe(video, folder.name) for video in (frames, filled)])
     expected = frechet_distance(*zip(*features, strict=True))
