@@ -361,7 +361,7 @@ def test_validation_as_deployed(validated, train, weights, tmp_path, capsys, sta
     validated(stage, pcm_weights=pcm_weights)
     output = capsys.readouterr().out
     assert "few-step weights: 2 steps" in output and "step 2, as deployed" in output
-    assert "validation as deployed: 2 videos" in output and "validation: 2 videos" not in output
+    assert "validation as deployed: 2 videos" in output and "validation: 2 videos in" not in output
     folder = tmp_path / f"run/logs-finetune-stage{stage}"
     assert sorted(path.name for path in (folder / "samples/sample-2").iterdir()) == [
         "1-as-deployed.gif", "2-as-deployed.gif", "contact_sheet-as-deployed.png",
@@ -375,7 +375,7 @@ def test_validation_as_deployed(validated, train, weights, tmp_path, capsys, sta
     if stage == 1:  # the other stage's 20 steps take a while
         validated(pcm_weights=pcm_weights, validate_as_trained=True, max_train_steps=1, output_dir=tmp_path / "both")
         output = capsys.readouterr().out
-        assert "validation as deployed: 2 videos" in output and "validation: 2 videos" in output
+        assert "validation as deployed: 2 videos" in output and "validation: 2 videos in" in output
         names = {path.name for path in (tmp_path / "both/logs-finetune-stage1/samples/sample-1").iterdir()}
         assert {"1.gif", "1-as-deployed.gif", "contact_sheet.png"} < names
 
