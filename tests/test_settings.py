@@ -118,6 +118,8 @@ def test_what_machines_may_differ_in():
         "validation_mask",
         "latent_cache_gb",
         "dataloader_num_workers",
+        "pcm_weights",
+        "prior",
     }
 
 
