@@ -280,7 +280,6 @@ def test_samples_in_wandb(monkeypatch, tmp_path):
                            "samples/contact_sheet": ("image", str(tmp_path / "sheet.png"))})]  # fmt: skip
 
 
-@pytest.mark.xfail(reason="open: the page lacks the three charts of scores since 2026-11-26", strict=False)
 def test_report_page(validated, tmp_path, capsys):
     """One file without a link to another: curves, samples, checkpoints, settings."""
     validated(max_train_steps=2, checkpointing_steps=1)
