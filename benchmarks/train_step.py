@@ -91,7 +91,8 @@ class Step:
         if flags.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if flags.compile:
-            model.compile_models(channels_last=not flags.use_8bit_adam)
+            by_layer = flags.cuda_graph or flags.gradient_checkpointing
+            model.compile_models(by_layer, channels_last=not flags.use_8bit_adam)
             vae.compile_encoder()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(flags, parameters, flags.learning_rate, accelerator.device)

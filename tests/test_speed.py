@@ -1,7 +1,10 @@
 """What makes steps fast and small changes nothing in what they compute."""
 
+import logging
 import os
+import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +13,13 @@ from conftest import equal_files, reset_accelerate
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
+import libs.training.log
 import libs.unet_walk
 from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
 from libs.training.latent_cache import LatentCache
+from libs.training.log import log_compiling
 from libs.training.loss import ForwardBackward
 from libs.training.optimizer import match_layout
 from libs.unet_2d_condition import UNet2DConditionModel
@@ -243,6 +248,39 @@ def test_each_model_is_traced_as_one_graph(stage, recompute):
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_equal_layers_are_compiled_once(stage, monkeypatch):
+    graphs = []
+    compiled = torch.nn.Module.compile
+    backend = {"backend": lambda graph, inputs: graphs.append(graph) or graph.forward}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **settings: compiled(model, **settings, **backend))
+    model = small_model(stage)
+    inputs = torch.randn(4, 4, 8, 8), torch.randn(4, 5, 8, 8), torch.tensor([20, 900]), torch.randn(2, 7, 16)
+    expected = gradients(model, inputs)
+    model.compile_models(by_layer=True, channels_last=False)
+    for gradient, value in zip(expected, gradients(model, inputs), strict=True):
+        torch.testing.assert_close(value, gradient, rtol=1e-4, atol=1e-5)
+    layers = [layer for layer in model.modules() if type(layer).__name__ in model._no_split_modules]
+    assert 0 < len(graphs) < len(layers)
+    first_pass = len(graphs)
+    gradients(model, inputs)
+    assert len(graphs) == first_pass
+    torch._dynamo.reset()
+
+
+def test_the_log_says_how_far_compiling_is(monkeypatch, caplog):
+    found = {"fxgraph_cache_hit": 0, "fxgraph_cache_miss": 0, "fxgraph_cache_bypass": 0}
+    grown = iter([{}, {"fxgraph_cache_miss": 2}, {"fxgraph_cache_miss": 5, "fxgraph_cache_hit": 1}, {}])
+    monkeypatch.setattr(libs.training.log, "counters", {"inductor": found})
+    clock = SimpleNamespace(sleep=lambda seconds: found.update(next(grown)), perf_counter=time.perf_counter)
+    monkeypatch.setattr(libs.training.log, "time", clock)
+    monkeypatch.setattr(libs.training.log.log, "propagate", True)
+    with caplog.at_level(logging.INFO, "diffueraser"):
+        log_compiling().join()
+    assert [line.split(" after")[0] for line in caplog.messages[1:]] == ["compiling: 2 pieces", "compiling: 6 pieces"]
+
+
 @pytest.fixture
 def ddp():
     """DDP around a model, in a group of one process, with buckets that hold some layers of `small_model` each."""
@@ -261,7 +299,7 @@ def test_each_model_stays_one_graph_in_ddp(ddp, monkeypatch):
     backend = {"backend": lambda graph, inputs: graphs.append(graph) or graph.forward}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **settings: compiled(model, **settings, **backend))
     model = small_model(1)
-    model.compile_models()
+    model.compile_models(by_layer=False)
     inputs = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8), torch.tensor([20]), torch.randn(1, 7, 16)
     ddp(model)(*inputs).square().mean().backward()
     assert len(graphs) == 2

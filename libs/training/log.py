@@ -4,6 +4,8 @@ import importlib.util
 import logging
 import platform
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import diffusers
 import torch
 import transformers
 from accelerate.utils import DistributedType
+from torch._dynamo.utils import counters
 
 from common.errors import InputError, first_line
 from common.files import write_json
@@ -73,6 +76,27 @@ def log_parameters(model, checkpoints_total_limit):
         log.info("%s: %.1f M parameters, %.1f M trained, %.1f M frozen", name, total, trained, total - trained)
     kept = "all are kept" if checkpoints_total_limit is None else f"the newest {checkpoints_total_limit} are kept"
     log.info("checkpoints: %s", kept)
+
+
+def log_compiling(interval=20):
+    """Say that the first step compiles and, every `interval` seconds, how far it is; ends when nothing was compiled
+    for as long. Returns the thread that does so."""
+    log.info("compiling in the first step: two to five minutes, less in later starts (COMPILE=0 turns it off)")
+
+    def watch():
+        begin, before = time.perf_counter(), 0
+        while True:
+            time.sleep(interval)
+            pieces = sum(counters["inductor"][f"fxgraph_cache_{how}"] for how in ("hit", "miss", "bypass"))
+            if pieces == before > 0:
+                return
+            if pieces:
+                log.info("compiling: %d pieces after %.0f s", pieces, time.perf_counter() - begin)
+            before = pieces
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
 
 
 def start_trackers(accelerator, args):

@@ -16,7 +16,7 @@ from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.checkpoints.resume import BATCH_SETTINGS
 from libs.training.config import settings_with
 from libs.training.latent_cache import LatentCache
-from libs.training.log import log, log_parameters
+from libs.training.log import log, log_compiling, log_parameters
 from libs.training.optimizer import make_optimizer, match_layout
 
 SCALER_FILE = "scaler.pt"  # accelerate's, of fp16 runs
@@ -81,8 +81,9 @@ def build_model(config, stage, accelerator, found):
         model.enable_gradient_checkpointing()
     autocast_under_fsdp(accelerator, model)
     if config.compile:
-        model.compile_models(channels_last=not config.use_8bit_adam)
-        log.info("compiling in the first step: about five minutes, less in later starts (COMPILE=0 turns it off)")
+        by_layer = config.cuda_graph or config.gradient_checkpointing
+        model.compile_models(by_layer, channels_last=not config.use_8bit_adam)
+        log_compiling()
     log_parameters(model, config.checkpoints_total_limit)
     found.state.configs = {name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")}
     register_hooks(accelerator, saved_keys(model))
