@@ -20,8 +20,8 @@ from libs.training.optimizer import match_layout
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from libs.vae import FrozenVAE, frames_at_once
-from toy.full_size import peak_bytes
-from toy.reference import fill_by_formula, parity_case
+from tests.live_memory import peak_bytes
+from tests.reference import fill_by_formula, parity_case
 
 SMALL = {
     "block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": 16,
