@@ -10,7 +10,7 @@ from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from common.errors import InputError
 
@@ -166,7 +166,7 @@ def open_weights(file):
         return safe_open(file, framework="pt")
     except FileNotFoundError:
         raise InputError(f"{file} is missing: fetch or convert it again") from None
-    except Exception as error:  # safetensors raises its own class, which is no subclass of anything narrower
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{file} is no complete safetensors file ({error}): fetch or convert it again") from None
 
 
