@@ -60,7 +60,8 @@ class OpenedWeights:
         self.files = weight_files(folder, variant)
         found = {key: shape for key, shape in read_shapes(self.files).items() if belongs(key)}
         self.parameters = sum(math.prod(shape) for shape in found.values())
-        compare_shapes(shapes_of(cls.on_meta(config)), found, folder)
+        self.model = cls.on_meta(config)
+        compare_shapes(shapes_of(self.model), found, folder)
 
     @property
     def source_class(self):
@@ -72,8 +73,8 @@ class OpenedWeights:
         return ((key, tensor) for key, tensor in read_tensors(self.files) if self.belongs(key))
 
     def load(self, torch_dtype=torch.float32):
-        """The model on the CPU."""
-        model = self.cls.on_meta(self.config)
+        """The model on the CPU, once: its weights are the caller's alone."""
+        model, self.model = self.model, None
         # copy=True: weights must not stay views of a file that a later run may replace.
         state_dict = {key: tensor.to(torch_dtype, copy=True) for key, tensor in self.tensors()}
         model.load_state_dict(state_dict, assign=True)
