@@ -26,8 +26,16 @@ from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward
 from libs.training.loss import ForwardBackward
 from libs.training.optimizer import make_optimizer
 from libs.vae import FrozenVAE
-from toy.full_size import VARIANTS, make_model
+from toy.full_size import make_model
 from toy.make_weights import SCHEDULER, SIZES
+
+VARIANTS = {  # flags of the trainer
+    "plain": {},
+    "checkpointed": {"gradient_checkpointing": True},
+    "compiled": {"compile": True},
+    "graphed": {"compile": True, "cuda_graph": True},
+    "low_memory": {"gradient_checkpointing": True, "use_8bit_adam": True},
+}
 
 
 class Parts:

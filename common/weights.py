@@ -10,7 +10,7 @@ from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from common.errors import InputError
 
@@ -60,7 +60,8 @@ class OpenedWeights:
         self.files = weight_files(folder, variant)
         found = {key: shape for key, shape in read_shapes(self.files).items() if belongs(key)}
         self.parameters = sum(math.prod(shape) for shape in found.values())
-        compare_shapes(shapes_of(cls.on_meta(config)), found, folder)
+        self.model = cls.on_meta(config)
+        compare_shapes(shapes_of(self.model), found, folder)
 
     @property
     def source_class(self):
@@ -72,8 +73,8 @@ class OpenedWeights:
         return ((key, tensor) for key, tensor in read_tensors(self.files) if self.belongs(key))
 
     def load(self, torch_dtype=torch.float32):
-        """The model on the CPU."""
-        model = self.cls.on_meta(self.config)
+        """The model on the CPU, once: its weights are the caller's alone."""
+        model, self.model = self.model, None
         # copy=True: weights must not stay views of a file that a later run may replace.
         state_dict = {key: tensor.to(torch_dtype, copy=True) for key, tensor in self.tensors()}
         model.load_state_dict(state_dict, assign=True)
@@ -166,7 +167,7 @@ def open_weights(file):
         return safe_open(file, framework="pt")
     except FileNotFoundError:
         raise InputError(f"{file} is missing: fetch or convert it again") from None
-    except Exception as error:  # safetensors raises its own class, which is no subclass of anything narrower
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{file} is no complete safetensors file ({error}): fetch or convert it again") from None
 
 

@@ -65,14 +65,14 @@ class FinetuneDataset(Dataset):
         ytvos = scan_ytvos(args.ytvos_root) if args.ytvos_root else []
         if not davis and not ytvos:
             raise InputError("no dataset was given: set --davis_root, --ytvos_root or both")
-        held_out = {Path(folder).resolve() for folder in getattr(args, "validation_image", None) or []}
+        for_validation = {Path(folder).resolve() for folder in getattr(args, "validation_image", None) or []}
         candidates = [(video, DAVIS_OVERSAMPLING) for video in davis] + [(video, 1) for video in ytvos]
-        self.videos, self.too_short, self.held_out, self.left_out = [], [], [], []
+        self.videos, self.too_short, self.validation_videos, self.left_out = [], [], [], []
         for video, repeats in candidates:
             if video.broken or video.folder in broken:
                 self.left_out.append(video.broken or broken[video.folder])
-            elif video.folder.resolve() in held_out:
-                self.held_out.append(video)
+            elif video.folder.resolve() in for_validation:
+                self.validation_videos.append(video)
             elif len(video.frames) < self.nframes:
                 self.too_short.append(video)
             else:
@@ -81,9 +81,9 @@ class FinetuneDataset(Dataset):
             longest = max(len(video.frames) for video, _ in candidates)
             such_as = f" ({self.left_out[0]})" if self.left_out else ""
             raise InputError(
-                f"no video to train on: of {len(candidates)} videos {len(self.held_out)} are held out for validation, "
-                f"{len(self.left_out)} broken{such_as}, the others have fewer than {self.nframes} frames (the longest "
-                f"video has {longest}); lower --nframes or add longer videos"
+                f"no video to train on: of {len(candidates)} videos {len(self.validation_videos)} are held out for "
+                f"validation, {len(self.left_out)} broken{such_as}, the others have fewer than {self.nframes} frames "
+                f"(the longest video has {longest}); lower --nframes or add longer videos"
             )
 
     def __len__(self):

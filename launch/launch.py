@@ -310,6 +310,7 @@ class Trainers:
                 process.kill()
 
 
+@one_line_errors
 def run_accelerate(arguments):
     """`accelerate launch` with one line about a failure, where the trainers have not said it already.
 
@@ -325,7 +326,9 @@ def run_accelerate(arguments):
         end_as("the trainer", error.returncode)
     except (ConnectionError, DistError, RendezvousError) as error:
         reason = str(error).strip().splitlines()[0]
-        fail(f"the machines did not find each other ({reason}): check MAIN_ADDRESS, MAIN_PORT and that all are started")
+        raise InputError(
+            f"the machines did not find each other ({reason}): check MAIN_ADDRESS, MAIN_PORT and that all are started"
+        ) from None
 
 
 def end_as(who, exitcode):
@@ -335,13 +338,8 @@ def end_as(who, exitcode):
         cause = "see the lines above"
         if name == "SIGKILL":
             cause = "the system killed it, most often for lack of memory: lower DATALOADER_NUM_WORKERS, or give it more"
-        fail(f"{who} was ended by {name} ({cause}): run the same command to resume")
+        raise InputError(f"{who} was ended by {name} ({cause}): run the same command to resume")
     raise SystemExit(1) from None
-
-
-def fail(line):
-    print(f"error: {line}", file=sys.stderr, flush=True)
-    raise SystemExit(1)
 
 
 if __name__ == "__main__":

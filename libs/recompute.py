@@ -39,7 +39,7 @@ def join(tensors):
 
 
 class Recomputed(torch.autograd.Function):
-    """The parameters are inputs too, so that their gradients go the usual way, past the hooks of DDP and DeepSpeed."""
+    """The parameters are inputs too, so that their gradients go the usual way, past the hooks of DDP."""
 
     @staticmethod
     def forward(ctx, layer, parameters, pieces, *inputs):

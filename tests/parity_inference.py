@@ -25,7 +25,7 @@ from libs.inference.pipeline import ClipLatents, deployed_pipeline
 from libs.inpainter import ClipInpainter
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
-from toy.reference import fill_by_formula
+from tests.reference import fill_by_formula
 
 LARGEST = {
     "weights": 1e-6,

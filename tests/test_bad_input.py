@@ -50,13 +50,15 @@ def other_model_size(ctx):
 
 
 class Context:
-    """Copies of the weights and videos that a case may damage."""
+    """The weights and videos, as copies where a case damages them."""
 
-    def __init__(self, weights, videos, folder):
-        self.weights, self.videos, self.run = folder / "weights", folder / "videos", folder / "run"
-        self.folder = folder
-        shutil.copytree(weights, self.weights)
-        shutil.copytree(videos, self.videos)
+    def __init__(self, weights, videos, folder, damage):
+        self.weights, self.videos, self.run, self.folder = weights, videos, folder / "run", folder
+        folder.mkdir()
+        if damage:
+            self.weights = shutil.copytree(weights, folder / "weights")
+            self.videos = shutil.copytree(videos, folder / "videos")
+            damage(self)
 
 
 # name: (stage, damage or None, overrides as a function of the context, what the line must say)
@@ -182,9 +184,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input(name, weights, videos, flags, tmp_path, capsys):
     stage, damage, overrides, message = CASES[name]
-    ctx = Context(weights, videos, tmp_path / "copy")
-    if damage:
-        damage(ctx)
+    ctx = Context(weights, videos, tmp_path / "copy", damage)
     settings = {
         "base_model_name_or_path": ctx.weights / "stable-diffusion-v1-5",
         "vae_path": ctx.weights / "sd-vae-ft-mse",
@@ -237,7 +237,7 @@ def test_frozen_models_are_checked_before_any_loads(name, weights, flags, tmp_pa
     """--check_only, which loads nothing, finds them too."""
     stage, damage, overrides, message = CASES[name]
     ctx = SimpleNamespace(weights=tmp_path / "copy")
-    shutil.copytree(weights, ctx.weights)
+    shutil.copytree(weights, ctx.weights, ignore=shutil.ignore_patterns("unet", "diffuEraser", "animatediff*"))
     if damage:
         damage(ctx)
     base, vae = ctx.weights / "stable-diffusion-v1-5", ctx.weights / "sd-vae-ft-mse"

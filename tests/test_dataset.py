@@ -120,7 +120,7 @@ def test_empty_prompts(videos):
 def test_validation_videos_and_short_ones_are_left_out(videos):
     held_out = videos / "DAVIS/JPEGImages/480p/kites"
     dataset = FinetuneDataset(settings(videos, validation_image=[str(held_out)]))
-    assert len(dataset) == 3 * 10 + 4 and [video.name for video in dataset.held_out] == ["kites"]
+    assert len(dataset) == 3 * 10 + 4 and [video.name for video in dataset.validation_videos] == ["kites"]
     assert "kites" not in {video.name for video in dataset.videos}
     with pytest.raises(InputError, match=r"fewer than 27 frames \(the longest video has 26\)"):
         FinetuneDataset(settings(videos, nframes=27))

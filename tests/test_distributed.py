@@ -169,25 +169,6 @@ def test_fsdp_of_frozen_and_recomputed_layers(train, flags, videos, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        (
-            {"ACCELERATE_CONFIG": "fsdp.yaml"},
-            "fsdp.yaml is no file: ACCELERATE_CONFIG must be one of configs/accelerate/",
-        ),
-        ({"NUM_MACHINES": "2"}, "NUM_MACHINES=2 needs MAIN_ADDRESS"),
-        ({"NUM_MACHINES": "2", "MAIN_ADDRESS": "a", "MACHINE_RANK": "2"}, "MACHINE_RANK=2: a number from 0 to 1"),
-    ],
-)
-def test_wrong_variables_are_one_line(variables, message):
-    environment = {**os.environ, "PYTHON": sys.executable, **variables}
-    command = ["bash", "finetune_stage1.sh"]
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1 and not result.stdout
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
-
-
-@pytest.mark.parametrize(
     ("engine", "message"),
     [
         ("FSDP", "asks for fsdp, and accelerate shards on GPUs only"),

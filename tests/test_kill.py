@@ -1,74 +1,94 @@
 """Runs killed at random moments, some in the middle of writing a checkpoint, end bit for bit as undisturbed ones."""
 
+import multiprocessing
 import os
 import random
 import re
-import subprocess
 import sys
 import time
+from multiprocessing.reduction import DupFd
 
+import torch
 from conftest import REPOSITORY, equal_files
+
+import train_DiffuEraser_stage1
 
 KILLS = int(os.environ.get("KILLS", 5))
 WEIGHTS = "unet_main/diffusion_pytorch_model.safetensors"
 
 
+def run_trainer(arguments, output):
+    """The train script's main, in a process of its own, with its output in a pipe."""
+    pipe = output.detach()
+    os.dup2(pipe, 1)
+    os.dup2(pipe, 2)
+    os.close(pipe)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    torch.set_num_threads(1)
+    train_DiffuEraser_stage1.main(arguments)
+
+
 def start(arguments):
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "train_DiffuEraser_stage1.py", *arguments],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """(process, its lines). Forked from a server that has imported torch and diffusers once, for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_DiffuEraser_stage1"])
+    reader, writer = os.pipe()
+    process = context.Process(target=run_trainer, args=(arguments, DupFd(writer)))
+    process.start()
+    os.close(writer)
+    return process, open(reader)
 
 
-def kill_at_random(process, run, rng):
+def finish(process, output):
+    """All that a run prints that nobody disturbs."""
+    with output:
+        text = output.read()
+    process.join()
+    assert process.exitcode == 0, text
+
+
+def kill_at_random(process, output, run, rng):
     """SIGKILL the trainer after some steps, or when it is writing a checkpoint; False if it ended before."""
     lines = []
     wanted = rng.randint(0, 3)
-    for line in process.stdout:
+    for line in output:
         lines.append(line)
         if re.search(r"step \d+/", line):
             if wanted == 0:
                 break
             wanted -= 1
     if rng.random() < 0.6:  # aim at the next checkpoint: while its folder has the name it is written under
-        while process.poll() is None and not list(run.glob("*.partial")):
+        while process.is_alive() and not list(run.glob("*.partial")):
             time.sleep(0.0005)
         time.sleep(rng.random() * 0.08)
     else:
         time.sleep(rng.random() * 0.3)
-    alive = process.poll() is None
+    alive = process.is_alive()
     in_write = bool(list(run.glob("*.partial")))
     process.kill()
-    lines += process.stdout.readlines()
-    process.wait()
+    with output:
+        lines += output.readlines()
+    process.join()
     assert not any("Traceback" in line or "error:" in line for line in lines), "".join(lines)
     return alive, in_write
 
 
-def test_killed_runs_lose_nothing(flags, tmp_path):
+def test_killed_runs_lose_nothing(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # for the server
     rng = random.Random(0)
     steps = 3 * KILLS + 6
     settings = {"max_train_steps": steps, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
     whole, run = tmp_path / "whole", tmp_path / "run"
-    undisturbed = start(flags(1, output_dir=whole, **{**settings, "checkpointing_steps": steps}))
-    output, _ = undisturbed.communicate()
-    assert undisturbed.returncode == 0, output
+    finish(*start(flags(1, output_dir=whole, **{**settings, "checkpointing_steps": steps})))
 
     arguments = flags(1, output_dir=run, resume_from_checkpoint="latest", **settings)
     kills, in_writes = 0, 0
     while kills < KILLS:
-        alive, in_write = kill_at_random(start(arguments), run, rng)
+        alive, in_write = kill_at_random(*start(arguments), run, rng)
         if not alive:
             break
         kills, in_writes = kills + 1, in_writes + in_write
-    last = start(arguments)
-    output, _ = last.communicate()
-    assert last.returncode == 0, output
+    finish(*start(arguments))
     print(f"{kills} kills, {in_writes} of them while a checkpoint was written")
     assert kills == KILLS and in_writes > 0
     assert equal_files(whole / WEIGHTS, run / WEIGHTS)

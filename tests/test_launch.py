@@ -22,7 +22,6 @@ from launch import launch
 from libs.training.config import CONFIGS, LAUNCHER_VARIABLES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-STAGE_SCRIPTS = ("finetune_stage1.sh", "finetune_stage2.sh")
 
 
 @pytest.fixture
@@ -107,12 +106,8 @@ FAILURES = {  # (stage, variables, arguments, what the line says)
     "weights": (1, {"WEIGHTS": "/nowhere"}, [], "/nowhere/stable-diffusion-v1-5/tokenizer is not a folder"),
     "data": (1, {"DAVIS_ROOT": "/nowhere"}, [], "/nowhere/JPEGImages/480p is no folder"),
     "stage1": (2, {"PRETRAINED_STAGE1": "/nowhere"}, [], "/nowhere/unet_main is not a folder"),
-    "engine": (1, {"ACCELERATE_CONFIG": "fsdp"}, [], "fsdp is no file: ACCELERATE_CONFIG must be one of"),
     "number": (1, {"NUM_PROCESSES": "two"}, [], "NUM_PROCESSES=two: a number above 0 was needed"),
-    "switch": (1, {"LOW_MEMORY": "true"}, [], "LOW_MEMORY=true: 0 or 1 was needed"),
-    "precision": (1, {"MIXED_PRECISION": "fp32"}, [], "MIXED_PRECISION=fp32: no (fp32), fp16 or bf16 was needed"),
     "python": (1, {"PYTHON": "nopython"}, [], "nopython was not found: bash install.sh requirements.txt makes .venv"),
-    "log": (1, {"LOG": "/proc/x/run.log"}, [], "LOG=/proc/x/run.log cannot be written to: choose another"),
     "argument": (2, {}, ["--max_train_samples=5"], "--max_train_samples is gone: shorten"),
 }
 
@@ -128,6 +123,30 @@ def test_a_failing_run(environment, tmp_path, name):
     log = Path(environment["LOG"])
     assert "Traceback" not in failed.stderr + failed.stdout + (log.read_text() if log.exists() else "")
     assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_CONFIG": "fsdp"}, "fsdp is no file: ACCELERATE_CONFIG must be one of configs/accelerate/"),
+        ({"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: a number above 0 was needed"),
+        ({"LOW_MEMORY": "true"}, "LOW_MEMORY=true: 0 or 1 was needed"),
+        ({"MIXED_PRECISION": "fp32"}, "MIXED_PRECISION=fp32: no (fp32), fp16 or bf16 was needed"),
+        ({"LOG": "/proc/x/run.log"}, "LOG=/proc/x/run.log cannot be written to: choose another"),
+        ({"NUM_MACHINES": "2"}, "NUM_MACHINES=2 needs MAIN_ADDRESS"),
+        ({"NUM_MACHINES": "2", "MAIN_ADDRESS": "a", "MACHINE_RANK": "2"}, "MACHINE_RANK=2: a number from 0 to 1"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_variables_are_one_line(environment, monkeypatch, capsys, variables, message):
+    """Found by the launcher itself, which starts nothing."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(launch, "Trainers", None)
+    with mock.patch.dict(os.environ, {**environment, **variables}), pytest.raises(SystemExit) as stop:
+        launch.main(["1"])
+    printed = capsys.readouterr()
+    assert stop.value.code == 1 and not printed.out
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err
 
 
 @pytest.fixture
@@ -186,7 +205,6 @@ def test_a_signal_before_training(environment):
     """The trainer's place is taken by a process that has not begun to train."""
     code = f"""import os, sys; sys.path.insert(0, {str(REPOSITORY)!r})
 from launch import launch
-from libs.training.config import CONFIGS, LAUNCHER_VARIABLES
 launch.run_accelerate = lambda _: os.execlp("bash", "bash", "-c", "echo starting; exec tail -f /dev/null")
 launch.main(["1"])"""
     script = subprocess.Popen(
@@ -333,7 +351,7 @@ def test_validation_is_off_without_masks(environment, tmp_path, videos):
 def test_two_processes_train_as_one_with_the_whole_batch(environment, tmp_path):
     """Each sees its share of the data, in three passes a step; losses and weights are those of one process. The two
     recompute their layers besides, whose gradients must come past DDP."""
-    logs, settings = {}, {"MAX_TRAIN_STEPS": 3, "LEARNING_RATE": 1, "OMP_NUM_THREADS": 1, "VALIDATION_STEPS": 2}
+    logs, settings = {}, {"MAX_TRAIN_STEPS": 3, "LEARNING_RATE": 1, "OMP_NUM_THREADS": 1, "VALIDATION_STEPS": 5}
     for processes, batch, accumulation in ((1, 6, 1), (2, 1, 3)):
         changes = {"NUM_PROCESSES": processes, "TRAIN_BATCH_SIZE": batch, "GRADIENT_ACCUMULATION_STEPS": accumulation}
         changes |= {**settings, "NFRAMES": 1}

@@ -15,7 +15,7 @@ from libs.base_model import BaseModel
 from libs.brushnet_CA import BrushNetModel
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
-from toy.reference import fill_by_formula, parity_case
+from tests.reference import fill_by_formula, parity_case
 
 LAYOUT = DATA / "published_layout"
 PUBLISHED = {

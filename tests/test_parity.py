@@ -10,7 +10,7 @@ from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_o
 from libs.training.loss import EncodedBatch, denoising_loss
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
-from toy.reference import fill_by_formula, parity_case
+from tests.reference import fill_by_formula, parity_case
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 # Weight gradients of strided convolutions depend on the processor's kernels: the reference itself, in fp32, is 3.7e-4

@@ -11,6 +11,7 @@ from safetensors import safe_open
 import common.files
 from common.files import write_json
 from libs.checkpoints.checkpoint import find_latest
+from libs.inpainter import ClipInpainter
 
 
 def final(folder):
@@ -115,7 +116,8 @@ def test_stage_2_checkpoints_hold_only_what_trains(train, tmp_path):
     assert state["global_step"] == 1 and state["stage"] == 2
 
 
-def test_validation_and_probe_do_not_change_training(train, tmp_path, videos):
+def test_validation_and_probe_do_not_change_training(train, tmp_path, videos, monkeypatch):
+    monkeypatch.setattr(ClipInpainter, "inference_steps", 2)
     video = [str(videos / "DAVIS/JPEGImages/480p/buoy")]
     mask = [str(videos / "DAVIS/Annotations/480p/buoy")]
     train(2, output_dir=tmp_path / "plain", gradient_checkpointing=True)

@@ -26,7 +26,7 @@ from libs.training.optimizer import eight_bit_adam, make_optimizer
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from libs.vae import FrozenVAE
-from toy.reference import fill_by_formula, parity_case
+from tests.reference import fill_by_formula, parity_case
 
 
 def make_model(stage):

@@ -24,7 +24,7 @@ SCORES = {  # name: (heading, decimals)
     "ssim_hole": ("SSIM hole", 4),
     "warp_hole": ("E_warp hole", 2),
 }
-SET_SCORES = {"vfid": ("VFID", 3)}  # of a set of videos, not of one: libs/vfid.py
+SET_SCORES = {"vfid": ("VFID", 3)}  # of a set of videos, not of one: vfid.py
 SMALLEST_FLOW = 16  # pixels: OpenCV's flow crashes in wide frames that are less high
 # Where the flow there and back differs by more than this, a pixel is hidden in the other frame (Sundaram, Brox and
 # Keutzer: Dense point trajectories by GPU-accelerated large displacement optical flow, ECCV 2010).

@@ -192,7 +192,7 @@ def open_dataset(args):
     found = f"{len(videos)} videos, {frames} frames, {len(dataset)} clips an epoch"
     for count, reason in (
         (len(dataset.too_short), f"shorter than {args.nframes} frames"),
-        (len(dataset.held_out), "used for validation"),
+        (len(dataset.validation_videos), "used for validation"),
         (len(dataset.left_out), f"broken, such as {dataset.left_out[0]}" if dataset.left_out else ""),
     ):
         if count:

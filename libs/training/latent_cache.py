@@ -6,11 +6,10 @@ kept. Loader workers read the cache, the trainer adds what was missing.
 
 import hashlib
 import os
-import re
 import threading
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,12 +18,10 @@ from libs.training.log import log
 
 MAX_WAITING = 64  # batches whose frames wait for a slow disk; further ones are not kept
 CHECKSUM_BYTES = 4
-PARTIAL = re.compile(r"[0-9a-f]{32}\.\d+")  # key and process; no other file is ever deleted
-STALE_SECONDS = 86400  # of a partial file: writing one takes no second, but clocks of machines may differ by hours
 
 
 class LatentCache:
-    """The posterior's posteriors, (2c, h, w) per frame: c means, then c log-variances.
+    """Posteriors, (2c, h, w) per frame: c means, then c log-variances.
 
     One file per frame, whole or not there, for any number of processes at a time. Its name follows from the frame's
     path, size and time, the resolution of the crop, the VAE and its precision: what has changed is encoded anew.
@@ -48,19 +45,13 @@ class LatentCache:
         self.places = threading.BoundedSemaphore(MAX_WAITING)
 
     def measure(self):
-        """Bytes held, of any resolution, VAE and precision; what killed runs left half-written is deleted."""
+        """Bytes held, of any resolution, VAE and precision, and by what killed runs left half-written."""
         total = 0
         for subfolder in filter(Path.is_dir, self.folder.iterdir()):
             with os.scandir(subfolder) as entries:
                 for entry in entries:
-                    try:
-                        stat = entry.stat()
-                        if PARTIAL.fullmatch(entry.name) and time.time() - stat.st_mtime > STALE_SECONDS:
-                            os.unlink(entry)
-                        else:
-                            total += stat.st_size
-                    except FileNotFoundError:  # another run has renamed or deleted it
-                        pass
+                    with suppress(FileNotFoundError):  # another run has renamed it
+                        total += entry.stat().st_size
         return total
 
     def key(self, path):

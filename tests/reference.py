@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-CASES = Path(__file__).parents[1] / "tests" / "data" / "parity"
+CASES = Path(__file__).parent / "data" / "parity"
 
 
 def parity_case(name):
