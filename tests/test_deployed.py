@@ -7,6 +7,7 @@ import os
 import re
 import weakref
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA, moving_video
+from conftest import DATA, error_line, moving_video
 from parity_inference import LARGEST, run_case
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_sampling import PixelVAE
 from torch import nn
@@ -137,14 +139,13 @@ def test_a_validation_leaves_every_bit(unet, pcm, dtype, failing):
         tensors = load_file(pcm)
         last = sorted(tensors)[-1]
         save_file({key: tensor for key, tensor in tensors.items() if key != last}, pcm)
-    try:
-        with few_step.folded(unet):
-            changed = sum(not torch.equal(weight, copy) for weight, _, copy in before.values())
-            assert changed == len(few_step.layers)
-            if failing == "the validation":
-                raise RuntimeError("out of memory")
-    except Exception:
-        assert failing != "nothing"
+    raised = {"nothing": nullcontext(), "the validation": pytest.raises(torch.OutOfMemoryError),
+              "the file": pytest.raises(SafetensorError)}  # fmt: skip
+    with raised[failing], few_step.folded(unet):
+        changed = sum(not torch.equal(weight, copy) for weight, _, copy in before.values())
+        assert changed == len(few_step.layers)
+        if failing == "the validation":
+            raise torch.OutOfMemoryError
     for name, weight in unet.named_parameters():
         same, place, copy = before[name]
         assert weight is same and weight.data_ptr() == place and torch.equal(weight, copy)
@@ -398,9 +399,6 @@ def test_flags_have_two_defaults(command):
         ({"prior": "small"}, "has 11 frames of 60x50"),
         ({"prior": "short"}, "has 10 frames of 67x50"),
         ({"prior": "nothing"}, "nothing does not exist"),
-        ({"pcm_weights": "family.safetensors"}, "belongs to no layer"),
-        ({"pcm_weights": f"torn-{PCM}"}, "is no complete safetensors file"),
-        ({"pcm_weights": f"missing-{PCM}"}, f"missing-{PCM} is missing"),
         ({"num_inference_steps": 4}, "was made for 2"),
         ({"pcm_weights": "", "as_deployed": None, "blend": "latents"}, "--blend=latents needs few-step weights"),
         ({"max_side": 4}, "--max_side=4: 8 or more"),
@@ -412,27 +410,75 @@ def test_bad_input_is_one_line(command, pcm, tmp_path, capsys, monkeypatch, chan
     frames = moving_video(11, 50, 67)[0]
     write_frames(tmp_path / "small", frames[:, :, :60])
     write_frames(tmp_path / "short", frames[:10])
-    (tmp_path / f"torn-{PCM}").write_bytes(pcm.read_bytes()[:5000])
-    save_file({"unet.down_blocks.0.to_k.lora_A.weight": torch.ones(2, 2)}, tmp_path / "family.safetensors")
-    changes = {"num_inference_steps": 2, **changes} if "family" in str(changes) else changes
-    paths = {name: changes[name] and tmp_path / changes[name] for name in ("prior", "pcm_weights") if name in changes}
+    if "prior" in changes:
+        changes = {"prior": tmp_path / changes["prior"]}
     monkeypatch.setattr("libs.inference.load.BaseModel.encode_prompts", None)
-    with pytest.raises(SystemExit) as stop:
-        run_diffueraser.main(command(**{**changes, **paths}))
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 1 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
+    assert expected in error_line(capsys, run_diffueraser.main, command(**changes))
     assert not list(tmp_path.glob("out/*"))
+
+
+def keep_only(key, *shape):
+    return lambda tensors: (tensors.clear(), put(key, *shape)(tensors))
+
+
+BAD_WEIGHTS = {  # a file's name: what is done to its tensors, and the line's part
+    f"sdxl-{PCM}": (keep_only(f"{PREFIX}input_blocks_4_1_proj_in.lora_up.weight", 640, 4), "input_blocks_4_1_proj_in"),
+    f"peft-{PCM}": (keep_only("base_model.model.mid_block.resnets.0.conv1.lora_A.weight", 4, 64), "base_model.model"),
+    f"diffusers-{PCM}": (keep_only("unet.mid_block.resnets.0.conv1.lora.up.weight", 64, 4), "belongs to no layer"),
+    f"sd2-{PCM}": (put(OTHER_FAMILY, 4, 1024), "has shape (4, 1024), (4, 32) was needed"),
+    f"empty-{PCM}": (dict.clear, "no tensors in it"),
+    f"missing-{PCM}": (lambda tensors: tensors.pop(f"{LAYER}.alpha"), f"lacks {LAYER}.alpha"),
+    f"surplus-{PCM}": (put("lora_te_x.alpha", 1), "lora_te_x.alpha belongs to no layer"),
+    "unnamed.safetensors": (None, "its name says no number of steps: name it such as unnamed_2step.safetensors"),
+    f"torn-{PCM}": (lambda tensors: None, "is no complete safetensors file"),
+    f"pickled-{PCM}.bin": (None, "is no complete safetensors file"),
+    f"folder-{PCM}": (None, "is no complete safetensors file"),
+    f"nowhere-{PCM}": (None, "is missing: fetch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("door", ["run", "eval", "stage 1", "stage 2"])
+def test_bad_weights_are_one_line(door, command, unet, train, flags, videos, tmp_path, capsys, monkeypatch):
+    """Through every script, before weights load, and nothing is written; --check_only has it in its table."""
+    monkeypatch.setattr("common.weights.OpenedWeights.load", None)
+    for name, (change, expected) in BAD_WEIGHTS.items():
+        file = tmp_path / name
+        if change:
+            write_lora(file, unet, change=change)
+        if name == "unnamed.safetensors":
+            write_lora(file, unet)
+        if name.startswith("torn"):
+            file.write_bytes(file.read_bytes()[:5000])
+        if name.startswith("pickled"):
+            torch.save({}, file)
+        if name.startswith("folder"):
+            file.mkdir()
+        if door == "run":
+            line = error_line(capsys, run_diffueraser.main, command(pcm_weights=file))
+        elif door == "eval":
+            models = [flag for flag in command(pcm_weights=file) if re.match("--(weights|base|vae|output|pcm)", flag)]
+            frames = [f"--frames={videos / 'DAVIS/JPEGImages/480p'}", "--videos", "buoy"]
+            line = error_line(capsys, eval_DiffuEraser.main, [*frames, *models])
+        else:
+            line = error_line(capsys, train, int(door[-1]), pcm_weights=file, output_dir=tmp_path / "out")
+            with pytest.raises(SystemExit):
+                train(int(door[-1]), pcm_weights=file, output_dir=tmp_path / "out", check_only=True)
+            row = re.search("^few-step weights +FAILED .*", capsys.readouterr().out, re.MULTILINE)[0]
+            assert str(file) in row and expected in row
+        assert str(file) in line and expected in line
+        assert not list(tmp_path.glob("out/*"))
 
 
 def test_eval_takes_priors(videos, tmp_path, capsys):
     """Another method's frames are a row of their own; those of another number are refused."""
-    frames = [f"--frames={videos / 'DAVIS/JPEGImages/480p'}", "--videos", "buoy", "--no_model", "--rivals", "telea"]
+    frames = [f"--frames={videos / 'DAVIS/JPEGImages/480p'}", "--videos", "buoy", "--no_model", "--baselines=telea"]
+    other = f"--output_dir={tmp_path / 'other'}"
     given = read_video(videos / "DAVIS/JPEGImages/480p/buoy")[0]
     write_frames(tmp_path / "prior/buoy", given)
     eval_DiffuEraser.main([*frames, f"--prior={tmp_path / 'prior'}", f"--output_dir={tmp_path / 'out'}"])
     assert re.search(r"prior \S+ +.*inf", capsys.readouterr().out)
-    for bad, expected in ((given[1:], "holds 25 frames"), (given[:, 1:], "needs frames of the video's size")):
+    for bad, expected in ((given[1:], "holds 25 frames"), (given[:, 1:], "needs frames of the video's size"),
+                          (given[[*range(26), 0]], "holds 27 frames")):  # fmt: skip
         write_frames(tmp_path / "bad/buoy", bad)
-        with pytest.raises(SystemExit):
-            eval_DiffuEraser.main([*frames, f"--prior={tmp_path / 'bad'}", f"--output_dir={tmp_path / 'out'}"])
-        assert expected in capsys.readouterr().err
+        assert expected in error_line(capsys, eval_DiffuEraser.main, [*frames, f"--prior={tmp_path / 'bad'}", other])
+        assert not list(tmp_path.glob("other/*"))
