@@ -8,6 +8,7 @@ import re
 import weakref
 from collections import OrderedDict
 from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,25 +152,41 @@ def test_a_validation_leaves_every_bit(unet, pcm, dtype, failing):
         assert weight is same and weight.data_ptr() == place and torch.equal(weight, copy)
 
 
+def fold_shards(rank, folder):
+    """A process of two: whether the root's weights lie in shards when folding begins, as after a training step, or are
+    gathered, as after a forward pass, no folded ones stay behind."""
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    unet = nn.Sequential(OrderedDict(up_block=nn.Conv2d(3, 5, 3, padding=1), mid_block=nn.Linear(8, 7)))
+    unet.load_state_dict(torch.load(folder / "unet.pt"))
+    few_step, pixels = FewStepWeights(folder / PCM), torch.ones(2, 3, 8, 8)
+    with torch.no_grad():
+        before = unet(pixels)
+        with few_step.folded(unet):
+            expected = unet(pixels)
+        model = nn.Sequential(OrderedDict(unet_main=unet))
+        fully_shard(unet.up_block, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))  # the root; mid_block is gathered with it
+        for begin in ("in shards", "gathered", "in shards"):
+            model.reshard()
+            if begin == "gathered":
+                model(pixels)
+            with few_step.folded(unet, model):
+                assert torch.equal(model(pixels), expected) and not torch.equal(expected, before), begin
+            assert torch.equal(model(pixels), before), begin
+
+
 def test_sharded_weights_are_folded_too(tmp_path):
-    """Under FSDP2: shards are changed, and have their bits back."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        unet = nn.Sequential(OrderedDict(up_block=nn.Conv2d(3, 5, 3, padding=1), mid_block=nn.Linear(8, 7)))
-        few_step, pixels = FewStepWeights(write_lora(tmp_path / PCM, unet, rank=2)), torch.ones(2, 3, 8, 8)
-        with torch.no_grad():
-            before = unet(pixels)
-            with few_step.folded(unet):
-                expected = unet(pixels)
-            mesh = init_device_mesh("cpu", (1,))
-            fully_shard(unet.up_block, mesh=mesh)
-            fully_shard(unet, mesh=mesh)
-            assert torch.equal(unet(pixels), before)
-            with few_step.folded(unet):
-                assert torch.equal(unet(pixels), expected) and not torch.equal(expected, before)
-            assert torch.equal(unet(pixels), before)
-    finally:
-        torch.distributed.destroy_process_group()
+    """Under FSDP2, two processes: shards are changed, and have their bits back."""
+    unet = nn.Sequential(OrderedDict(up_block=nn.Conv2d(3, 5, 3, padding=1), mid_block=nn.Linear(8, 7)))
+    torch.save(unet.state_dict(), tmp_path / "unet.pt")
+    write_lora(tmp_path / PCM, unet, rank=2)
+    processes = [get_context("fork").Process(target=fold_shards, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 LAYER = f"{PREFIX}mid_block_resnets_0_conv1"

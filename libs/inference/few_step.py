@@ -102,24 +102,27 @@ class FewStepWeights:
 
     @contextmanager
     @torch.no_grad()
-    def folded(self, unet):
+    def folded(self, unet, model=None):
         """The UNet with folded weights for a while; its old weights' bits are put back, also after an error.
+
+        Args:
+            model: what the UNet is a part of, where FSDP has sharded that: some of the UNet's weights are gathered with
+                the model's own.
 
         In place, because compiled models, CUDA graphs and FSDP hold on to a weight's memory. The copies of the weights
         that change (3.2 GiB of SD 1.5's UNet in fp32) are gone afterwards.
         """
-        originals = []
-        forget_gathered(unet)  # its parameters are the shards then
+        originals, model = [], unet if model is None else model
+        forget_gathered(model)  # its parameters are the shards then
         try:
             for weight, change in self.changes(unet):
                 originals.append((weight, weight.clone()))
                 weight.copy_(weight.float() + change)
-            forget_gathered(unet)
             yield unet
         finally:
             for weight, original in originals:
                 weight.copy_(original)
-            forget_gathered(unet)
+            forget_gathered(model)
 
 
 def forget_gathered(model):
