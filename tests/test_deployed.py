@@ -5,14 +5,17 @@ PARITY_INFERENCE=DIR runs the case folders in another place too.
 
 import os
 import re
+import shutil
 import weakref
 from collections import OrderedDict
 from contextlib import nullcontext
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import parity_inference
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +54,16 @@ if "PARITY_INFERENCE" in os.environ:
 @pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)
 def test_parity_with_the_original(folder):
     assert {what: value for what, value in run_case(folder).items() if not value <= LARGEST[what]} == {}
+
+
+def test_folders_that_are_no_case(tmp_path, capsys):
+    assert f"{tmp_path}/case.json cannot be read" in error_line(capsys, parity_inference.main, [tmp_path])
+    for file in (CASES[0] / "case.json", CASES[0].parent / PCM):
+        shutil.copy(file, tmp_path)
+    io = load_file(CASES[0] / "io.safetensors")
+    del io["noise_pre"]
+    save_file(io, tmp_path / "io.safetensors")
+    assert "no complete case: noise_pre is missing" in error_line(capsys, parity_inference.main, [tmp_path])
 
 
 def write_lora(path, unet, rank=4, alpha=2.0, change=lambda tensors: None):
@@ -254,6 +267,20 @@ def test_windows_as_deployed():
     assert starts == [[0, 17, 28], [0, 11, 28]] * 2
     assert windows.at_step(30, 1) == [(0, 22), (8, 30)] and windows.at_step(22, 1) == [(0, 22)]
     assert [stop - start for start, stop in windows.at_step(9, 1)] == [9]
+
+
+@pytest.mark.parametrize("nframes", [4, 16, 22])
+def test_windows_of_every_length(nframes):
+    """Whole windows that end where the clip does; from a start on each by the same step, but for the last."""
+    overlap, windows = nframes // 4, CrossFadedLatents(nframes, nframes // 4)
+    for length in range(nframes + 1, 6 * nframes):
+        for number, moved in ((0, 0), (1, nframes // 2)):
+            found = windows.at_step(length, number)
+            assert found[0][0] == 0 and found[-1][1] == length and {b - a for a, b in found} == {nframes}
+            later = [start for start, _ in found[number:]]
+            assert later[0] == min(moved, length - nframes)
+            assert {b - a for a, b in pairwise(later[:-1])} <= {nframes - overlap}
+            assert len(later) == 1 or 0 < later[-1] - later[-2] <= nframes - overlap
 
 
 def test_latents_are_cross_faded():

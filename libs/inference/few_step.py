@@ -48,11 +48,9 @@ class FewStepWeights:
         foreign = [key for key in sorted(self.shapes) if key.partition(".")[0] not in weights]
         foreign += [key for key in sorted(self.shapes) if key.partition(".")[2] not in PARTS]
         if foreign or not self.shapes:
-            found = (
-                f"{foreign[0]}{and_more(foreign)} belongs to no layer of the UNet" if foreign else "no tensors in it"
-            )
-            raise InputError(f"{self.file}: {found}: PCM's few-step weights of Stable Diffusion 1.5, or others in kohya's "
-                             "form, were needed")  # fmt: skip
+            what = f"{foreign[0]}{and_more(foreign)} belongs to no layer of the UNet" if foreign else "no tensors in it"
+            raise InputError(f"{self.file}: {what}: few-step weights of Stable Diffusion 1.5 in kohya's form, such as "
+                             "PCM's, were needed")  # fmt: skip
         for layer in self.layers:
             self.check_layer(layer, unet_shapes[weights[layer]])
         kinds = {kind_of(weights[layer]) for layer in self.layers}
