@@ -167,9 +167,9 @@ def main(argv=None):
     check_writable(output_dir, "--output_dir")
     written = ["scores.csv", "means.csv", *(f"{folder.name}.png" for folder in folders)]
     refuse_foreign(output_dir, written, args.overwrite)
-    note_own(output_dir, dict.fromkeys(written, 1))
     i3d = open_i3d(args, folders)
     methods, scores = make_methods(args), {}
+    note_own(output_dir, dict.fromkeys(written, 1))
     by_video = output_dir / "scores.csv"
     by_video.unlink(missing_ok=True)
     features = {name: [] for name in methods}  # (1024,) of every video

@@ -97,6 +97,15 @@ def wait_for_line(log, text):
         follow.communicate()
 
 
+def error_line(capsys, main, *arguments, **settings):
+    """The one line on stderr with which `main` ends, with status 1."""
+    with pytest.raises(SystemExit) as stop:
+        main(*arguments, **settings)
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1 and len(errors) == 1 and errors[0].startswith("error: "), errors
+    return errors[0]
+
+
 def equal_files(first, second):
     """Whether two safetensors files hold the same bits."""
     from safetensors.torch import load_file

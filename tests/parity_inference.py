@@ -7,16 +7,17 @@ beside it. Status 1 where a UNet call's input or prediction, or the final latent
 frames by more than one grey level, or masks at all.
 """
 
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
-from safetensors.torch import load_file
 
+from common.errors import InputError, one_line_errors
+from common.weights import read_json, read_tensors
 from libs.base_model import quiet_libraries
 from libs.brushnet_CA import BrushNetModel
 from libs.inference.composition import compose_as_deployed, grow_as_deployed
@@ -71,13 +72,14 @@ class Recorder(torch.nn.Module):
 def find_weights(folder, case):
     """The case's few-step weights: the file that it names, else the only one in its folder or in the one above."""
     for place in (folder, folder.parent):
-        named = place / Path(case.get("lora", "")).name
+        named = place / Path(case.get("lora") or "").name
         if named.is_file():
             return named
+    for place in (folder, folder.parent):
         found = [path for path in place.glob("*.safetensors") if path.name != "io.safetensors"]
         if len(found) == 1:
             return found[0]
-    raise SystemExit(f"{folder}: no file of few-step weights in it or beside it")
+    raise InputError(f"{folder}: no file of few-step weights in it or beside it")
 
 
 def build_model(case):
@@ -94,12 +96,12 @@ def build_model(case):
 
 def run_case(folder):
     """{what: worst difference} of a case folder; see LARGEST."""
-    case, io = json.loads((folder / "case.json").read_text()), load_file(folder / "io.safetensors")
+    case, io = read_json(folder / "case.json"), dict(read_tensors([folder / "io.safetensors"]))
     model, off = build_model(case)
     with quiet_libraries():
         scheduler = UniPCMultistepScheduler.from_config(case["noise_scheduler_config"])
-    few_step = FewStepWeights(find_weights(folder, case))
-    few_step.steps = case["steps"]
+    with patch("libs.inference.few_step.choose_steps", lambda file, steps: steps):  # whatever the file's name says
+        few_step = FewStepWeights(find_weights(folder, case), case["steps"])
     recorder, spread = Recorder(model), case.get("sample_index") or []
     known = io["main.conditioning"][spread, :4]
     base = SimpleNamespace(vae=RecordedVAE(known), noise_scheduler=scheduler)
@@ -108,22 +110,28 @@ def run_case(folder):
     noise = io["noise_pre"].repeat(-(-case["frames"] // case["nframes"]), 1, 1, 1)[: case["frames"]]
     conditioning, prior = io["main.conditioning"].clone(), io["main.prior_latents"].clone()
     if spread:  # what they were before the first pass
-        conditioning[spread], prior[spread] = io["pre.conditioning"], io["pre.prior_latents"]
+        conditioning[spread], prior[spread] = io["pre.conditioning"], io.get("pre.prior_latents", prior[spread])
     with few_step.folded(model.unet_main), torch.no_grad():
         latents = pipeline.denoise_clip(ClipLatents(conditioning, prior, noise), io["prompt_embeds"])
+    expected = io["main.latents"]  # of all frames, or of the first ones
     return {"weights": off, **compare_calls(case, io, pipeline, recorder.calls),
-            "latents": distance(latents, io["main.latents"]), **compare_pixels(case, folder)}  # fmt: skip
+            "latents": distance(latents[: len(expected)], expected), **compare_pixels(case, folder)}  # fmt: skip
 
 
 def compare_calls(case, io, pipeline, calls):
     """Every call of every pass: its window, input and prediction."""
     expected = [(each["name"], i, call) for each in case["passes"] for i, call in enumerate(each["calls"])]
-    lengths = {each["name"]: len(io[f"{each['name']}.conditioning"]) for each in case["passes"]}
-    wrong = abs(len(calls) - len(expected)) + (pipeline.spread(case["frames"]) != (case.get("sample_index") or []))
+    planned = [
+        (each["name"], step, [*range(*window)])
+        for each in case["passes"]
+        for step in range(case["steps"])
+        for window in pipeline.windows.at_step(len(io[f"{each['name']}.conditioning"]), step)
+    ]
+    wrong = planned != [(name, call["step"], call["frames"]) for name, _, call in expected]
+    wrong += len(calls) != len(expected) or pipeline.spread(case["frames"]) != (case.get("sample_index") or [])
     kept, inputs, predictions = case["kept_frames_of_each_call"], [], []
     for ours, (name, i, call) in zip(calls, expected, strict=False):
-        windows = [[*range(*window)] for window in pipeline.windows.at_step(lengths[name], call["step"])]
-        wrong += call["frames"] not in windows or ours.timestep != call["timestep"]
+        wrong += ours.timestep != call["timestep"]
         inputs.append(distance(ours.conditioning, io[f"{name}.conditioning"][call["frames"]]))
         for tensor, found, differences in (("sample", ours.sample, inputs), ("pred", ours.pred, predictions)):
             if f"{name}.call{i}.{tensor}" in io:
@@ -149,12 +157,17 @@ def distance(found, expected):
     return (found - expected).abs().max().item()
 
 
+@one_line_errors
 def main(folders):
     if not folders:
         raise SystemExit(__doc__)
     failed = False
     for folder in map(Path, folders):
-        found = run_case(folder)
+        try:
+            found = run_case(folder)
+        except (KeyError, FileNotFoundError) as error:  # of io.safetensors and case.json, or compose.npz itself
+            missing = getattr(error, "filename", None) or error.args[0]
+            raise InputError(f"{folder} is no complete case: {missing} is missing") from None
         over = [what for what, value in found.items() if not value <= LARGEST[what]]
         failed |= bool(over)
         print(f"{folder.name}: " + ", ".join(f"{what} {value:.3g}" for what, value in found.items())

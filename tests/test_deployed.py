@@ -5,17 +5,23 @@ PARITY_INFERENCE=DIR runs the case folders in another place too.
 
 import os
 import re
+import shutil
 import weakref
 from collections import OrderedDict
+from contextlib import nullcontext
+from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import parity_inference
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA, moving_video
+from conftest import DATA, error_line, moving_video
 from parity_inference import LARGEST, run_case
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_sampling import PixelVAE
 from torch import nn
@@ -48,6 +54,16 @@ if "PARITY_INFERENCE" in os.environ:
 @pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)
 def test_parity_with_the_original(folder):
     assert {what: value for what, value in run_case(folder).items() if not value <= LARGEST[what]} == {}
+
+
+def test_folders_that_are_no_case(tmp_path, capsys):
+    assert f"{tmp_path}/case.json cannot be read" in error_line(capsys, parity_inference.main, [tmp_path])
+    for file in (CASES[0] / "case.json", CASES[0].parent / PCM):
+        shutil.copy(file, tmp_path)
+    io = load_file(CASES[0] / "io.safetensors")
+    del io["noise_pre"]
+    save_file(io, tmp_path / "io.safetensors")
+    assert "no complete case: noise_pre is missing" in error_line(capsys, parity_inference.main, [tmp_path])
 
 
 def write_lora(path, unet, rank=4, alpha=2.0, change=lambda tensors: None):
@@ -137,38 +153,53 @@ def test_a_validation_leaves_every_bit(unet, pcm, dtype, failing):
         tensors = load_file(pcm)
         last = sorted(tensors)[-1]
         save_file({key: tensor for key, tensor in tensors.items() if key != last}, pcm)
-    try:
-        with few_step.folded(unet):
-            changed = sum(not torch.equal(weight, copy) for weight, _, copy in before.values())
-            assert changed == len(few_step.layers)
-            if failing == "the validation":
-                raise RuntimeError("out of memory")
-    except Exception:
-        assert failing != "nothing"
+    raised = {"nothing": nullcontext(), "the validation": pytest.raises(torch.OutOfMemoryError),
+              "the file": pytest.raises(SafetensorError)}  # fmt: skip
+    with raised[failing], few_step.folded(unet):
+        changed = sum(not torch.equal(weight, copy) for weight, _, copy in before.values())
+        assert changed == len(few_step.layers)
+        if failing == "the validation":
+            raise torch.OutOfMemoryError
     for name, weight in unet.named_parameters():
         same, place, copy = before[name]
         assert weight is same and weight.data_ptr() == place and torch.equal(weight, copy)
 
 
+def fold_shards(rank, folder):
+    """A process of two: whether the root's weights lie in shards when folding begins, as after a training step, or are
+    gathered, as after a forward pass, no folded ones stay behind."""
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    unet = nn.Sequential(OrderedDict(up_block=nn.Conv2d(3, 5, 3, padding=1), mid_block=nn.Linear(8, 7)))
+    unet.load_state_dict(torch.load(folder / "unet.pt"))
+    few_step, pixels = FewStepWeights(folder / PCM), torch.ones(2, 3, 8, 8)
+    with torch.no_grad():
+        before = unet(pixels)
+        with few_step.folded(unet):
+            expected = unet(pixels)
+        model = nn.Sequential(OrderedDict(unet_main=unet))
+        fully_shard(unet.up_block, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))  # the root; mid_block is gathered with it
+        for begin in ("in shards", "gathered", "in shards"):
+            model.reshard()
+            if begin == "gathered":
+                model(pixels)
+            with few_step.folded(unet, model):
+                assert torch.equal(model(pixels), expected) and not torch.equal(expected, before), begin
+            assert torch.equal(model(pixels), before), begin
+
+
 def test_sharded_weights_are_folded_too(tmp_path):
-    """Under FSDP2: shards are changed, and have their bits back."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        unet = nn.Sequential(OrderedDict(up_block=nn.Conv2d(3, 5, 3, padding=1), mid_block=nn.Linear(8, 7)))
-        few_step, pixels = FewStepWeights(write_lora(tmp_path / PCM, unet, rank=2)), torch.ones(2, 3, 8, 8)
-        with torch.no_grad():
-            before = unet(pixels)
-            with few_step.folded(unet):
-                expected = unet(pixels)
-            mesh = init_device_mesh("cpu", (1,))
-            fully_shard(unet.up_block, mesh=mesh)
-            fully_shard(unet, mesh=mesh)
-            assert torch.equal(unet(pixels), before)
-            with few_step.folded(unet):
-                assert torch.equal(unet(pixels), expected) and not torch.equal(expected, before)
-            assert torch.equal(unet(pixels), before)
-    finally:
-        torch.distributed.destroy_process_group()
+    """Under FSDP2, two processes: shards are changed, and have their bits back."""
+    unet = nn.Sequential(OrderedDict(up_block=nn.Conv2d(3, 5, 3, padding=1), mid_block=nn.Linear(8, 7)))
+    torch.save(unet.state_dict(), tmp_path / "unet.pt")
+    write_lora(tmp_path / PCM, unet, rank=2)
+    processes = [get_context("fork").Process(target=fold_shards, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 LAYER = f"{PREFIX}mid_block_resnets_0_conv1"
@@ -236,6 +267,20 @@ def test_windows_as_deployed():
     assert starts == [[0, 17, 28], [0, 11, 28]] * 2
     assert windows.at_step(30, 1) == [(0, 22), (8, 30)] and windows.at_step(22, 1) == [(0, 22)]
     assert [stop - start for start, stop in windows.at_step(9, 1)] == [9]
+
+
+@pytest.mark.parametrize("nframes", [4, 16, 22])
+def test_windows_of_every_length(nframes):
+    """Whole windows that end where the clip does; from a start on each by the same step, but for the last."""
+    overlap, windows = nframes // 4, CrossFadedLatents(nframes, nframes // 4)
+    for length in range(nframes + 1, 6 * nframes):
+        for number, moved in ((0, 0), (1, nframes // 2)):
+            found = windows.at_step(length, number)
+            assert found[0][0] == 0 and found[-1][1] == length and {b - a for a, b in found} == {nframes}
+            later = [start for start, _ in found[number:]]
+            assert later[0] == min(moved, length - nframes)
+            assert {b - a for a, b in pairwise(later[:-1])} <= {nframes - overlap}
+            assert len(later) == 1 or 0 < later[-1] - later[-2] <= nframes - overlap
 
 
 def test_latents_are_cross_faded():
@@ -398,9 +443,6 @@ def test_flags_have_two_defaults(command):
         ({"prior": "small"}, "has 11 frames of 60x50"),
         ({"prior": "short"}, "has 10 frames of 67x50"),
         ({"prior": "nothing"}, "nothing does not exist"),
-        ({"pcm_weights": "family.safetensors"}, "belongs to no layer"),
-        ({"pcm_weights": f"torn-{PCM}"}, "is no complete safetensors file"),
-        ({"pcm_weights": f"missing-{PCM}"}, f"missing-{PCM} is missing"),
         ({"num_inference_steps": 4}, "was made for 2"),
         ({"pcm_weights": "", "as_deployed": None, "blend": "latents"}, "--blend=latents needs few-step weights"),
         ({"max_side": 4}, "--max_side=4: 8 or more"),
@@ -412,27 +454,75 @@ def test_bad_input_is_one_line(command, pcm, tmp_path, capsys, monkeypatch, chan
     frames = moving_video(11, 50, 67)[0]
     write_frames(tmp_path / "small", frames[:, :, :60])
     write_frames(tmp_path / "short", frames[:10])
-    (tmp_path / f"torn-{PCM}").write_bytes(pcm.read_bytes()[:5000])
-    save_file({"unet.down_blocks.0.to_k.lora_A.weight": torch.ones(2, 2)}, tmp_path / "family.safetensors")
-    changes = {"num_inference_steps": 2, **changes} if "family" in str(changes) else changes
-    paths = {name: changes[name] and tmp_path / changes[name] for name in ("prior", "pcm_weights") if name in changes}
+    if "prior" in changes:
+        changes = {"prior": tmp_path / changes["prior"]}
     monkeypatch.setattr("libs.inference.load.BaseModel.encode_prompts", None)
-    with pytest.raises(SystemExit) as stop:
-        run_diffueraser.main(command(**{**changes, **paths}))
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 1 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
+    assert expected in error_line(capsys, run_diffueraser.main, command(**changes))
     assert not list(tmp_path.glob("out/*"))
+
+
+def keep_only(key, *shape):
+    return lambda tensors: (tensors.clear(), put(key, *shape)(tensors))
+
+
+BAD_WEIGHTS = {  # a file's name: what is done to its tensors, and the line's part
+    f"sdxl-{PCM}": (keep_only(f"{PREFIX}input_blocks_4_1_proj_in.lora_up.weight", 640, 4), "input_blocks_4_1_proj_in"),
+    f"peft-{PCM}": (keep_only("base_model.model.mid_block.resnets.0.conv1.lora_A.weight", 4, 64), "base_model.model"),
+    f"diffusers-{PCM}": (keep_only("unet.mid_block.resnets.0.conv1.lora.up.weight", 64, 4), "belongs to no layer"),
+    f"sd2-{PCM}": (put(OTHER_FAMILY, 4, 1024), "has shape (4, 1024), (4, 32) was needed"),
+    f"empty-{PCM}": (dict.clear, "no tensors in it"),
+    f"missing-{PCM}": (lambda tensors: tensors.pop(f"{LAYER}.alpha"), f"lacks {LAYER}.alpha"),
+    f"surplus-{PCM}": (put("lora_te_x.alpha", 1), "lora_te_x.alpha belongs to no layer"),
+    "unnamed.safetensors": (None, "its name says no number of steps: name it such as unnamed_2step.safetensors"),
+    f"torn-{PCM}": (lambda tensors: None, "is no complete safetensors file"),
+    f"pickled-{PCM}.bin": (None, "is no complete safetensors file"),
+    f"folder-{PCM}": (None, "is no complete safetensors file"),
+    f"nowhere-{PCM}": (None, "is missing: fetch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("door", ["run", "eval", "stage 1", "stage 2"])
+def test_bad_weights_are_one_line(door, command, unet, train, flags, videos, tmp_path, capsys, monkeypatch):
+    """Through every script, before weights load, and nothing is written; --check_only has it in its table."""
+    monkeypatch.setattr("common.weights.OpenedWeights.load", None)
+    for name, (change, expected) in BAD_WEIGHTS.items():
+        file = tmp_path / name
+        if change:
+            write_lora(file, unet, change=change)
+        if name == "unnamed.safetensors":
+            write_lora(file, unet)
+        if name.startswith("torn"):
+            file.write_bytes(file.read_bytes()[:5000])
+        if name.startswith("pickled"):
+            torch.save({}, file)
+        if name.startswith("folder"):
+            file.mkdir()
+        if door == "run":
+            line = error_line(capsys, run_diffueraser.main, command(pcm_weights=file))
+        elif door == "eval":
+            models = [flag for flag in command(pcm_weights=file) if re.match("--(weights|base|vae|output|pcm)", flag)]
+            frames = [f"--frames={videos / 'DAVIS/JPEGImages/480p'}", "--videos", "buoy"]
+            line = error_line(capsys, eval_DiffuEraser.main, [*frames, *models])
+        else:
+            line = error_line(capsys, train, int(door[-1]), pcm_weights=file, output_dir=tmp_path / "out")
+            with pytest.raises(SystemExit):
+                train(int(door[-1]), pcm_weights=file, output_dir=tmp_path / "out", check_only=True)
+            row = re.search("^few-step weights +FAILED .*", capsys.readouterr().out, re.MULTILINE)[0]
+            assert str(file) in row and expected in row
+        assert str(file) in line and expected in line
+        assert not list(tmp_path.glob("out/*"))
 
 
 def test_eval_takes_priors(videos, tmp_path, capsys):
     """Another method's frames are a row of their own; those of another number are refused."""
-    frames = [f"--frames={videos / 'DAVIS/JPEGImages/480p'}", "--videos", "buoy", "--no_model", "--rivals", "telea"]
+    frames = [f"--frames={videos / 'DAVIS/JPEGImages/480p'}", "--videos", "buoy", "--no_model", "--baselines=telea"]
+    other = f"--output_dir={tmp_path / 'other'}"
     given = read_video(videos / "DAVIS/JPEGImages/480p/buoy")[0]
     write_frames(tmp_path / "prior/buoy", given)
     eval_DiffuEraser.main([*frames, f"--prior={tmp_path / 'prior'}", f"--output_dir={tmp_path / 'out'}"])
     assert re.search(r"prior \S+ +.*inf", capsys.readouterr().out)
-    for bad, expected in ((given[1:], "holds 25 frames"), (given[:, 1:], "needs frames of the video's size")):
+    for bad, expected in ((given[1:], "holds 25 frames"), (given[:, 1:], "needs frames of the video's size"),
+                          (given[[*range(26), 0]], "holds 27 frames")):  # fmt: skip
         write_frames(tmp_path / "bad/buoy", bad)
-        with pytest.raises(SystemExit):
-            eval_DiffuEraser.main([*frames, f"--prior={tmp_path / 'bad'}", f"--output_dir={tmp_path / 'out'}"])
-        assert expected in capsys.readouterr().err
+        assert expected in error_line(capsys, eval_DiffuEraser.main, [*frames, f"--prior={tmp_path / 'bad'}", other])
+        assert not list(tmp_path.glob("other/*"))

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import moving_video
+from conftest import error_line, moving_video
 from PIL import Image
 
 import eval_DiffuEraser
@@ -117,11 +117,8 @@ def test_bad_clips_are_one_line(weights, models, clip, capsys, tmp_path, changes
     given = {"video": "frames", "mask": "masks", **changes}
     paths = [f"--{name}={clip / given.pop(name)}" for name in ("video", "mask")]
     given["weights"] = tmp_path / given["weights"] if "weights" in given else weights / "diffuEraser"
-    with pytest.raises(SystemExit) as stop:
-        run_diffueraser.main([*paths, f"--output_dir={tmp_path / 'out'}", *models,
-                              *(f"--{name}={value}" for name, value in given.items())])  # fmt: skip
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 1 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
+    arguments = [*paths, f"--output_dir={tmp_path / 'out'}", *models, *(f"--{name}={given[name]}" for name in given)]
+    assert expected in error_line(capsys, run_diffueraser.main, arguments)
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -148,10 +145,8 @@ def test_no_result_is_lost(weights, models, clip, capsys, monkeypatch):
 )
 def test_bad_evaluations_are_one_line(videos, tmp_path, capsys, monkeypatch, arguments, expected):
     monkeypatch.setattr(eval_DiffuEraser, "load_pipeline", None)
-    with pytest.raises(SystemExit) as stop:
-        eval_DiffuEraser.main([f"--frames={videos / 'DAVIS/JPEGImages/480p'}", f"--output_dir={tmp_path}", *arguments])
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 1 and len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
+    arguments = [f"--frames={videos / 'DAVIS/JPEGImages/480p'}", f"--output_dir={tmp_path}", *arguments]
+    assert expected in error_line(capsys, eval_DiffuEraser.main, arguments)
 
 
 def test_what_is_a_hole(tmp_path):

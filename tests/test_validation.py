@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import equal_files, moving_video
+from conftest import equal_files, error_line, moving_video
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_deployed import write_lora
@@ -385,9 +385,9 @@ def test_priors_of_validation_videos(validated, weights, tmp_path, capsys):
     pcm_weights = tmp_path / "pcm_sd15_2step.safetensors"
     write_lora(pcm_weights, UNet2DConditionModel.from_pretrained(weights / "stable-diffusion-v1-5/unet"))
     settings = {"pcm_weights": pcm_weights, "prior": tmp_path / "priors", "max_train_steps": 1}
-    with pytest.raises(SystemExit):
-        validated(**settings)
-    assert "priors/buoy holds 0 frames" in capsys.readouterr().err
+    assert "priors/buoy holds 0 frames" in error_line(capsys, validated, **settings)
+    write_frames(tmp_path / "priors/buoy", moving_video(3, 90, 160)[0])
+    assert "priors/buoy is 160x90, " in error_line(capsys, validated, **settings)
     for name in ("buoy", "lantern"):
         write_frames(tmp_path / "priors" / name, moving_video(3, 96, 160)[0])
     validated(**settings)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.errors import InputError
-from common.weights import and_more, open_weights, read_shapes
+from common.weights import and_more, open_weights
 
 PREFIX = "lora_unet_"
 PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
@@ -30,8 +30,9 @@ class FewStepWeights:
 
     def __init__(self, file, steps=None):
         self.file = Path(file)
+        with open_weights(self.file) as tensors:
+            self.shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
         self.steps = choose_steps(self.file, steps)
-        self.shapes = read_shapes([self.file])
         self.layers = sorted({key.partition(".")[0] for key in self.shapes})
 
     def match(self, unet_shapes):
@@ -46,9 +47,10 @@ class FewStepWeights:
                    if name.endswith(".weight") and len(shape) > 1}  # fmt: skip
         foreign = [key for key in sorted(self.shapes) if key.partition(".")[0] not in weights]
         foreign += [key for key in sorted(self.shapes) if key.partition(".")[2] not in PARTS]
-        if foreign:
-            raise InputError(f"{self.file}: {foreign[0]}{and_more(foreign)} belongs to no layer of the UNet: few-step "
-                             "weights of Stable Diffusion 1.5 were needed")  # fmt: skip
+        if foreign or not self.shapes:
+            what = f"{foreign[0]}{and_more(foreign)} belongs to no layer of the UNet" if foreign else "no tensors in it"
+            raise InputError(f"{self.file}: {what}: few-step weights of Stable Diffusion 1.5 in kohya's form, such as "
+                             "PCM's, were needed")  # fmt: skip
         for layer in self.layers:
             self.check_layer(layer, unet_shapes[weights[layer]])
         kinds = {kind_of(weights[layer]) for layer in self.layers}
@@ -98,24 +100,27 @@ class FewStepWeights:
 
     @contextmanager
     @torch.no_grad()
-    def folded(self, unet):
+    def folded(self, unet, model=None):
         """The UNet with folded weights for a while; its old weights' bits are put back, also after an error.
+
+        Args:
+            model: what the UNet is a part of, where FSDP has sharded that: some of the UNet's weights are gathered with
+                the model's own.
 
         In place, because compiled models, CUDA graphs and FSDP hold on to a weight's memory. The copies of the weights
         that change (3.2 GiB of SD 1.5's UNet in fp32) are gone afterwards.
         """
-        originals = []
-        forget_gathered(unet)  # its parameters are the shards then
+        originals, model = [], unet if model is None else model
+        forget_gathered(model)  # its parameters are the shards then
         try:
             for weight, change in self.changes(unet):
                 originals.append((weight, weight.clone()))
                 weight.copy_(weight.float() + change)
-            forget_gathered(unet)
             yield unet
         finally:
             for weight, original in originals:
                 weight.copy_(original)
-            forget_gathered(unet)
+            forget_gathered(model)
 
 
 def forget_gathered(model):
@@ -143,7 +148,8 @@ def choose_steps(file, steps=None):
         raise InputError(f"{file} needs LCM's sampler: use pcm_sd15_smallcfg_2step_converted.safetensors or its "
                          "siblings of 4, 8 or 16 steps")  # fmt: skip
     if made_for is None and steps is None:
-        raise InputError(f"{file}: its name says no number of steps, such as 2step: add --num_inference_steps")
+        raise InputError(f"{file}: its name says no number of steps: name it such as {file.stem}_2step.safetensors; "
+                         "run and eval may add --num_inference_steps instead")  # fmt: skip
     if made_for and steps not in (None, made_for):
         raise InputError(f"--num_inference_steps={steps}: {file} was made for {made_for}; leave it out, or give "
                          f"the file of {steps} steps")  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import InputError
-from dataset.images import list_frames, read_frame, read_frames, size_of
+from dataset.images import image_size, list_frames, read_frames
 from libs.evaluation.baselines import median_plate, telea, with_plate
 from libs.inference.streams import Mapped, pick
 
@@ -15,27 +15,26 @@ MEDIAN_FRAMES = 100  # of a clip, spread over it, that a median is taken of: 123
 
 def open_prior(name, folder, paths):
     """The video in `folder`, whose frames lie at `paths`, as another method filled it: (f, h, w, 3); None where `name`
-    is no folder. Raises InputError where --prior's folder of that video lacks frames, or has others' size."""
+    is no folder. Raises InputError as `check_prior` does, and where a frame cannot be read."""
     if name in ON_THE_SPOT:
         return None
     check_prior(name, folder, paths)
-    prior = Path(name, folder.name)
-    frames, own = read_frames(list_frames(prior)[: len(paths)]), read_frame(paths[0])
-    if frames[0].shape != own.shape:
-        raise InputError(f"{prior} is {size_of(frames[0])}, {folder} is {size_of(own)}: --prior needs frames of the "
-                         "video's size")  # fmt: skip
-    return np.stack(frames)
+    return np.stack(read_frames(list_frames(Path(name, folder.name))[: len(paths)]))
 
 
 def check_prior(name, folder, paths):
-    """Raises InputError where --prior is a folder and has too few frames for a video."""
+    """Raises InputError where --prior is a folder, and not of as many frames of a video's size; `paths` may be the
+    video's first frames, which will do then."""
     if name in ON_THE_SPOT:
         return
     prior = Path(name, folder.name)
-    found = len(list_frames(prior)) if prior.is_dir() else 0
-    if found < len(paths):
-        raise InputError(f"{prior} holds {found} frames, {folder} {len(paths)}: --prior needs a folder of as many "
+    found = list_frames(prior) if prior.is_dir() else ()
+    if not len(paths) <= len(found) <= len(list_frames(folder)):
+        raise InputError(f"{prior} holds {len(found)} frames, {folder} {len(paths)}: --prior needs a folder of as many "
                          f"frames for every video, or one of {', '.join(ON_THE_SPOT)}")  # fmt: skip
+    sizes = [image_size(pictures[0]) for pictures in (found, paths)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"{prior} is {sizes[0]}, {folder} is {sizes[1]}: --prior needs frames of the video's size")
 
 
 def make_prior(name, frames, holes):

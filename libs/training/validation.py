@@ -133,7 +133,7 @@ class Validation:
         """The Pipeline of a form: what trains, from noise; or with few-step weights, as it is deployed."""
         nframes, shared_noise = self.config.nframes, self.inpainter.shared_noise
         if form == AS_DEPLOYED:
-            with self.few_step.folded(model.unet_main):
+            with self.few_step.folded(model.unet_main, model):
                 yield deployed_pipeline(model, self.few_step, self.base, self.device, nframes, shared_noise)
         else:
             yield Pipeline(
