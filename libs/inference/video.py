@@ -1,5 +1,6 @@
 """Clips and their masks, from files of any kind, and what is done to their frames."""
 
+from functools import reduce
 from pathlib import Path
 
 import cv2
@@ -73,7 +74,7 @@ class Masks:
     def holes(self):
         """(name, hole (height, width), note) of every mask."""
         if self.video:
-            return in_threads(lambda frame: (self.path, *find_hole(frame.max(axis=-1), False)),
+            return in_threads(lambda frame: (self.path, *find_hole(reduce(cv2.max, cv2.split(frame)), False)),
                               zip(self.video.frames(), strict=True))  # fmt: skip
         return in_threads(lambda file: (file.name, *find_hole(*read_mask_values(file))), zip(self.paths, strict=True))
 
