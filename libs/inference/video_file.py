@@ -37,8 +37,6 @@ NO_VIDEOS = ("tty", "hls", "concat", "dash", "sdp", "bin", "xbin", "adf", "idf")
 DAMAGED = (av.FFmpegError, OSError)  # what reading raises; some of PyAV's errors are the system's
 # x264's quality: hardly a visible loss; chroma lies in the middle of four pixels, as swscale makes it
 X264 = {"crf": "10", "x264-params": "chromaloc=1"}
-# Written in pieces of a second, which play however the program ends, and made one when it is done
-MP4 = {"movflags": "hybrid_fragmented+delay_moov", "frag_duration": "1000000"}
 
 
 class VideoFile:
@@ -222,7 +220,7 @@ class VideoWriter:
         else:
             self.time_base, self.pts = source.time_base, source.pts - int(source.start // source.time_base)
         self.file = open(path, "wb")  # noqa: SIM115 - closed in __exit__
-        self.container = av.open(self.file, "w", format="mp4", options=MP4)
+        self.container = av.open(self.file, "w", format="mp4")
         self.stream = self.container.add_stream("libx264", rate=rate)
         context = self.stream.codec_context
         context.height, context.width = height + self.even[0], width + self.even[1]
