@@ -5,6 +5,8 @@ python run_diffueraser.py --video clip.mp4 --mask mask.mp4 --output_dir results/
 """
 
 import argparse
+import signal
+import sys
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -148,18 +150,19 @@ def frame_file(folder, i):
 
 
 def write_result(folder, video, frames, fps):
-    """frames/ and result.mp4, one frame after the other, instead of those of an earlier result.
+    """frames/ and result.mp4, one frame after the other, instead of those of an earlier result. Interrupted, it leaves
+    what is done.
 
     Args:
         video: gives the number of frames, their times and sound.
         frames: an iterator, whose frames may have another size.
     """
+    first = next(frames)
     earlier = note_own(folder, {"frames": len(video), "result.mp4": 1})
-    for i in range(len(video), earlier.get("frames", 0)):
+    for i in range(earlier.get("frames", 0)):
         frame_file(folder, i).unlink(missing_ok=True)
     Path(folder, "frames").mkdir(exist_ok=True)
     source = None if video.fps is None else video
-    first = next(frames)
     with VideoWriter(folder / "result.mp4", *first.shape[:2], fps, source) as movie:
 
         def write(i, frame):
@@ -187,7 +190,12 @@ def main(argv=None):
     print(f"{len(video)} frames of {video.width}x{video.height}, {masks.describe()}, stage {stage}, "
           f"{len(windows)} windows of {windows[0][1]} frames on {pipeline.device.type}")  # fmt: skip
     result = remove_object(pipeline, prompt_embeds, prepare(video, masks, args), prior, size, args)
-    write_result(folder, video, result, args.fps)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that what is done plays
+    try:
+        write_result(folder, video, result, args.fps)
+    except KeyboardInterrupt:
+        print(f"interrupted: {folder} holds what was done by then", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     print(f"{folder / 'result.mp4'} and {folder / 'frames'}")
 
 

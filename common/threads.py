@@ -5,12 +5,13 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 AHEAD = 2  # items per core that are computed before they are asked for
+MOST_CORES = 8  # each holds pictures, of 6 MB at 1080p; ffmpeg's own threads use the others
 
 
 def in_threads(function, items):
     """Yield function(*item) of every item, in order; a few are computed ahead. For functions that release Python's lock
     most of the time, as OpenCV's and Pillow's do."""
-    cores = len(os.sched_getaffinity(0))
+    cores = min(MOST_CORES, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(cores) as pool:
         waiting = deque()
         for item in items:

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from conftest import moving_video
 from fuzz_files import fuzz
 from PIL import Image
@@ -82,7 +83,8 @@ def clip(tmp_path):
 
 
 def encode(path, frames, codec="libx264", container="mp4", times=None, time_base=Fraction(1, 10), sound=None,
-           pixels="yuv420p", matrix="ITU709", full=False, tags=(1, 1), rotation=None, aspect=None):  # fmt: skip
+           pixels="yuv420p", matrix="ITU709", full=False, tags=(1, 1), rotation=None, aspect=None,
+           sound_rate=48000, primaries=None):  # fmt: skip
     """A video file as other programs write them; `tags` are matrix and range, or None, and `sound` a codec."""
     times = range(len(frames)) if times is None else times
     with open(path, "wb") as file, av.open(file, "w", format=container) as out:
@@ -92,11 +94,13 @@ def encode(path, frames, codec="libx264", container="mp4", times=None, time_base
         if tags:
             context.colorspace, context.color_range = tags[:2]
             context.color_trc = tags[2] if len(tags) > 2 else 1
+        if primaries:
+            context.color_primaries = primaries
         if rotation:
             stream.set_display_rotation(rotation)
         if aspect:
             context.sample_aspect_ratio = aspect
-        audio = out.add_stream(sound, rate=48000) if sound else None
+        audio = out.add_stream(sound, rate=sound_rate) if sound else None
         for time, frame in zip(times, frames, strict=True):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
                 format=pixels, dst_colorspace=matrix, dst_color_range="JPEG" if full else "MPEG", interpolation=ACCURATE
@@ -401,6 +405,78 @@ def test_turned_videos_are_shown_upright(run, tmp_path):
     assert errors[0] < 15 < errors[1]  # of chroma, and of the opposite turn
     result = open_video(tmp_path / "out/result.mp4")
     assert (result.height, result.width, result.sample_aspect_ratio) == (64, 48, Fraction(3, 4))
+
+
+@pytest.mark.parametrize("display", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, -1, -1, 0), (0, 1, 1, 0)])
+def test_mirrored_videos_are_shown_as_they_play(tmp_path, display):
+    """Where a display matrix sends x and y, as cameras and editors write it into the track's header."""
+    frames = moving_video(2, 48, 64)[0]
+    content = encode(tmp_path / "a.mp4", frames).read_bytes()
+    matrix = np.array([1, 0, 0, 0, 1, 0, 0, 0, 1 << 14]) << 16
+    turned = matrix.copy()
+    turned[[0, 1, 3, 4]] = np.array(display) << 16
+    place = content.index(matrix.astype(">i4").tobytes(), content.index(b"tkhd"))
+    (tmp_path / "a.mp4").write_bytes(
+        content[:place] + turned.astype(">i4").tobytes() + content[place + turned.astype(">i4").nbytes :]
+    )
+    (xx, xy), (_, yy) = np.reshape(display, (2, 2))
+    expected = frames[0].swapaxes(0, 1)[::xy, ::xy] if xy else frames[0][::yy, ::xx]  # x goes down, y goes right
+    shown = next(open_video(tmp_path / "a.mp4").frames())
+    assert shown.shape == expected.shape and np.abs(shown.astype(int) - expected).mean() < 15
+
+
+def test_files_joined_byte_by_byte(run, clip, tmp_path):
+    part = encode(tmp_path / "a.ts", [*clip.frames, *clip.frames], container="mpegts", sound="aac").read_bytes()
+    (tmp_path / "a.ts").write_bytes(part + part)
+    status, _, errors = run(tmp_path / "a.ts", clip.mask)
+    assert status == 0 and errors.count("\n") == 1 and "its times begin anew" in errors
+    assert times(tmp_path / "out/result.mp4") == pytest.approx(np.arange(24) / 10, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "rate"),
+    [("matroska", "pcm_s16le", 37800), ("mov", "pcm_s24le", 192000), ("matroska", "ac3", 48000)],
+)
+def test_sound_of_any_rate_and_codec_is_aac(run, clip, tmp_path, container, codec, rate):
+    given = encode(tmp_path / "a", clip.frames, container=container, sound=codec, sound_rate=rate)
+    assert run(given, clip.mask)[0] == 0
+    with av.open(tmp_path / "out/result.mp4") as shown:
+        assert shown.streams.audio[0].codec_context.name == "aac" and any(shown.decode(audio=0))
+
+
+def test_a_cover_is_no_video(run, clip, tmp_path):
+    """A picture that belongs to a song."""
+    with av.open(tmp_path / "song.mp4", "w") as song:
+        sound = song.add_stream("aac", rate=8000)
+        cover = song.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        song.mux(cover.encode(av.VideoFrame.from_ndarray(clip.frames[0], format="rgb24")) + cover.encode(None))
+        tone = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        tone.rate = 8000
+        song.mux(sound.encode(tone) + sound.encode(None))
+    status, _, error = run(tmp_path / "song.mp4", clip.mask)
+    assert status == 1 and error.count("\n") == 1 and "no pictures that move" in error
+
+
+def test_matrices_that_cannot_be_converted_are_refused(run, clip, tmp_path):
+    status, _, error = run(encode(tmp_path / "a.mp4", clip.frames, tags=(8, 1)), clip.mask)
+    assert status == 1 and error.count("\n") == 1 and "matrix 8" in error
+
+
+def test_a_tagged_gamut_is_kept(run, clip, tmp_path):
+    assert run(encode(tmp_path / "a.mp4", clip.frames, tags=(1, 1, 13), primaries=12), clip.mask)[0] == 0
+    with av.open(tmp_path / "out/result.mp4") as result:
+        context = result.streams.video[0].codec_context
+        assert (context.color_primaries, context.color_trc) == (12, 13)
+
+
+def test_transparent_pixels_of_mask_videos_are_no_hole(clip, tmp_path):
+    pictures = [Image.new("RGBA", (64, 48), (255, 255, 255, 0)) for _ in range(2)]
+    for picture in pictures:
+        picture.paste((255, 255, 255, 255), (10, 10, 20, 20))
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], disposal=2)
+    assert open_masks(tmp_path / "a.gif").shares[0] == pytest.approx(100 / (48 * 64))
 
 
 @pytest.mark.parametrize("size", [(47, 64), (48, 63), (47, 63)])

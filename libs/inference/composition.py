@@ -51,9 +51,15 @@ def paste_frame(frame, filled, hole, soft_edge=0):
     """`filled` inside the hole, `frame` outside; over `soft_edge` pixels around the hole one fades into the other."""
     if not soft_edge or not hole.any():
         return np.where(hole[..., None] > 0, filled, frame)
-    distance = cv2.distanceTransform((hole == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    left, top, width, height = cv2.boundingRect(hole)
+    rows = slice(max(0, top - soft_edge), top + height + soft_edge)  # beyond, no pixel changes
+    columns = slice(max(0, left - soft_edge), left + width + soft_edge)
+    result, known, new = frame.copy(), frame[rows, columns], filled[rows, columns]
+    outside = (hole[rows, columns] == 0).astype(np.uint8)
+    distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     share = np.clip(1 - distance / (soft_edge + 1), 0, 1)[..., None]
-    return np.where(share > 0, share * filled + (1 - share) * frame, frame).round().astype(np.uint8)
+    result[rows, columns] = np.where(share > 0, share * new + (1 - share) * known, known).round()
+    return result
 
 
 def paste(frames, filled, holes, soft_edge=0):

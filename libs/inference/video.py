@@ -1,5 +1,6 @@
 """Clips and their masks, from files of any kind, and what is done to their frames."""
 
+from functools import reduce
 from pathlib import Path
 
 import cv2
@@ -73,8 +74,8 @@ class Masks:
     def holes(self):
         """(name, hole (height, width), note) of every mask."""
         if self.video:
-            return in_threads(lambda frame: (self.path, *find_hole(frame.max(axis=-1), False)),
-                              zip(self.video.frames(), strict=True))  # fmt: skip
+            return in_threads(lambda frame: (self.path, *find_hole(brightest(frame), False)),
+                              zip(self.video.frames("rgba"), strict=True))  # fmt: skip
         return in_threads(lambda file: (file.name, *find_hole(*read_mask_values(file))), zip(self.paths, strict=True))
 
     def frames(self, count=None):
@@ -87,6 +88,12 @@ class Masks:
 
     def describe(self):
         return describe_holes(self.shares, self.note)
+
+
+def brightest(frame):
+    """(h, w) uint8: the brightest channel of (h, w, 4) RGBA; transparent pixels are 0."""
+    *colours, alpha = cv2.split(frame)
+    return np.where(alpha > 0, reduce(cv2.max, colours), 0)
 
 
 def describe_holes(shares, note=""):

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from common.command_line import require
@@ -20,17 +21,22 @@ DEFAULT_FPS = 24.0  # of folders of frames, and of videos that do not say
 LIKELY_FPS = (1, 240)  # what a container claims beyond that is its clock's rate
 FINEST_CLOCK, USUAL_CLOCK = 10**6, 90_000  # ticks a second: finer ones are more than an mp4 holds
 LONGEST_LAST = 10  # times the usual: a last frame that is said to stand longer was cut from a longer video
+LONGEST_BACK = 0.5  # seconds that a time may lie before the last: more is another file's beginning
+MOST_OF = 0.9  # of the duration that a file promises
 MOST_TWICE = 0.05  # share of frames that may stand at the same time; more, and there are no true times
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # ITU-T H.273
-BT709, BT2020, UNSPECIFIED = 1, 9, 2  # H.273 again; PyAV takes the numbers
+BT709, BT2020, UNSPECIFIED = 1, 9, (0, 2)  # H.273 again; PyAV takes the numbers
+MATRICES = (1, 4, 5, 6, 7, 9)  # those that ffmpeg converts; any other it would take for BT.601
 LIMITED_RANGE = 1  # luma 16-235
 SD_SIDES = (1279, 576)  # up to this width and height, a video without tags is BT.601, larger ones BT.709, as players do
 ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-SOUND_OF_MP4 = ("aac", "mp3", "ac3", "eac3", "alac")  # copied; any other is encoded as AAC
+SOUND_OF_BROWSERS = ("aac", "mp3")  # copied; any other is encoded as AAC
+AAC_RATES = av.Codec("aac", "w").audio_rates
 # Texts and lists that ffmpeg would play
 NO_VIDEOS = ("tty", "hls", "concat", "dash", "sdp", "bin", "xbin", "adf", "idf")
 DAMAGED = (av.FFmpegError, OSError)  # what reading raises; some of PyAV's errors are the system's
-CRF = "10"  # x264's quality: hardly a visible loss
+# x264's quality: hardly a visible loss; chroma lies in the middle of four pixels, as swscale makes it
+X264 = {"crf": "10", "x264-params": "chromaloc=1"}
 
 
 class VideoFile:
@@ -40,7 +46,8 @@ class VideoFile:
     than it promises is read as far as it goes, with a line on stderr; so is one in HDR, whose values are not changed.
 
     Attributes: height and width as shown; pts, a strictly increasing int64 per frame in units of time_base; duration of
-    the last frame in the same; fps, the mean rate; sample_aspect_ratio; has_audio.
+    the last frame in the same; fps, the mean rate; sample_aspect_ratio; primaries and transfer, numbers of H.273;
+    has_audio.
 
     Raises: InputError where nothing can be read, or frames differ in size.
     """
@@ -50,8 +57,11 @@ class VideoFile:
         with self.opened() as (container, stream):
             promised, self.time_base, rate = stream.frames, stream.time_base, stream.guessed_rate
             self.sample_aspect_ratio = stream.sample_aspect_ratio or Fraction(1)
-            self.has_audio = bool(container.streams.audio)
-            self.start = Fraction(container.start_time or 0, av.time_base)
+            self.has_audio = first_sound(container) is not None
+            self.start, lasts = (
+                Fraction(container.start_time or 0, av.time_base),
+                (container.duration or 0) / av.time_base,
+            )
             end = stream.start_time + stream.duration if stream.duration and stream.start_time is not None else None
         pts, last = [], None
         for frame in self.decoded():
@@ -62,25 +72,42 @@ class VideoFile:
             last = frame
         if last is None:
             raise InputError(f"{path} has no frame that can be decoded: fetch it again, or convert it with ffmpeg")
+        self.set_times(pts, end, rate)
+        self.set_looks(last)
         # No error: the number is an estimate, too high in files that were cut without encoding or whose rate varies.
         if len(pts) < promised:
             warn(f"{path} ends early: {len(pts)} frames can be decoded, it promises {promised}; going on with "
                  f"{len(pts)}, fetch it again if its end is missing")  # fmt: skip
-        self.transfer = last.color_trc if last.color_trc in HDR_TRANSFERS else None
-        if self.transfer:
-            warn(f"{path} is HDR ({HDR_TRANSFERS[self.transfer]}): its values are used and kept as they are, which "
-                 "weights trained on SDR have not seen; convert it to SDR for better results")  # fmt: skip
-        self.turn = round(last.rotation / 90) % 4  # counterclockwise, as np.rot90 counts
-        self.height, self.width = (last.width, last.height) if self.turn % 2 else (last.height, last.width)
-        if self.turn % 2:
+        seconds = float((int(self.pts[-1]) + self.last_duration) * self.time_base)
+        if not promised and seconds < MOST_OF * lasts:
+            warn(f"{path} ends early: its frames end after {seconds:.1f} s, the file says {lasts:.1f}; going on with "
+                 f"{len(pts)}, fetch it again if its end is missing")  # fmt: skip
+
+    def set_looks(self, frame):
+        """How a frame is shown."""
+        self.transfer = BT709 if frame.color_trc in UNSPECIFIED else frame.color_trc
+        usual = BT2020 if self.transfer in HDR_TRANSFERS else BT709
+        self.primaries = usual if frame.color_primaries in UNSPECIFIED else frame.color_primaries
+        if self.transfer in HDR_TRANSFERS:
+            warn(f"{self.path} is HDR ({HDR_TRANSFERS[self.transfer]}): its values are used and kept as they are, "
+                 "which weights trained on SDR have not seen; convert it to SDR for better results")  # fmt: skip
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        self.display = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2] if matrix else np.eye(2)
+        self.height, self.width = frame.height, frame.width
+        if swaps_sides(self.display):
+            self.height, self.width = self.width, self.height
             self.sample_aspect_ratio = 1 / self.sample_aspect_ratio
-        self.set_times(pts, end, rate)
 
     def set_times(self, pts, end, rate):
         """Times as they are, uneven or not; the container's rate where frames have none, as in raw streams and AVI."""
         rate = Fraction(rate if rate and LIKELY_FPS[0] <= rate <= LIKELY_FPS[1] else DEFAULT_FPS)
         known = np.array([time for time in pts if time is not None], np.int64)
-        if len(known) < len(pts) or np.count_nonzero(np.diff(known) <= 0) > MOST_TWICE * len(pts):
+        steps = np.diff(known)
+        if np.any(steps * float(self.time_base) < -LONGEST_BACK):
+            warn(f"{self.path}: its times begin anew, as in files that were joined byte by byte: its frames get an "
+                 "even rate and no sound; join them with ffmpeg to keep both")  # fmt: skip
+            known, self.has_audio = known[:0], False
+        if len(known) < len(pts) or np.count_nonzero(steps <= 0) > MOST_TWICE * len(pts):
             self.time_base, self.start, known, end = 1 / rate, Fraction(0), np.arange(len(pts)), len(pts)
         if self.time_base.denominator > FINEST_CLOCK:
             ticks = float(self.time_base * USUAL_CLOCK)
@@ -113,8 +140,8 @@ class VideoFile:
                 ) from None
             with container:
                 stream = container.streams.best("video")
-                if stream is None:
-                    raise InputError(f"{self.path} has no pictures, only sound: a video was needed")
+                if stream is None or stream.disposition & Disposition.attached_pic:
+                    raise InputError(f"{self.path} has no pictures that move: a video was needed")
                 stream.thread_type = "AUTO"
                 yield container, stream
 
@@ -134,20 +161,33 @@ class VideoFile:
                 except DAMAGED:  # a damaged packet; what follows may be whole
                     continue
 
-    def frames(self):
-        """(height, width, 3) uint8 RGB, one after the other."""
+    def frames(self, pixels="rgb24"):
+        """(height, width, 3) uint8 RGB, one after the other; with "rgba" (height, width, 4)."""
         reformatter = VideoReformatter()
         for frame, _ in zip(self.decoded(), self.pts, strict=False):
             matrix = None
-            if frame.colorspace in (0, UNSPECIFIED) and not frame.format.is_rgb:
+            if frame.colorspace in UNSPECIFIED and not frame.format.is_rgb:
                 small = frame.width <= SD_SIDES[0] and frame.height <= SD_SIDES[1]
                 matrix = "ITU601" if small else "ITU709"
             try:
-                rgb = reformatter.reformat(frame, format="rgb24", src_colorspace=matrix, interpolation=ACCURATE)
+                require(matrix or frame.format.is_rgb or frame.colorspace in MATRICES, "")
+                rgb = reformatter.reformat(frame, format=pixels, src_colorspace=matrix, interpolation=ACCURATE)
             except (*DAMAGED, ValueError):
-                raise InputError(f"{self.path} has colours ({frame.format.name}) that cannot be read: convert it to "
-                                 "yuv420p with ffmpeg") from None  # fmt: skip
-            yield np.ascontiguousarray(np.rot90(rgb.to_ndarray(), self.turn))
+                raise InputError(f"{self.path} has colours ({frame.format.name}, matrix {frame.colorspace}) that "
+                                 "cannot be read: convert it to yuv420p with ffmpeg") from None  # fmt: skip
+            yield np.ascontiguousarray(upright(rgb.to_ndarray(), self.display))
+
+
+def upright(picture, display):
+    """A picture (h, w, ...) turned and mirrored as ffmpeg's display matrix says, whose rows are where x and y go."""
+    right, down = display[0, 0], display[1, 1]
+    if swaps_sides(display):
+        picture, right, down = picture.swapaxes(0, 1), display[1, 0], display[0, 1]
+    return picture[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]
+
+
+def swaps_sides(display):
+    return abs(display[0, 1]) > abs(display[0, 0])
 
 
 def refuse_other_file(url, flags, options):
@@ -184,11 +224,11 @@ class VideoWriter:
         self.stream = self.container.add_stream("libx264", rate=rate)
         context = self.stream.codec_context
         context.height, context.width = height + self.even[0], width + self.even[1]
-        context.pix_fmt, context.time_base, context.options = "yuv420p", self.time_base, {"crf": CRF}
+        context.pix_fmt, context.time_base, context.options = "yuv420p", self.time_base, X264
         context.sample_aspect_ratio = source.sample_aspect_ratio if source else Fraction(1)
-        transfer = source.transfer if source else None
         context.colorspace, context.color_range = BT709, LIMITED_RANGE
-        context.color_primaries, context.color_trc = (BT2020, transfer) if transfer else (BT709, BT709)
+        context.color_primaries = source.primaries if source else BT709
+        context.color_trc = source.transfer if source else BT709
         self.reformatter = VideoReformatter()
         self.sound = Sound(self.container, source) if source and source.has_audio and self.pts is not None else None
 
@@ -244,22 +284,21 @@ class Sound:
     """The first sound of a VideoFile, carried over into another container: copied, or encoded as AAC."""
 
     def __init__(self, container, source):
-        self.container, self.start = container, source.start
+        self.container, self.start, self.last = container, source.start, None
         with source.opened() as (given, _):
-            self.stream, self.encode = self.add_stream(given.streams.audio[0])
+            audio = first_sound(given)
+            self.encode = audio.codec_context.codec.canonical_name not in SOUND_OF_BROWSERS
+            if self.encode:
+                self.stream = container.add_stream("aac", rate=audio.rate if audio.rate in AAC_RATES else 48_000)
+            else:
+                self.stream = container.add_stream_from_template(audio)
         self.packets = self.read(source)
         self.waiting = next(self.packets, None)
-
-    def add_stream(self, audio):
-        """(the new stream, whether it has to be encoded)."""
-        if audio.codec_context.name.startswith(SOUND_OF_MP4):
-            return self.container.add_stream_from_template(audio), False
-        return self.container.add_stream("aac", rate=audio.rate), True
 
     def read(self, source):
         """Packets for the new stream, as many as can be read."""
         with source.opened() as (container, _):
-            audio = container.streams.audio[0]
+            audio = first_sound(container)
             shift = round(self.start / audio.time_base)
             try:
                 for packet in container.demux(audio):
@@ -268,14 +307,23 @@ class Sound:
                             frame.pts = None if frame.pts is None else frame.pts - shift
                             yield from self.stream.encode(frame)
                     elif packet.dts is not None:
-                        packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, self.stream
+                        packet.pts = packet.dts = packet.dts - shift
+                        packet.stream = self.stream
                         yield packet
-            except DAMAGED as error:
-                warn(f"{source.path}: its sound cannot be read to its end ({error.strerror})")
+            except (*DAMAGED, ValueError) as error:  # ValueError: another layout from here on
+                warn(f"{source.path}: its sound cannot be read to its end ({error})")
             if self.encode:
                 yield from self.stream.encode(None)
 
     def copy_until(self, seconds):
         while self.waiting is not None and self.waiting.dts * self.waiting.time_base <= seconds:
-            self.container.mux(self.waiting)
+            dts = self.waiting.dts
+            if self.last is None or dts > self.last:  # mp4 takes no other
+                self.container.mux(self.waiting)
+                self.last = dts
             self.waiting = next(self.packets, None)
+
+
+def first_sound(container):
+    """The first audio stream that ffmpeg knows, or None."""
+    return next((audio for audio in container.streams.audio if audio.codec_context), None)
