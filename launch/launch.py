@@ -43,6 +43,7 @@ FORMS = {  # of variables: what they must match, in words
     **dict.fromkeys(("LOW_MEMORY", "COMPILE", "CUDA_GRAPH"), ("[01]", "0 or 1")),
     "MIXED_PRECISION": ("no|fp16|bf16", "no (fp32), fp16 or bf16"),
 }
+CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")  # signals of a fault in the process itself
 LINES_SHOWN = 15  # of a failed run's log
 
 
@@ -229,7 +230,7 @@ class Log:
             raise InputError(f"LOG={path} cannot be written to: choose another ({error.strerror})") from None
 
     def write(self, *lines):
-        with open(self.path, "a") as file:
+        with open(self.path, "a", errors="backslashreplace") as file:  # names of folders may be no UTF-8
             file.writelines(f"{line}\n" for line in lines)
 
     def lines(self):
@@ -332,10 +333,13 @@ def end_as(who, exitcode):
     """End with a line that names the signal, where one ended a process: the trainers say everything else themselves."""
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
-        cause = "see the lines above"
+        remedy = "(see the lines above): run the same command to resume"
         if name == "SIGKILL":
-            cause = "the system killed it, most often for lack of memory: lower DATALOADER_NUM_WORKERS, or give it more"
-        fail(f"{who} was ended by {name} ({cause}): run the same command to resume")
+            remedy = ("(the system killed it, most often for lack of memory: lower DATALOADER_NUM_WORKERS, or give it "
+                      "more): run the same command to resume")  # fmt: skip
+        elif name in CRASHES:
+            remedy = "(a library crashed, and may again): see the lines above, try COMPILE=0, check driver and versions"
+        fail(f"{who} was ended by {name} {remedy}")
     raise SystemExit(1) from None
 
 

@@ -19,6 +19,7 @@ from libs.training.log import log
 
 MAX_WAITING = 64  # batches whose frames wait for a slow disk; further ones are not kept
 CHECKSUM_BYTES = 4
+SUBFOLDER = re.compile(r"[0-9a-f]{2}")  # the first letters of its files' names
 PARTIAL = re.compile(r"[0-9a-f]{32}\.\d+")  # key and process; no other file is ever deleted
 STALE_SECONDS = 86400  # of a partial file: writing one takes no second, but clocks of machines may differ by hours
 
@@ -50,12 +51,13 @@ class LatentCache:
     def measure(self):
         """Bytes held, of any resolution, VAE and precision; what killed runs left half-written is deleted."""
         total = 0
-        for subfolder in filter(Path.is_dir, self.folder.iterdir()):
+        for subfolder in (path for path in self.folder.iterdir() if SUBFOLDER.fullmatch(path.name) and path.is_dir()):
             with os.scandir(subfolder) as entries:
                 for entry in entries:
                     try:
                         stat = entry.stat()
-                        if PARTIAL.fullmatch(entry.name) and time.time() - stat.st_mtime > STALE_SECONDS:
+                        ours = PARTIAL.fullmatch(entry.name) and entry.name.startswith(subfolder.name)
+                        if ours and time.time() - stat.st_mtime > STALE_SECONDS:
                             os.unlink(entry)
                         else:
                             total += stat.st_size
@@ -86,7 +88,7 @@ class LatentCache:
         """A file's posteriors as bytes; None where it is missing, or not what was written (the machine crashed)."""
         try:
             content = bytearray(file.read_bytes())
-        except FileNotFoundError:
+        except OSError:
             return None
         checksum = content[self.bytes_per_frame :]
         del content[self.bytes_per_frame :]
