@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -13,7 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # diffusers' names and huggingface_hub's
@@ -74,7 +75,9 @@ class OpenedWeights:
         self.files = weight_files(folder, variant, use_safetensors=use_safetensors)
         found = {key: shape for key, shape in read_shapes(self.files).items() if belongs(key)}
         self.parameters = sum(math.prod(shape) for shape in found.values())
-        compare_shapes(shapes_of(cls.on_meta(config)), found, folder)
+        with library_errors(f"{folder}/config.json"):
+            expected = shapes_of(cls.on_meta(config))
+        compare_shapes(expected, found, folder)
 
     @property
     def source_class(self):
@@ -101,6 +104,7 @@ def resolve_folder(path, subfolder=None, revision=None, **hub):
         hub: HUB_OPTIONS for the download.
     """
     folder = Path(path, subfolder or "")
+    require_utf8(folder)
     if folder.is_dir():
         return folder
     name = str(path)
@@ -128,6 +132,25 @@ def read_config(folder, *class_names):
     if found not in class_names:
         raise InputError(f"{folder} holds a {found}: a {' or '.join(class_names)} was needed; check the path")
     return config
+
+
+@contextmanager
+def library_errors(what):
+    """Raises InputError for whatever a library makes of files that are not what they are named for."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # those of diffusers, transformers and tokenizers have no class in common
+        raise InputError(f"{what} is of no use ({first_line(error)}): fetch it again") from None
+
+
+def require_utf8(path):
+    """Raises InputError for a name that safetensors cannot open."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path} is no UTF-8, as names of weights must be: rename it, or link to it") from None
 
 
 def read_json(path):
@@ -186,6 +209,7 @@ def variant_of(folder, variant, names=(WEIGHTS_NAME, WEIGHTS_NAME)):
 
 def open_weights(file):
     """`safe_open` with the project's errors."""
+    require_utf8(file)
     try:
         return safe_open(file, framework="pt")
     except FileNotFoundError:

@@ -202,7 +202,7 @@ def test_nobodys_files_are_replaced(train, tmp_path, capsys):
     convert(1, tmp_path / "s1", out)
     assert "README.md is kept as it is" in capsys.readouterr().out
     (out / "brushnet/notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"brushnet holds notes\.txt, which no converter wrote: move it, or choose"):
+    with pytest.raises(InputError, match=r"brushnet holds notes\.txt, which no converter wrote: move it, or change"):
         convert(1, tmp_path / "s1", out)
     shutil.rmtree(out / "brushnet")
     (out / "brushnet").write_text("mine")

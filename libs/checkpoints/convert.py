@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from common.command_line import Parser
 from common.errors import InputError, one_line_errors
-from common.weights import WEIGHTS_NAME, compare_shapes, fingerprint, read_json, read_tensors, shapes_of
+from common.weights import WEIGHTS_NAME, compare_shapes, fingerprint, read_json, read_tensors, require_utf8, shapes_of
 from dataset.finetune_dataset import PROMPT
 from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints.checkpoint import (
@@ -63,6 +63,7 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
     """
     checkpoint = find_checkpoint(Path(input_dir))
     output_dir = Path(output_dir)
+    require_utf8(output_dir)
     names = (*CONVERTED, MOTION_ADAPTER) if export_motion_adapter else CONVERTED
     refuse_source_weights(output_dir, [checkpoint, *filter(None, [pretrained_stage1])], names=names)
     if is_original_form(checkpoint):
@@ -138,7 +139,7 @@ def refuse_source_weights(output_dir, sources, flag="output_dir", names=CONVERTE
         if found and MARKER_FILE not in found:
             raise InputError(f"{folder} holds weights that no converter wrote: choose another {flag}")
         if foreign := sorted(found - own):
-            raise InputError(f"{folder} holds {foreign[0]}, which no converter wrote: move it, or choose another {flag}")
+            raise InputError(f"{folder} holds {foreign[0]}, which no converter wrote: move it, or change {flag}")
 
 
 def own_parts(state, checkpoint, pretrained_stage1, variant):
