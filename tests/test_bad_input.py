@@ -170,7 +170,7 @@ CASES = {
     "output_has_a_foreign_scan": (
         1, lambda c: (c.run.mkdir(), (c.run / "scan.json").write_text("[]")), {"scan_data": True},
         "run/scan.json is no earlier scan's"),
-    "output_is_no_utf8": (1, None, lambda c: {"output_dir": f"{c.run}\udce9"}, "run.* is no UTF-8, as names of weights"),
+    "output_is_no_utf8": (1, None, lambda c: {"output_dir": f"{c.run}\udce9"}, "run.* is no UTF-8, as names of"),
     "output_is_a_file": (
         1, lambda c: c.run.write_text(""), {}, "--output_dir .*run cannot be written to"),
     "output_is_read_only": (1, None, {"output_dir": "/proc/run"}, "--output_dir /proc/run cannot be written to"),

@@ -1,6 +1,8 @@
 """What people's files are like: names, lists, pictures, masks, containers, and folders that hold something already."""
 
+import json
 import os
+import shutil
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
@@ -178,6 +180,15 @@ def test_any_file_name(run, tmp_path, clip, name, capsys):
     eval_DiffuEraser.main([f"--frames={tmp_path}", "--videos", f"{name}-out/frames", "--no_model", "--rivals",
                            "mean-colour", f"--output_dir={tmp_path / name}-scores"])  # fmt: skip
     capsys.readouterr()
+
+
+def test_training_videos_of_any_name(train, videos, tmp_path):
+    """Into the latent cache, the checkpoint's list of videos and the scan too."""
+    shutil.copytree(videos / "YTBV", tmp_path / "YTBV")
+    folders = sorted((tmp_path / "YTBV/JPEGImages").iterdir())
+    folders[0].rename(folders[0].with_name("caf\udce9"))
+    train(1, max_train_steps=1, davis_root="", ytvos_root=tmp_path / "YTBV", latent_cache=tmp_path, scan_data=True)
+    assert "caf\udce9" in " ".join(json.loads((tmp_path / "run/scan.json").read_text()))
 
 
 def test_a_relative_name_with_a_colon(run, clip, tmp_path, monkeypatch):

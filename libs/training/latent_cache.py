@@ -68,7 +68,7 @@ class LatentCache:
     def key(self, path):
         stat = os.stat(path)
         identity = f"{self.meaning} {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}"
-        return hashlib.sha256(identity.encode()).hexdigest()[:32]
+        return hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
 
     def file(self, key):
         return self.folder / key[:2] / key
