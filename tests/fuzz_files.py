@@ -129,7 +129,7 @@ def work(first, count, seed, pipe):
         for number in range(first, count):
             pipe.send((number, "begun"))
             signal.alarm(SECONDS)
-            begin = time.perf_counter()
+            begin = time.process_time()
             try:
                 outcome = run_case(number, seed, folder, originals, contents)
             except Exception as error:
@@ -139,7 +139,7 @@ def work(first, count, seed, pipe):
             if peak > GIB + START:
                 pipe.send((number, f"FAILED {peak:.1f} GiB ({outcome})"))
                 return  # a new process goes on, whose peak starts anew
-            pipe.send((number, outcome, time.perf_counter() - begin, peak - START))
+            pipe.send((number, outcome, time.process_time() - begin, peak - START))
     pipe.send((count, "done"))
 
 
@@ -147,7 +147,7 @@ START = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # what the l
 
 
 def fuzz(count, seed=0):
-    """(Counter of outcomes, ["case number: what went wrong"], [most seconds of a case, most GiB])."""
+    """(Counter of outcomes, ["case number: what went wrong"], [most CPU seconds of a case, most GiB])."""
     context, outcomes, failures, first = multiprocessing.get_context("fork"), Counter(), [], 0
     worst = [0.0, 0.0]
     while first < count:
@@ -177,5 +177,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     found, wrong, (seconds, gib) = fuzz(options.count, options.seed)
-    print(dict(found), f"{len(wrong)} failures; at most {seconds:.2f} s and {gib:.2f} GiB", *wrong, sep="\n")
+    print(dict(found), f"{len(wrong)} failures; at most {seconds:.2f} CPU seconds and {gib:.2f} GiB", *wrong, sep="\n")
     raise SystemExit(bool(wrong))

@@ -292,6 +292,13 @@ def test_labels_of_any_number_are_hole():
     assert np.array_equal(deep, hole)
 
 
+def test_labels_without_a_palette_are_hole(tmp_path):
+    """As Pillow saves them from an array: of its palette only black is written."""
+    truth = davis_masks(3)[0]
+    Image.fromarray(truth.astype(np.uint8) * 3, mode="P").save(tmp_path / "a.png")
+    assert np.array_equal(read_mask(tmp_path / "a.png") > 0, truth)
+
+
 def test_mattes_are_named_and_their_share_is_printed(run, clip, tmp_path):
     matte = cv2.GaussianBlur(read_mask(clip.mask), (0, 0), 3)
     Image.fromarray(matte).save(tmp_path / "matte.png")
