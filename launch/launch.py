@@ -135,6 +135,14 @@ def read_engine_config():
             f"ACCELERATE_CONFIG={path} cannot be used ({reason}): make it anew with `accelerate config`, or use one of "
             f"{ours}"
         ) from None
+    for name in ("num_processes", "num_machines", "machine_rank", "main_process_port"):
+        value = getattr(config, name)
+        if value is not None:
+            require(re.fullmatch("-?[0-9]+", str(value)), f"{path} has {name}: {value}: a number was needed")
+            setattr(config, name, int(value))
+    precision = config.mixed_precision
+    needed = "no, fp16 or bf16 was needed"
+    require(precision in (None, False, "no", "fp16", "bf16"), f"{path} has mixed_precision: {precision}: {needed}")
     require(
         config.distributed_type != "DEEPSPEED",
         f"{path} asks for DeepSpeed, which is not supported: FSDP2 shards the same state with ACCELERATE_CONFIG="

@@ -284,6 +284,8 @@ WRONG_CONFIGS = {  # what it holds, and what the line says
         "iam_role_name: a\n",
         "had unknown keys (['ec2_instance_type', 'iam_role_name'])",
     ),
+    "no_number": ("distributed_type: MULTI_GPU\nnum_processes: two\n", "num_processes: two: a number was needed"),
+    "precision": ("distributed_type: 'NO'\nmixed_precision: fp7\n", "mixed_precision: fp7: no, fp16 or bf16"),
     "deepspeed": ("distributed_type: DEEPSPEED\n", "ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"),
 }
 
