@@ -36,6 +36,7 @@ from dataset.images import (
 )
 from libs.inference.video import open_masks, open_video, read_masks, read_video, write_frames
 from libs.inference.video_file import ACCURATE, VideoWriter
+from libs.report.__main__ import write_report
 
 # DAVIS's palette from the background to the eighth object, and a chart
 COLOURS = "000 800 080 880 008 808 088 888 400"
@@ -519,6 +520,28 @@ def test_nobodys_scores_are_replaced(clip, tmp_path, capsys):
         (tmp_path / "out/clip.png").unlink()
         eval_DiffuEraser.main(call)
     assert "hole " in capsys.readouterr().out
+
+
+def test_nobodys_report_is_replaced(train, tmp_path):
+    train(1, max_train_steps=1)
+    page = tmp_path / "run/report.html"
+    page.write_text("mine")
+    with pytest.raises(InputError, match=r"holds report\.html, which no earlier result made"):
+        write_report(tmp_path / "run")
+    assert page.read_text() == "mine"
+    write_report(tmp_path / "run", overwrite=True)
+    write_report(tmp_path / "run")
+    assert "step 1" in page.read_text()
+    next((tmp_path / "run").glob("logs*/history.csv")).write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="holds files that are not a training run's"):
+        write_report(tmp_path / "run")
+
+
+def test_what_the_system_refuses_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        eval_DiffuEraser.main(["--no_model", f"--frames={'x' * 300}"])
+    error = capsys.readouterr().err
+    assert error.startswith("error: xxx") and "File name too long" in error and error.count("\n") == 1
 
 
 def test_variants_are_named_and_taken_where_they_are(tmp_path):
