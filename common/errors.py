@@ -17,8 +17,9 @@ def one_line_errors(main):
 
     @wraps(main)
     def wrapped(*args, **kwargs):
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: names of files may be no UTF-8
+        for stream in (sys.stdout, sys.stderr):  # names of files may be no UTF-8
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except (InputError, torch.OutOfMemoryError, MemoryError, OSError, UnicodeError) as error:
