@@ -142,6 +142,7 @@ def check_output(args):
     if written & {Path(path).resolve() for path in (args.video, args.mask, args.prior)}:
         raise InputError(f"--output_dir={args.output_dir}: the result would replace the clip; choose another folder")
     refuse_foreign(folder, RESULTS, args.overwrite)
+    check_writable(folder / "frames", "--output_dir")
     return folder
 
 
@@ -159,9 +160,9 @@ def write_result(folder, video, frames, fps):
     """
     first = next(frames)
     earlier = note_own(folder, {"frames": len(video), "result.mp4": 1})
+    Path(folder, "frames").mkdir(exist_ok=True)
     for i in range(earlier.get("frames", 0)):
         frame_file(folder, i).unlink(missing_ok=True)
-    Path(folder, "frames").mkdir(exist_ok=True)
     source = None if video.fps is None else video
     with VideoWriter(folder / "result.mp4", *first.shape[:2], fps, source) as movie:
 

@@ -19,7 +19,7 @@ class Stage1(Stage):
     @staticmethod
     def open_models(args):
         if args.pretrained_stage1_path:
-            return open_frame_models(args.pretrained_stage1_path)
+            return open_frame_models(args.pretrained_stage1_path, args.variant)
         source = {"revision": args.revision, "variant": args.variant}
         brushnet = args.brushnet_model_name_or_path
         return {

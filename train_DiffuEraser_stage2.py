@@ -19,7 +19,7 @@ class Stage2(Stage):
     def open_models(args):
         source = {"revision": args.revision, "variant": args.variant}
         motion_modules = MotionAdapter.open_motion_part(args.motion_adapter_path, **source)
-        return {**open_frame_models(args.pretrained_stage1), "motion_modules": motion_modules}
+        return {**open_frame_models(args.pretrained_stage1, args.variant), "motion_modules": motion_modules}
 
     @staticmethod
     def load_models(opened, frozen_dtype):

@@ -17,11 +17,12 @@ def one_line_errors(main):
 
     @wraps(main)
     def wrapped(*args, **kwargs):
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: names of files may be no UTF-8
+        for stream in (sys.stdout, sys.stderr):  # names of files may be no UTF-8
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
-        except (InputError, torch.OutOfMemoryError, MemoryError) as error:
+        except (InputError, torch.OutOfMemoryError, MemoryError, OSError, UnicodeError) as error:
             rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
             # Before training all processes find the same: one on every machine says so, as each has its own log.
             if local_rank == 0 or PartialState._shared_state:
@@ -33,12 +34,17 @@ def one_line_errors(main):
 
 
 def one_line(error):
-    """What a user needs of an InputError, of torch's OutOfMemoryError, or of a MemoryError."""
+    """What a user needs of an InputError, of memory that is full, and of files and names that the system or a library
+    refuses where no check foresaw it."""
     if isinstance(error, InputError):
         # A loader worker's error arrives with its traceback as text; its last line is the error.
         return str(error).strip().splitlines()[-1].removeprefix("common.errors.InputError: ")
     if isinstance(error, MemoryError):
         return f"this machine's memory is full ({first_line(error)}): use a shorter or smaller clip, or --resolution"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else first_line(error)
+    if isinstance(error, UnicodeError):
+        return f"a name or text that is no UTF-8 cannot be used here ({error}): rename it"
     found = ". ".join(str(error).split(". ")[:3])  # what failed, how much was asked for, how much the GPU has
     return (
         f"{found}: use fewer frames at once (--nframes), smaller ones (--resolution, --size) or, to train, "

@@ -47,6 +47,9 @@ def check_writable(folder, flag):
 def refuse_foreign(folder, names, overwrite, flag="--output_dir"):
     """Raise InputError where `folder` holds one of `names` (files or folders) that no earlier result made: it is the
     user's own, and is not replaced unless `overwrite`, the user's --overwrite, says so."""
+    blocked = [path for path in (Path(folder, name) for name in names) if not is_replaceable(path)]
+    if blocked:
+        raise InputError(f"{blocked[0]} cannot be replaced (a folder, or read-only): move it, or choose another {flag}")
     earlier = read_own(folder)
     foreign = [name for name in names if name not in earlier and is_filled(Path(folder, name))]
     if foreign and not overwrite:
@@ -69,6 +72,11 @@ def read_own(folder):
         return dict(json.loads(Path(folder, OWN_FILES).read_text()))
     except (OSError, ValueError, TypeError):  # none, or not ours: then nothing is
         return {}
+
+
+def is_replaceable(path):
+    """Whether a file may be written at `path`; a name without an ending may be a folder's."""
+    return not path.exists() or (os.access(path, os.W_OK) and not (path.suffix and path.is_dir()))
 
 
 def is_filled(path):

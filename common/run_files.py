@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 # Numbers beside the trackers' files: the lines of the log, held-out losses, and scores of every validation video.
-HISTORY_FILE, HELD_OUT_FILE, SCORES_FILE = "history.csv", "held_out.csv", "scores.csv"
+RUN_FILES = HISTORY_FILE, HELD_OUT_FILE, SCORES_FILE = "history.csv", "held_out.csv", "scores.csv"
 CONTACT_SHEET = "contact_sheet.png"
 AS_DEPLOYED = "-as-deployed"  # in the names of what a validation as deployed writes
 CONFIG_FILE = "config.json"  # a list with command, settings and versions of every start, in the run's folder

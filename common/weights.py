@@ -5,6 +5,8 @@ import inspect
 import json
 import math
 import os
+import re
+from contextlib import contextmanager
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -12,9 +14,11 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # diffusers' names and huggingface_hub's
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack")  # that an error names
 OWN_FOLDERS = ("weights", "converted_weights")  # paths below them are never looked up on the Hub
 
 
@@ -25,17 +29,28 @@ class StrictLoading:
     """
 
     @classmethod
-    def from_pretrained(cls, path, subfolder=None, torch_dtype=torch.float32, revision=None, variant=None):
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, torch_dtype=None, revision=None,
+                        variant=None, use_safetensors=None, low_cpu_mem_usage=True, **others):  # fmt: skip
         """Load a folder of config.json and diffusion_pytorch_model.safetensors (sharded or .bin too) onto the CPU.
 
         Args:
-            path: a local folder, or a model's name on the Hugging Face Hub.
-            torch_dtype: the weights' type, whatever they are stored in.
-            variant: the "fp16" of diffusion_pytorch_model.fp16.safetensors.
+            pretrained_model_name_or_path: a local folder, or a model's name on the Hugging Face Hub.
+            torch_dtype: the weights' type, whatever they are stored in; None is fp32.
+            variant: the "fp16" of diffusion_pytorch_model.fp16.safetensors, taken where the folder has it.
+            use_safetensors: True or False take safetensors or .bin files only.
+            low_cpu_mem_usage: accepted as diffusers has it; no weight is ever initialised to be overwritten.
+            others: HUB_OPTIONS; what else diffusers takes raises a TypeError.
 
         Raises: InputError for a missing folder or file, another class's config, and any key or shape that differs.
         """
-        return cls.open(path, subfolder, revision, variant).load(torch_dtype)
+        given = [name for name, value in others.items() if name not in HUB_OPTIONS and value]
+        if given:
+            raise TypeError(f"{cls.__name__}.from_pretrained does not support {', '.join(given)}: weights are loaded "
+                            "strictly, and onto the CPU; use .to(device)")  # fmt: skip
+        hub = {name: others[name] for name in HUB_OPTIONS if others.get(name)}
+        folder = resolve_folder(pretrained_model_name_or_path, subfolder, revision, **hub)
+        config = read_config(folder, cls.__name__)
+        return OpenedWeights(cls, folder, config, variant, use_safetensors=use_safetensors).load(torch_dtype)
 
     @classmethod
     def open(cls, path, subfolder=None, revision=None, variant=None):
@@ -54,13 +69,14 @@ class StrictLoading:
 class OpenedWeights:
     """A weights folder whose keys and shapes were checked against the model class, before a tensor is read."""
 
-    def __init__(self, cls, folder, config, variant=None, belongs=lambda key: True):
+    def __init__(self, cls, folder, config, variant=None, belongs=lambda key: True, use_safetensors=None):
         """`belongs(key)` chooses the part of the folder's tensors that are this model's."""
         self.cls, self.folder, self.config, self.belongs = cls, folder, config, belongs
-        self.files = weight_files(folder, variant)
+        self.files = weight_files(folder, variant, use_safetensors=use_safetensors)
         found = {key: shape for key, shape in read_shapes(self.files).items() if belongs(key)}
         self.parameters = sum(math.prod(shape) for shape in found.values())
-        self.model = cls.on_meta(config)
+        with library_errors(f"{folder}/config.json"):
+            self.model = cls.on_meta(config)
         compare_shapes(shapes_of(self.model), found, folder)
 
     @property
@@ -72,18 +88,23 @@ class OpenedWeights:
         """Yield (key, tensor), one in memory at a time."""
         return ((key, tensor) for key, tensor in read_tensors(self.files) if self.belongs(key))
 
-    def load(self, torch_dtype=torch.float32):
-        """The model on the CPU, once: its weights are the caller's alone."""
+    def load(self, torch_dtype=None):
+        """The model on the CPU, once: its weights are the caller's alone. In fp32 unless told otherwise."""
         model, self.model = self.model, None
         # copy=True: weights must not stay views of a file that a later run may replace.
-        state_dict = {key: tensor.to(torch_dtype, copy=True) for key, tensor in self.tensors()}
+        state_dict = {key: tensor.to(torch_dtype or torch.float32, copy=True) for key, tensor in self.tensors()}
         model.load_state_dict(state_dict, assign=True)
         return model.eval()
 
 
-def resolve_folder(path, subfolder=None, revision=None):
-    """The local folder of `path`, downloaded from the Hub where `path` is no local folder but a model's name."""
+def resolve_folder(path, subfolder=None, revision=None, **hub):
+    """The local folder of `path`, downloaded from the Hub where `path` is no local folder but a model's name.
+
+    Args:
+        hub: HUB_OPTIONS for the download.
+    """
     folder = Path(path, subfolder or "")
+    require_utf8(folder)
     if folder.is_dir():
         return folder
     name = str(path)
@@ -95,7 +116,7 @@ def resolve_folder(path, subfolder=None, revision=None):
         )
     patterns = [f"{subfolder}/*"] if subfolder else None
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns), subfolder or "")
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub), subfolder or "")
     except OSError as error:  # every error of the Hub's client is one
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{folder} is not a folder, and the Hugging Face Hub gave no model {name}: {reason}") from None
@@ -113,6 +134,25 @@ def read_config(folder, *class_names):
     return config
 
 
+@contextmanager
+def library_errors(what):
+    """Raises InputError for whatever a library makes of files that are not what they are named for."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # those of diffusers, transformers and tokenizers have no class in common
+        raise InputError(f"{what} is of no use ({first_line(error)}): fetch it again") from None
+
+
+def require_utf8(path):
+    """Raises InputError for a name that safetensors cannot open."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path} is no UTF-8, as names of weights must be: rename it, or link to it") from None
+
+
 def read_json(path):
     """The object of a JSON file."""
     try:
@@ -126,33 +166,39 @@ def read_json(path):
     return content
 
 
-def weight_files(folder, variant=None, names=(WEIGHTS_NAME, WEIGHTS_NAME)):
+def weight_files(folder, variant=None, names=(WEIGHTS_NAME, WEIGHTS_NAME), use_safetensors=None):
     """The file, or the files of a sharded model, that hold a folder's weights; safetensors before .bin.
 
     Args:
         variant: such as "fp16", taken where the folder has it.
         names: of the safetensors and the .bin file, without variant and extension.
+        use_safetensors: True or False take one of both only.
     """
-    files = find_files(folder, variant, names) or find_files(folder, None, names)
+    files = find_files(folder, variant, names, use_safetensors) or find_files(folder, None, names, use_safetensors)
     if files:
         return files
-    extensions = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
-    others = sorted(path.name for path in Path(folder).iterdir() if path.name.endswith(extensions))
-    variants = [name.split(".")[1] for name in others if name.startswith(names) and name.count(".") > 1]
-    hint = f"; it has {others[0]}: add --variant={variants[0]}" if variants else ""
+    form = rf"(?:{'|'.join(names)})\.([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)"  # with a variant; shards too
+    found = sorted(path.name for path in Path(folder).iterdir() if path.suffix in WEIGHTS_SUFFIXES)
+    variants = [match[1] for match in (re.fullmatch(form, name) for name in found) if match]
+    hint = (f"; it has {found[0]}" if found else "") + (f": add --variant={variants[0]}" if variants else "")
     raise InputError(f"{folder} has no {names[0]}.safetensors: a folder with a model's weights was needed{hint}")
 
 
-def find_files(folder, variant, names):
+def find_files(folder, variant, names, use_safetensors=None):
     """The same for one variant; an empty list where the folder does not have it."""
     dot_variant = f".{variant}" if variant else ""
     for name, extension in zip(names, ("safetensors", "bin"), strict=True):
+        if use_safetensors not in (None, extension == "safetensors"):
+            continue
         file = Path(folder, f"{name}{dot_variant}.{extension}")
         index = Path(folder, f"{name}.{extension}.index{dot_variant}.json")
         if file.is_file():
             return [file]
         if index.is_file():
-            return [Path(folder, shard) for shard in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise InputError(f"{index} has no weight_map, which tells the shards' names: fetch it again")
+            return [Path(folder, shard) for shard in sorted(set(shards.values()))]
     return []
 
 
@@ -163,6 +209,7 @@ def variant_of(folder, variant, names=(WEIGHTS_NAME, WEIGHTS_NAME)):
 
 def open_weights(file):
     """`safe_open` with the project's errors."""
+    require_utf8(file)
     try:
         return safe_open(file, framework="pt")
     except FileNotFoundError:

@@ -210,6 +210,8 @@ def to_tensors(frames, holes):
 
 def tokenize(tokenizer, prompt):
     """(n,) token ids, padded to the text encoder's length."""
+    if prompt.encode(errors="ignore").decode() != prompt:
+        raise InputError(f"the prompt {prompt!r} is no UTF-8 text")
     tokens = tokenizer(
         prompt, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
     )

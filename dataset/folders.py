@@ -140,7 +140,7 @@ def scan_frames(args, memory, processes, remember=True):
     told to `remember`, what is new is added to it.
     """
     videos = list_videos(args)
-    known = json.loads(Path(memory).read_text()) if Path(memory).is_file() else {}
+    known = read_scan(memory) if Path(memory).is_file() else {}
     keys = {str(video.folder): listing_key(video) for video in videos}
     new = [video for video in videos if known.get(str(video.folder), [None])[0] != keys[str(video.folder)]]
     if new:
@@ -151,6 +151,17 @@ def scan_frames(args, memory, processes, remember=True):
         if remember:
             write_json(memory, known)
     return {video.folder: known[str(video.folder)][1] for video in videos if known[str(video.folder)][1]}
+
+
+def read_scan(path):
+    """{folder: [listing_key, reason or None]} of an earlier scan."""
+    try:
+        known = json.loads(path.read_bytes())
+        if all(isinstance(entry, list) and len(entry) == 2 for entry in known.values()):
+            return known
+    except (ValueError, AttributeError):  # no JSON, or no object
+        pass
+    raise InputError(f"{path} is no earlier scan's: move it, or choose another --output_dir")
 
 
 def size_and_time(path):

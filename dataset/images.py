@@ -28,6 +28,7 @@ SYSTEM_NAMES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information
 MOST_PIXELS = 2**26  # 8192 x 8192; a damaged header may promise gigabytes
 NOISE = 24  # of 255: what compression leaves in a mask's background stays below
 SOME = 0.05  # share of a mask's pixels that is more than chance
+PALETTE = 3  # a PNG's colour type, in its 26th byte
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 START_OF_FRAME = (b"\xc0", b"\xc1", b"\xc2")  # the segments that hold a JPEG's size: baseline, extended, progressive
 UNREADABLE = (
@@ -157,7 +158,8 @@ def read_mask(path):
 def read_mask_values(path):
     """A mask file's own values (h, w) uint8 or uint16, and whether they are exact, which JPEG and lossy WebP are not.
 
-    Of colours the brightest channel; transparent pixels are 0. In palettes "0 = background" is black.
+    Of colours the brightest channel; transparent pixels are 0. In palettes "0 = background" is black; where everything
+    is, the indices count: labels are saved without a palette too.
     """
     content = read_bytes(path)
     mask = decode(path, content, cv2.IMREAD_UNCHANGED)
@@ -166,6 +168,9 @@ def read_mask_values(path):
     else:
         mask = decode(path, content, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)  # turned as EXIF says
         mask = mask.max(axis=-1) if mask.ndim == 3 else mask
+        if content.startswith(PNG) and content[25] == PALETTE and not mask.any():
+            with pillow(io.BytesIO(content)) as image:
+                mask = np.array(image)
     lossy = content.startswith(JPEG) or (content.startswith(b"RIFF") and b"VP8 " in content[:64])
     return mask, not lossy
 

@@ -43,6 +43,7 @@ FORMS = {  # of variables: what they must match, in words
     **dict.fromkeys(("LOW_MEMORY", "COMPILE", "CUDA_GRAPH"), ("[01]", "0 or 1")),
     "MIXED_PRECISION": ("no|fp16|bf16", "no (fp32), fp16 or bf16"),
 }
+CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")  # signals of a fault in the process itself
 LINES_SHOWN = 15  # of a failed run's log
 
 
@@ -134,6 +135,14 @@ def read_engine_config():
             f"ACCELERATE_CONFIG={path} cannot be used ({reason}): make it anew with `accelerate config`, or use one of "
             f"{ours}"
         ) from None
+    for name in ("num_processes", "num_machines", "machine_rank", "main_process_port"):
+        value = getattr(config, name)
+        if value is not None:
+            require(re.fullmatch("-?[0-9]+", str(value)), f"{path} has {name}: {value}: a number was needed")
+            setattr(config, name, int(value))
+    precision = config.mixed_precision
+    needed = "no, fp16 or bf16 was needed"
+    require(precision in (None, False, "no", "fp16", "bf16"), f"{path} has mixed_precision: {precision}: {needed}")
     require(
         config.distributed_type != "DEEPSPEED",
         f"{path} asks for DeepSpeed, which is not supported: FSDP2 shards the same state with ACCELERATE_CONFIG="
@@ -229,7 +238,7 @@ class Log:
             raise InputError(f"LOG={path} cannot be written to: choose another ({error.strerror})") from None
 
     def write(self, *lines):
-        with open(self.path, "a") as file:
+        with open(self.path, "a", errors="backslashreplace") as file:  # names of folders may be no UTF-8
             file.writelines(f"{line}\n" for line in lines)
 
     def lines(self):
@@ -335,10 +344,13 @@ def end_as(who, exitcode):
     """End with a line that names the signal, where one ended a process: the trainers say everything else themselves."""
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
-        cause = "see the lines above"
+        remedy = "(see the lines above): run the same command to resume"
         if name == "SIGKILL":
-            cause = "the system killed it, most often for lack of memory: lower DATALOADER_NUM_WORKERS, or give it more"
-        raise InputError(f"{who} was ended by {name} ({cause}): run the same command to resume")
+            remedy = ("(the system killed it, most often for lack of memory: lower DATALOADER_NUM_WORKERS, or give it "
+                      "more): run the same command to resume")  # fmt: skip
+        elif name in CRASHES:
+            remedy = "(a library crashed, and may again): see the lines above, try COMPILE=0, check driver and versions"
+        raise InputError(f"{who} was ended by {name} {remedy}")
     raise SystemExit(1) from None
 
 

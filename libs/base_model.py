@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UniPCMultistepScheduler
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from common.errors import InputError
-from common.weights import read_config, read_json, read_shapes, resolve_folder, variant_of, weight_files
+from common.weights import library_errors, read_config, read_json, read_shapes, resolve_folder, variant_of, weight_files
 from dataset.finetune_dataset import tokenize
 from libs.vae import FrozenVAE
 
@@ -80,7 +80,7 @@ class BaseModel:
 
     def load_noise_scheduler(self):
         """DDPM with the betas and prediction type of the base model's scheduler, whatever class that is."""
-        with quiet_libraries():
+        with quiet_libraries(), library_errors(self.scheduler_folder):
             scheduler = DDPMScheduler.from_pretrained(self.scheduler_folder)
         if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise InputError(
@@ -91,28 +91,29 @@ class BaseModel:
 
     def load_sampler(self):
         """UniPC (https://arxiv.org/abs/2302.04867) from the same config, for validation."""
-        with quiet_libraries():
+        with quiet_libraries(), library_errors(self.scheduler_folder):
             return UniPCMultistepScheduler.from_pretrained(self.scheduler_folder)
 
     def load_tokenizer(self):
-        with quiet_libraries():
+        with quiet_libraries(), library_errors(self.tokenizer_folder):
             return CLIPTokenizer.from_pretrained(self.tokenizer_folder)
 
     @torch.no_grad()
     def encode_prompts(self, prompts, device):
         """(len(prompts), n, d) text embeddings, fp32; the text encoder is gone afterwards."""
         tokenizer = self.load_tokenizer()
-        with quiet_libraries():
+        with library_errors(self.tokenizer_folder):
+            input_ids = torch.stack([tokenize(tokenizer, prompt) for prompt in prompts])
+        with quiet_libraries(), library_errors(self.text_encoder_folder):
             variant = variant_of(self.text_encoder_folder, self.variant, TEXT_ENCODER_NAMES)
             text_encoder, report = CLIPTextModel.from_pretrained(
                 self.text_encoder_folder, variant=variant, dtype=torch.float32, output_loading_info=True
             )
         refuse_missing(report, self.text_encoder_folder)
-        input_ids = torch.stack([tokenize(tokenizer, prompt) for prompt in prompts])
         return text_encoder(input_ids)[0].to(device)
 
     def load_vae(self, device, dtype, frames, cache=None):
-        with quiet_libraries():
+        with quiet_libraries(), library_errors(self.vae_folder):
             variant = variant_of(self.vae_folder, self.variant)
             vae, report = AutoencoderKL.from_pretrained(
                 self.vae_folder, variant=variant, torch_dtype=dtype, output_loading_info=True

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
 from common.weights import StrictLoading
@@ -127,6 +127,7 @@ class BrushNetModel(LayerWalk, StrictLoading, diffusers.UNet2DConditionModel):
                 brushnet.conv_in_condition.bias.copy_(unet.conv_in.bias)
         return brushnet
 
+    @apply_lora_scale("cross_attention_kwargs")
     def forward(
         self,
         sample,

@@ -4,6 +4,7 @@ import inspect
 
 import diffusers
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils import apply_lora_scale
 
 from common.weights import OpenedWeights, StrictLoading, read_config, resolve_folder
 from libs.unet_walk import LayerWalk, embed_timesteps, walk
@@ -12,6 +13,7 @@ from libs.unet_walk import LayerWalk, embed_timesteps, walk
 class UNet2DConditionModel(LayerWalk, StrictLoading, diffusers.UNet2DConditionModel):
     """Construction, config and state-dict keys are diffusers'; only the forward pass is ours."""
 
+    @apply_lora_scale("cross_attention_kwargs")
     def forward(
         self,
         sample,

@@ -4,6 +4,7 @@ features; MotionAdapter: the motion modules alone."""
 import diffusers
 import torch
 from diffusers.models.unets.unet_motion_model import UNetMotionOutput
+from diffusers.utils import apply_lora_scale
 
 from common.weights import OpenedWeights, StrictLoading, read_config, resolve_folder
 from libs.unet_2d_condition import gather_features
@@ -26,6 +27,7 @@ class MotionAdapter(StrictLoading, diffusers.MotionAdapter):
 class UNetMotionModel(LayerWalk, StrictLoading, diffusers.UNetMotionModel):
     """Construction, config and state-dict keys are diffusers'; only the forward pass is ours."""
 
+    @apply_lora_scale("cross_attention_kwargs")
     def forward(
         self,
         sample,

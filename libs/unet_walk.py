@@ -142,7 +142,12 @@ class LayerWalk:
         raise ValueError("FreeU is not supported: its factors act in blocks, which are not called")
 
     def reject_unsupported(self, arguments):
-        """Pipelines pass many optional arguments as None or False; anything else would be silently without effect."""
+        """Pipelines pass many optional arguments as None or False; anything else would be silently without effect.
+
+        Of cross_attention_kwargs "scale", a LoRA's, is taken out before by diffusers' apply_lora_scale.
+        """
+        arguments |= {f"cross_attention_kwargs {name}": value for name, value in
+                      (arguments.pop("cross_attention_kwargs", None) or {}).items()}  # fmt: skip
         given = [name for name, value in arguments.items() if value is not None and value is not False]
         if given:
             raise TypeError(f"{type(self).__name__}.forward does not support {', '.join(given)}")

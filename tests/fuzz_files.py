@@ -9,6 +9,7 @@ import multiprocessing
 import resource
 import signal
 import tempfile
+import time
 from collections import Counter
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -128,6 +129,7 @@ def work(first, count, seed, pipe):
         for number in range(first, count):
             pipe.send((number, "begun"))
             signal.alarm(SECONDS)
+            begin = time.process_time()
             try:
                 outcome = run_case(number, seed, folder, originals, contents)
             except Exception as error:
@@ -137,7 +139,7 @@ def work(first, count, seed, pipe):
             if peak > GIB + START:
                 pipe.send((number, f"FAILED {peak:.1f} GiB ({outcome})"))
                 return  # a new process goes on, whose peak starts anew
-            pipe.send((number, outcome))
+            pipe.send((number, outcome, time.process_time() - begin, peak - START))
     pipe.send((count, "done"))
 
 
@@ -145,8 +147,9 @@ START = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # what the l
 
 
 def fuzz(count, seed=0):
-    """(Counter of outcomes, ["case number: what went wrong"])."""
+    """(Counter of outcomes, ["case number: what went wrong"], [most CPU seconds of a case, most GiB])."""
     context, outcomes, failures, first = multiprocessing.get_context("fork"), Counter(), [], 0
+    worst = [0.0, 0.0]
     while first < count:
         receiver, sender = context.Pipe(duplex=False)
         child = context.Process(target=work, args=(first, count, seed, sender))
@@ -154,7 +157,8 @@ def fuzz(count, seed=0):
         sender.close()
         try:
             while True:
-                number, outcome = receiver.recv()
+                number, outcome, *taken = receiver.recv()
+                worst = [max(pair) for pair in zip(worst, taken, strict=True)] if taken else worst
                 if outcome.startswith("FAILED"):
                     failures.append(f"case {number}: {outcome}")
                 elif outcome in ("line", "result"):
@@ -164,7 +168,7 @@ def fuzz(count, seed=0):
             child.join()
         if child.exitcode:
             failures.append(f"case {first - 1}: ended by signal {-child.exitcode}")
-    return outcomes, failures
+    return outcomes, failures, worst
 
 
 if __name__ == "__main__":
@@ -172,6 +176,6 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    found, wrong = fuzz(options.count, options.seed)
-    print(dict(found), f"{len(wrong)} failures", *wrong, sep="\n")
+    found, wrong, (seconds, gib) = fuzz(options.count, options.seed)
+    print(dict(found), f"{len(wrong)} failures; at most {seconds:.2f} CPU seconds and {gib:.2f} GiB", *wrong, sep="\n")
     raise SystemExit(bool(wrong))

@@ -12,6 +12,7 @@ from conftest import reset_accelerate
 from PIL import Image
 from safetensors.torch import load_file
 
+BRANCH = "diffuEraser/brushnet/diffusion_pytorch_model.safetensors"
 TOKENIZER, TEXT_ENCODER = "stable-diffusion-v1-5/tokenizer", "stable-diffusion-v1-5/text_encoder"
 VAE = "sd-vae-ft-mse/diffusion_pytorch_model.safetensors"
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5\n"
@@ -116,6 +117,8 @@ CASES = {
         1, lambda c: (c.weights / TOKENIZER / "vocab.json").write_text(LFS_POINTER), {}, "vocab.json is not JSON"),
     "tokenizer_map_broken": (
         1, lambda c: (c.weights / TOKENIZER / "special_tokens_map.json").write_text("{"), {}, "map.json is not JSON"),
+    "vocabulary_of_another_tokenizer": (
+        1, lambda c: (c.weights / TOKENIZER / "vocab.json").write_text("{}"), {}, "tokenizer is of no use"),
     "tokenizer_without_config": (
         1, lambda c: (c.weights / TOKENIZER / "tokenizer_config.json").unlink(), {}, "has no tokenizer_config.json"),
     "vae_cut_short": (1, lambda c: cut(c.weights / VAE), {}, "sd-vae-ft-mse/.* is no complete safetensors file"),
@@ -128,6 +131,8 @@ CASES = {
         1, lambda c: (c.weights / TEXT_ENCODER / "config.json").write_text("{"), {}, "config.json is not JSON"),
     "text_encoder_config_of_no_model": (
         1, lambda c: (c.weights / TEXT_ENCODER / "config.json").write_text("{}"), {}, "config.json has no hidden_size"),
+    "scheduler_of_no_use": (
+        1, lambda c: edit_json(c.weights / SCHEDULER, beta_start="x"), {}, "scheduler is of no use"),
     "scheduler_broken": (1, lambda c: (c.weights / SCHEDULER).write_text("{"), {}, "scheduler_config.json is not JSON"),
     "scheduler_no_object": (1, lambda c: (c.weights / SCHEDULER).write_text("[]"), {}, "is a JSON list, not an object"),
     "scheduler_missing": (1, lambda c: (c.weights / SCHEDULER).unlink(), {}, "scheduler_config.json cannot be read"),
@@ -146,6 +151,13 @@ CASES = {
         "holds a BrushNetModel: a MotionAdapter or UNetMotionModel was needed"),
     "broken_config": (
         1, lambda c: (c.weights / "diffuEraser/brushnet/config.json").write_text("{"), {}, "is not JSON"),
+    "config_of_no_model": (
+        1, lambda c: edit_json(c.weights / "diffuEraser/brushnet/config.json", norm_num_groups=7), {},
+        "brushnet/config.json is of no use .num_channels .32. must be divisible"),
+    "fp16_only": (
+        2, lambda c: (c.weights / BRANCH).rename((c.weights / BRANCH).with_suffix(".fp16.safetensors")),
+        lambda c: {"pretrained_stage1": c.weights / "diffuEraser"},
+        "it has diffusion_pytorch_model.fp16.safetensors: add --variant=fp16"),
     "weights_cut_short": (
         1, lambda c: (c.weights / "diffuEraser/brushnet/diffusion_pytorch_model.safetensors").write_bytes(b"123"), {},
         "is no complete safetensors file"),
@@ -154,6 +166,13 @@ CASES = {
     "output_has_a_foreign_config": (
         1, lambda c: (c.run.mkdir(), (c.run / "config.json").write_text("{}")), {},
         "run/config.json is no training run's: choose another --output_dir"),
+    "output_has_a_foreign_csv": (
+        1, lambda c: ((c.run / "logs").mkdir(parents=True), (c.run / "logs/history.csv").write_text("mine")),
+        {"logging_dir": "logs"}, "run/logs/history.csv is no training run's: choose another --output_dir"),
+    "output_has_a_foreign_scan": (
+        1, lambda c: (c.run.mkdir(), (c.run / "scan.json").write_text("[]")), {"scan_data": True},
+        "run/scan.json is no earlier scan's"),
+    "output_is_no_utf8": (1, None, lambda c: {"output_dir": f"{c.run}\udce9"}, "run.* is no UTF-8, as names of"),
     "output_is_a_file": (
         1, lambda c: c.run.write_text(""), {}, "--output_dir .*run cannot be written to"),
     "output_is_read_only": (1, None, {"output_dir": "/proc/run"}, "--output_dir /proc/run cannot be written to"),

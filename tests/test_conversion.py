@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from conftest import equal_files
@@ -35,7 +36,7 @@ def test_both_stages(train, tmp_path, weights):
     assert sum(changed) > 0.99 * len(changed)
 
     train(2, output_dir=tmp_path / "s2", pretrained_stage1=tmp_path / "c1")
-    convert(2, tmp_path / "s2" / "checkpoint-2", tmp_path / "c2", pretrained_stage1=tmp_path / "c1")
+    convert(2, tmp_path / "s2" / "checkpoint-2", tmp_path / "c2", tmp_path / "c1", export_motion_adapter=True)
     motion = UNetMotionModel.from_pretrained(tmp_path / "c2", subfolder="unet_main")
     before = UNetMotionModel.from_pretrained(weights / "diffuEraser" / "unet_main").state_dict()
     for key, value in motion.state_dict().items():
@@ -43,6 +44,9 @@ def test_both_stages(train, tmp_path, weights):
             assert torch.equal(value, unet.state_dict()[key]), key
         else:
             assert torch.equal(value, before[key]) == key.endswith("pos_embed.pe"), key
+    adapter = diffusers.MotionAdapter.from_pretrained(tmp_path / "c2/motion_adapter").state_dict()
+    modules = {key: value for key, value in motion.state_dict().items() if "motion_modules" in key}
+    assert adapter.keys() == modules.keys() and all(torch.equal(adapter[key], modules[key]) for key in adapter)
     assert equal_files(tmp_path / "c1" / "brushnet" / WEIGHTS, tmp_path / "c2" / "brushnet" / WEIGHTS)
     for name in ("unet_main", "brushnet"):  # the end of a run writes the same two folders
         assert equal_files(tmp_path / "c2" / name / WEIGHTS, tmp_path / "s2" / name / WEIGHTS)
@@ -187,6 +191,24 @@ def test_refusals_leave_everything_as_it_was(train, tmp_path, weights):
     with pytest.raises(InputError, match=r"brushnet lacks conv_in_condition\.bias"):
         convert(1, checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_nobodys_files_are_replaced(train, tmp_path, capsys):
+    """In a converted folder, in its place, and as its model card."""
+    train(1, output_dir=tmp_path / "s1", max_train_steps=1)
+    out = tmp_path / "out"
+    convert(1, tmp_path / "s1", out)
+    (out / "README.md").write_bytes(b"\xe9")
+    convert(1, tmp_path / "s1", out)
+    assert "README.md is kept as it is" in capsys.readouterr().out
+    (out / "brushnet/notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"brushnet holds notes\.txt, which no converter wrote: move it, or change"):
+        convert(1, tmp_path / "s1", out)
+    shutil.rmtree(out / "brushnet")
+    (out / "brushnet").write_text("mine")
+    with pytest.raises(InputError, match="brushnet is no folder, and no converter wrote it"):
+        convert(1, tmp_path / "s1", out)
+    assert (out / "brushnet").read_text() == "mine" and (out / "README.md").read_bytes() == b"\xe9"
 
 
 def test_stage_2_wants_the_stage_1_it_was_trained_on(train, tmp_path, weights):

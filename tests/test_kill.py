@@ -12,6 +12,7 @@ import torch
 from conftest import REPOSITORY, equal_files
 
 import train_DiffuEraser_stage1
+from libs.checkpoints.checkpoint import OLD_SUFFIX
 
 KILLS = int(os.environ.get("KILLS", 5))
 WEIGHTS = "unet_main/diffusion_pytorch_model.safetensors"
@@ -93,4 +94,4 @@ def test_killed_runs_lose_nothing(flags, tmp_path, monkeypatch):
     assert kills == KILLS and in_writes > 0
     assert equal_files(whole / WEIGHTS, run / WEIGHTS)
     assert equal_files(whole / f"checkpoint-{steps}/model.safetensors", run / f"checkpoint-{steps}/model.safetensors")
-    assert not list(run.glob("*.partial")) and not list(run.glob("*.old"))
+    assert not list(run.glob("*.partial")) and not list(run.glob(f"*{OLD_SUFFIX}"))

@@ -246,6 +246,13 @@ def test_a_killed_trainer(environment, processes):
     assert said[-1] == last and not [line for line in said if not re.match(r"\d{4}-|=====|command:|error", line)]
 
 
+def test_a_crash_is_not_to_be_repeated(capsys):
+    with pytest.raises(SystemExit):
+        launch.end_as("the trainer", -signal.SIGSEGV)
+    error = capsys.readouterr().err
+    assert "ended by SIGSEGV (a library crashed" in error and "same command" not in error and error.count("\n") == 1
+
+
 def test_paths_with_quotes(environment, tmp_path, videos):
     """Validation videos whose path has an apostrophe; the logged command can be pasted."""
     davis = tmp_path / 'the user\'s "DAVIS"'
@@ -302,6 +309,8 @@ WRONG_CONFIGS = {  # what it holds, and what the line says
         "iam_role_name: a\n",
         "had unknown keys (['ec2_instance_type', 'iam_role_name'])",
     ),
+    "no_number": ("distributed_type: MULTI_GPU\nnum_processes: two\n", "num_processes: two: a number was needed"),
+    "precision": ("distributed_type: 'NO'\nmixed_precision: fp7\n", "mixed_precision: fp7: no, fp16 or bf16"),
     "deepspeed": ("distributed_type: DEEPSPEED\n", "ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"),
 }
 

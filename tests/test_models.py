@@ -111,6 +111,60 @@ def test_forms_of_weight_files(tiny, tmp_path, form):
         assert torch.equal(loaded.state_dict()[key], tensor)
 
 
+@pytest.mark.parametrize("cls", [UNet2DConditionModel, UNetMotionModel, BrushNetModel])
+def test_arguments_of_diffusers_from_pretrained(cls, tiny, tmp_path, monkeypatch):
+    """They do what they do there, from a folder and from the Hub, or say why not."""
+    unet, adapter = tiny
+    made = {BrushNetModel: BrushNetModel.from_unet, UNetMotionModel: lambda unet: cls.from_unet2d(unet, adapter)}
+    model = made.get(cls, lambda unet: unet)(unet)
+    model.save_pretrained(tmp_path / "part")
+    same = {"low_cpu_mem_usage": False, "use_safetensors": True, "device_map": None, "torch_dtype": torch.float16}
+    loaded = cls.from_pretrained(pretrained_model_name_or_path=str(tmp_path), subfolder="part", variant="fp16", **same)
+    for key, tensor in model.half().state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor)
+    with pytest.raises(InputError, match=r"it has diffusion_pytorch_model\.safetensors"):
+        cls.from_pretrained(tmp_path / "part", use_safetensors=False)
+    with pytest.raises(TypeError, match=r"does not support device_map: .* use \.to\(device\)"):
+        cls.from_pretrained(tmp_path / "part", device_map="auto")
+    asked = []
+    monkeypatch.setattr("common.weights.snapshot_download", lambda *names, **options: asked.append(options) or tmp_path)
+    hub = {"cache_dir": tmp_path / "cache", "local_files_only": True, "token": "t", "revision": "main"}
+    cls.from_pretrained("someone/model", subfolder="part", torch_dtype=None, force_download=False, **hub)
+    assert asked == [{**hub, "allow_patterns": ["part/*"]}]
+
+
+def test_cross_attention_kwargs(tiny):
+    """A LoRA's scale, as in diffusers; the original's pipelines pass it always. Anything else would do nothing."""
+    unet, adapter = tiny
+    sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 7, unet.config.cross_attention_dim)
+    models = (unet, UNetMotionModel.from_unet2d(unet, adapter), BrushNetModel.from_unet(unet))
+    for model in models:
+        extra = {"num_frames": 1} if isinstance(model, UNetMotionModel) else {}
+        extra |= {"brushnet_cond": torch.randn(2, 5, 8, 8)} if isinstance(model, BrushNetModel) else {}
+
+        def call(model=model, extra=extra, **kwargs):
+            return model(sample, 7, text, return_dict=False, **extra, **kwargs)[0]
+
+        plain = call()
+        for kwargs in (None, {}, {"scale": 1.0}):
+            result = call(cross_attention_kwargs=kwargs)
+            assert all(torch.equal(a, b) for a, b in zip(result, plain, strict=True))
+        with pytest.raises(TypeError, match="does not support cross_attention_kwargs gligen"):
+            call(cross_attention_kwargs={"scale": 1.0, "gligen": {}})
+
+
+def test_the_scale_of_a_lora(tiny, monkeypatch):
+    """diffusers' own function sets it before the layers run, and takes it back after them."""
+    calls = []
+    monkeypatch.setattr("diffusers.utils.USE_PEFT_BACKEND", True)
+    for name in ("scale_lora_layers", "unscale_lora_layers"):
+        monkeypatch.setattr(f"diffusers.utils.peft_utils.{name}", lambda model, scale, name=name: calls.append(scale))
+    unet, _ = tiny
+    text = torch.randn(1, 7, unet.config.cross_attention_dim)
+    unet(torch.randn(1, 4, 8, 8), 7, text, cross_attention_kwargs={"scale": 0.5})
+    assert calls == [0.5, 0.5]
+
+
 def test_a_vae_in_a_subfolder(weights, tmp_path):
     """As in Stable Diffusion's own repository."""
     shutil.copytree(weights / "sd-vae-ft-mse", tmp_path / "vae")

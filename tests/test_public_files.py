@@ -1,6 +1,8 @@
 """What people's files are like: names, lists, pictures, masks, containers, and folders that hold something already."""
 
+import json
 import os
+import shutil
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
@@ -35,6 +37,7 @@ from dataset.images import (
 )
 from libs.inference.video import open_masks, open_video, read_masks, read_video, write_frames
 from libs.inference.video_file import ACCURATE, VideoWriter
+from libs.report.__main__ import write_report
 
 # DAVIS's palette from the background to the eighth object, and a chart
 COLOURS = "000 800 080 880 008 808 088 888 400"
@@ -184,6 +187,15 @@ def test_any_file_name(run, tmp_path, clip, name, capsys):
     capsys.readouterr()
 
 
+def test_training_videos_of_any_name(train, videos, tmp_path):
+    """Into the latent cache, the checkpoint's list of videos and the scan too."""
+    shutil.copytree(videos / "YTBV", tmp_path / "YTBV")
+    folders = sorted((tmp_path / "YTBV/JPEGImages").iterdir())
+    folders[0].rename(folders[0].with_name("caf\udce9"))
+    train(1, max_train_steps=1, davis_root="", ytvos_root=tmp_path / "YTBV", latent_cache=tmp_path, scan_data=True)
+    assert "caf\udce9" in " ".join(json.loads((tmp_path / "run/scan.json").read_text()))
+
+
 def test_a_relative_name_with_a_colon(run, clip, tmp_path, monkeypatch):
     encode(tmp_path / "12:30.mp4", clip.frames)
     monkeypatch.chdir(tmp_path)
@@ -283,6 +295,13 @@ def test_labels_of_any_number_are_hole():
     assert np.array_equal(hole > 0, labels > 0) and note == "48 values, any above 0 is hole"
     deep, _ = find_hole(labels.astype(np.uint16), exact=True)
     assert np.array_equal(deep, hole)
+
+
+def test_labels_without_a_palette_are_hole(tmp_path):
+    """As Pillow saves them from an array: of its palette only black is written."""
+    truth = davis_masks(3)[0]
+    Image.fromarray(truth.astype(np.uint8) * 3, mode="P").save(tmp_path / "a.png")
+    assert np.array_equal(read_mask(tmp_path / "a.png") > 0, truth)
 
 
 def test_mattes_are_named_and_their_share_is_printed(run, clip, tmp_path):
@@ -579,6 +598,28 @@ def test_nobodys_scores_are_replaced(clip, tmp_path, capsys):
     assert "hole " in capsys.readouterr().out
 
 
+def test_nobodys_report_is_replaced(train, tmp_path):
+    train(1, max_train_steps=1)
+    page = tmp_path / "run/report.html"
+    page.write_text("mine")
+    with pytest.raises(InputError, match=r"holds report\.html, which no earlier result made"):
+        write_report(tmp_path / "run")
+    assert page.read_text() == "mine"
+    write_report(tmp_path / "run", overwrite=True)
+    write_report(tmp_path / "run")
+    assert "step 1" in page.read_text()
+    next((tmp_path / "run").glob("logs*/history.csv")).write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="holds files that are not a training run's"):
+        write_report(tmp_path / "run")
+
+
+def test_what_the_system_refuses_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        eval_DiffuEraser.main(["--no_model", f"--frames={'x' * 300}"])
+    error = capsys.readouterr().err
+    assert error.startswith("error: xxx") and "File name too long" in error and error.count("\n") == 1
+
+
 def test_variants_are_named_and_taken_where_they_are(tmp_path):
     (tmp_path / "model.fp16.safetensors").write_bytes(b"")
     names = ("model", "pytorch_model")
@@ -591,7 +632,7 @@ def test_variants_are_named_and_taken_where_they_are(tmp_path):
 
 
 def test_damaged_files_are_one_line():
-    outcomes, failures = fuzz(80)
+    outcomes, failures, _ = fuzz(80)
     assert not failures and min(outcomes.values()) > 10
 
 

@@ -23,7 +23,7 @@ from common.weights import compare_shapes, open_weights, read_shapes, read_tenso
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
 BEST_FILE = "best_checkpoint.json"  # in the run's folder
-PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".old"
+PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".replaced"  # no names that users give to copies of their own, as ".old"
 
 
 @dataclass

@@ -6,6 +6,7 @@ Tensors go from file to file: no optimizer, no GPU, no second copy of a model in
 import argparse
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from common.command_line import Parser
 from common.errors import InputError, one_line_errors
-from common.weights import WEIGHTS_NAME, compare_shapes, fingerprint, read_json, read_tensors, shapes_of
+from common.weights import WEIGHTS_NAME, compare_shapes, fingerprint, read_json, read_tensors, require_utf8, shapes_of
 from dataset.finetune_dataset import PROMPT
 from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints.checkpoint import (
@@ -29,6 +30,7 @@ from libs.checkpoints.checkpoint import (
 from libs.checkpoints.model_card import write_model_card
 from libs.inpainter import INPAINTERS
 from libs.unet_2d_condition import UNet2DConditionModel
+from libs.unet_motion_model import MotionAdapter
 
 # In a converted folder: step, prompt and checksum. Tells it, as it may be written anew, from source weights.
 MARKER_FILE = "conversion.json"
@@ -37,10 +39,14 @@ HELP = {
     "output_dir": "where unet_main/ and brushnet/ are written",
     "pretrained_stage1": "the converted stage 1 that the run started from",
     "model_config": "folder whose unet_main/config.json tells the attention heads of an original script's checkpoint",
+    "variant": 'of the weight files in pretrained_stage1, such as "fp16"',
+    "export_motion_adapter": "also write the motion modules as motion_adapter/, which diffusers' MotionAdapter loads",
 }
+CONVERTED, MOTION_ADAPTER = ("unet_main", "brushnet"), "motion_adapter"  # folders that a converter writes
 
 
-def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=None):
+def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=None, variant=None,
+            export_motion_adapter=False):  # fmt: skip
     """Write `output_dir`/unet_main, /brushnet and README.md from a checkpoint; prints step, tensors and checksums.
 
     Args:
@@ -50,12 +56,16 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
         pretrained_stage1: stage 2: the converted stage 1 that the run started from; it gives the frozen weights.
         model_config: a folder with unet_main/config.json; the number of attention heads of an original script's
             checkpoint, which has no config and whose shapes do not tell, is read there.
+        variant: of the weight files in pretrained_stage1.
+        export_motion_adapter: stage 2: also write the motion modules alone, as `output_dir`/motion_adapter.
 
     Raises: InputError where anything does not fit; `output_dir` is untouched then.
     """
     checkpoint = find_checkpoint(Path(input_dir))
     output_dir = Path(output_dir)
-    refuse_source_weights(output_dir, [checkpoint, pretrained_stage1] if pretrained_stage1 else [checkpoint])
+    require_utf8(output_dir)
+    names = (*CONVERTED, MOTION_ADAPTER) if export_motion_adapter else CONVERTED
+    refuse_source_weights(output_dir, [checkpoint, *filter(None, [pretrained_stage1])], names=names)
     if is_original_form(checkpoint):
         step = checkpoint.name.rpartition("-")[2]
         marker = {"stage": stage, "step": step}
@@ -68,7 +78,7 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
             )
         step = state.global_step
         marker = {"stage": stage, "step": step, "prompt": state.settings.get("prompt", PROMPT)}
-        parts = own_parts(state, checkpoint, pretrained_stage1)
+        parts = own_parts(state, checkpoint, pretrained_stage1, variant)
 
     print(f"converting {checkpoint} (stage {stage}, step {step})", flush=True)
     created = not output_dir.exists()
@@ -78,7 +88,11 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
         for name, (cls, config, tensors) in parts.items():
             summary = write_model(partial / name, cls, config, tensors, marker)
             print(f"{output_dir / name}: {summary}", flush=True)
-        for name in parts:
+        if export_motion_adapter:
+            opened = MotionAdapter.open_motion_part(partial / "unet_main")
+            summary = write_model(partial / MOTION_ADAPTER, MotionAdapter, opened.config, opened.tensors(), marker)
+            print(f"{output_dir / MOTION_ADAPTER}: {summary}", flush=True)
+        for name in names:
             replace_folder(partial / name, output_dir / name)
         partial.rmdir()
     except (InputError, OSError, SafetensorError) as error:
@@ -112,23 +126,28 @@ def find_checkpoint(input_dir):
     return checkpoint
 
 
-def refuse_source_weights(output_dir, sources, flag="output_dir"):
-    """Never write over what a conversion reads, nor over weights that no conversion wrote."""
+def refuse_source_weights(output_dir, sources, flag="output_dir", names=CONVERTED):
+    """Never write over what a conversion reads, nor over folders in which not all is of a conversion."""
     for source in sources:
         if output_dir.resolve() == Path(source).resolve():
             raise InputError(f"{flag} {output_dir} is also read from: choose another {flag}")
-    for name in ("unet_main", "brushnet"):
-        folder = output_dir / name
-        if folder.is_dir() and any(folder.iterdir()) and not Path(folder, MARKER_FILE).is_file():
+    own = {"config.json", f"{WEIGHTS_NAME}.safetensors", MARKER_FILE}
+    for folder in (output_dir / name for name in names):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(f"{folder} is no folder, and no converter wrote it: choose another {flag}")
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if found and MARKER_FILE not in found:
             raise InputError(f"{folder} holds weights that no converter wrote: choose another {flag}")
+        if foreign := sorted(found - own):
+            raise InputError(f"{folder} holds {foreign[0]}, which no converter wrote: move it, or change {flag}")
 
 
-def own_parts(state, checkpoint, pretrained_stage1):
+def own_parts(state, checkpoint, pretrained_stage1, variant):
     """{model: (class, config, [(key, tensor)])} of a checkpoint of these scripts."""
     classes = {"unet_main": INPAINTERS[state.stage].unet_class, "brushnet": BrushNetModel}
     frozen = {name: [] for name in classes}
     if state.stage == 2:
-        opened = open_frozen(pretrained_stage1)
+        opened = open_frozen(pretrained_stage1, variant)
         check_frozen(state, opened, pretrained_stage1)
         frozen = {name: weights.tensors() for name, weights in opened.items()}
 
@@ -141,13 +160,13 @@ def own_parts(state, checkpoint, pretrained_stage1):
     return {name: (cls, state.configs[name], tensors(name)) for name, cls in classes.items()}
 
 
-def open_frozen(pretrained_stage1):
+def open_frozen(pretrained_stage1, variant):
     """What stage 2 freezes, checked but not read."""
     if not pretrained_stage1:
         raise InputError("a stage 2 checkpoint holds motion modules only: set pretrained_stage1 to the run's stage 1")
     return {
-        "unet_main": UNet2DConditionModel.open_2d_part(pretrained_stage1, "unet_main"),
-        "brushnet": BrushNetModel.open(pretrained_stage1, "brushnet"),
+        "unet_main": UNet2DConditionModel.open_2d_part(pretrained_stage1, "unet_main", variant=variant),
+        "brushnet": BrushNetModel.open(pretrained_stage1, "brushnet", variant=variant),
     }
 
 
@@ -243,12 +262,13 @@ def read_prompt(folder):
 
 @one_line_errors
 def main(stage, argv=None, **defaults):
-    """The command line of both converters: every path constant is also an option of its name."""
+    """The command line of both converters: every constant is also an option of its name."""
     parser = Parser(
         description=f"Convert a stage {stage} checkpoint into unet_main/ and brushnet/.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, value in defaults.items():
-        parser.add_argument(f"--{name}", default=value, metavar="DIR", help=HELP[name])
+        form = {"action": "store_true"} if isinstance(value, bool) else {"metavar": "DIR" if value else "NAME"}
+        parser.add_argument(f"--{name}", default=value, help=HELP[name], **form)
     convert(stage, **vars(parser.parse_args(argv)))

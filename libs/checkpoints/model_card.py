@@ -24,7 +24,8 @@ def write_model_card(folder, stage, step, run_dir):
         run_dir: where the checkpoint was found; a run's folder tells settings and scores, any other one nothing.
     """
     path = Path(folder, "README.md")
-    if path.is_file() and SIGNATURE not in path.read_text():
+    if path.is_file() and SIGNATURE not in path.read_text(errors="replace"):
+        print(f"{path} is kept as it is: no converter wrote it", flush=True)
         return
     tags = ["video-inpainting", "diffueraser"]
     data = ModelCardData(library_name="diffusers", base_model="lixiaowen/diffuEraser", tags=tags)

@@ -115,8 +115,8 @@ def load_pipeline(args, weights):
         "_class_name"
     ]
     inpainter = next(cls for cls in INPAINTERS.values() if cls.unet_class.__name__ == class_name)
-    unet = inpainter.unet_class.open(folder, "unet_main")
-    brushnet = BrushNetModel.open(folder, "brushnet")
+    unet = inpainter.unet_class.open(folder, "unet_main", variant=args.variant)
+    brushnet = BrushNetModel.open(folder, "brushnet", variant=args.variant)
     base = BaseModel(args)
     few_step = FewStepWeights(args.pcm_weights, args.num_inference_steps) if args.pcm_weights else None
     if few_step:

@@ -10,20 +10,32 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.command_line import Parser
 from common.errors import InputError, one_line_errors
+from common.files import note_own, refuse_foreign
 from libs.report.gather import gather
 
 
-def write_report(run_dir, output=None):
-    """Write the page of a run's folder (report.html in it, unless `output` says where); returns its path."""
+def write_report(run_dir, output=None, overwrite=False):
+    """Write the page of a run's folder (report.html in it, unless `output` says where); returns its path.
+
+    Raises: InputError for a folder that is not a run's, and for a file at `output` that is the user's own, unless told
+    to `overwrite` it.
+    """
     run_dir = Path(run_dir)
     output = Path(output) if output else run_dir / "report.html"
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    page = environment.get_template("page.html").render(gather(run_dir))
+    refuse_foreign(output.parent, [output.name], overwrite, "--output")
     try:
-        output.write_text(page, encoding="utf-8")
+        page = environment.get_template("page.html").render(gather(run_dir))
+    except InputError:
+        raise
+    except (LookupError, ValueError, TypeError) as error:
+        raise InputError(f"{run_dir} holds files that are not a training run's any more ({error!r})") from None
+    try:
+        output.write_text(page, encoding="utf-8", errors="backslashreplace")
+        note_own(output.parent, {output.name: 1})
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}): choose another place with --output") from None
     return output
@@ -34,8 +46,8 @@ def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("run_dir", help="a run's output folder, such as finetune-stage1")
     parser.add_argument("--output", metavar="FILE", help="where to write (default: report.html in that folder)")
-    options = parser.parse_args(argv)
-    print(write_report(options.run_dir, options.output))
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that no earlier report made")
+    print(write_report(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import struct
 from collections import defaultdict
 from pathlib import Path
@@ -125,7 +126,8 @@ def curves(history, held_out, scores):
 
 def list_samples(folder):
     """[(step, folder)] of the validations, oldest first."""
-    return sorted((int(path.name.partition("-")[2]), path) for path in folder.glob("sample-*"))
+    matches = ((re.fullmatch(r"sample-(\d+)", path.name), path) for path in folder.glob("sample-*"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def samples(folder, videos, form):

@@ -12,13 +12,13 @@ from common.distributed import check_distributed, distributed_type, state_bytes
 from common.errors import InputError
 from common.files import check_writable
 from common.hardware import compiling_lacks, gpu_is_used
-from common.run_files import CONFIG_FILE, read_starts
-from common.weights import read_shapes
+from common.run_files import CONFIG_FILE, RUN_FILES, read_starts
+from common.weights import read_shapes, require_utf8
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_frames
 from dataset.images import image_size, list_frames, pair_by_name
 from libs.base_model import BaseModel
-from libs.checkpoints.checkpoint import TrainerState, find_latest, list_checkpoints
+from libs.checkpoints.checkpoint import BEST_FILE, TrainerState, find_latest, list_checkpoints
 from libs.checkpoints.convert import refuse_source_weights
 from libs.checkpoints.resume import describe_run, global_batch, go_on_from
 from libs.inference.few_step import FewStepWeights
@@ -173,9 +173,11 @@ def check_output_dir(args):
     pretrained_stage1 = getattr(args, "pretrained_stage1", None)
     refuse_source_weights(folder, [pretrained_stage1] if pretrained_stage1 else [], flag="--output_dir")
     check_writable(folder, "--output_dir")
-    config = Path(folder, CONFIG_FILE)
-    if config.is_file() and not read_starts(folder):
-        raise InputError(f"{config} is no training run's: choose another --output_dir, it would be replaced")
+    require_utf8(folder)
+    files = (CONFIG_FILE, BEST_FILE, *(Path(args.logging_dir, name) for name in RUN_FILES))
+    foreign = [name for name in files if Path(folder, name).is_file()]
+    if foreign and not read_starts(folder):
+        raise InputError(f"{folder}/{foreign[0]} is no training run's: choose another --output_dir, or it is lost")
     return str(folder)
 
 

@@ -6,6 +6,7 @@ kept. Loader workers read the cache, the trainer adds what was missing.
 
 import hashlib
 import os
+import re
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from libs.training.log import log
 
 MAX_WAITING = 64  # batches whose frames wait for a slow disk; further ones are not kept
 CHECKSUM_BYTES = 4
+SUBFOLDER = re.compile(r"[0-9a-f]{2}")  # the first letters of its files' names
 
 
 class LatentCache:
@@ -47,7 +49,7 @@ class LatentCache:
     def measure(self):
         """Bytes held, of any resolution, VAE and precision, and by what killed runs left half-written."""
         total = 0
-        for subfolder in filter(Path.is_dir, self.folder.iterdir()):
+        for subfolder in (path for path in self.folder.iterdir() if SUBFOLDER.fullmatch(path.name) and path.is_dir()):
             with os.scandir(subfolder) as entries:
                 for entry in entries:
                     with suppress(FileNotFoundError):  # another run has renamed it
@@ -57,7 +59,7 @@ class LatentCache:
     def key(self, path):
         stat = os.stat(path)
         identity = f"{self.meaning} {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}"
-        return hashlib.sha256(identity.encode()).hexdigest()[:32]
+        return hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
 
     def file(self, key):
         return self.folder / key[:2] / key
@@ -77,7 +79,7 @@ class LatentCache:
         """A file's posteriors as bytes; None where it is missing, or not what was written (the machine crashed)."""
         try:
             content = bytearray(file.read_bytes())
-        except FileNotFoundError:
+        except OSError:
             return None
         checksum = content[self.bytes_per_frame :]
         del content[self.bytes_per_frame :]

@@ -65,14 +65,15 @@ class Checkpoints:
         try:
             if mark_best(self.config.output_dir, step, validation_loss, what_sets_clips(self.state.settings)):
                 log.info("%s is the best checkpoint so far, by held-out loss", self.last.name)
-        except OSError as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:  # or the file noted before is not ours
             log.info("the best checkpoint could not be noted (%s)", error)
 
     def convert(self):
         """The last checkpoint as the two folders that inference loads."""
-        folder, source = self.config.output_dir, getattr(self.config, "pretrained_stage1", None)
+        config, folder = self.config, self.config.output_dir
         if self.accelerator.is_main_process:
-            convert(self.stage.number, self.last, folder, source)
+            source = getattr(config, "pretrained_stage1", None)
+            convert(self.stage.number, self.last, folder, source, variant=config.variant)
         self.accelerator.wait_for_everyone()
         log.info("done at step %d: %s/unet_main and %s/brushnet", self.state.global_step, folder, folder)
 

@@ -23,9 +23,9 @@ class Stage:
         """The Inpainter, its frozen parameters in `frozen_dtype`."""
 
 
-def open_frame_models(folder):
+def open_frame_models(folder, variant=None):
     """{name: OpenedWeights} of a converted folder, or of DiffuEraser's: the 2D part of unet_main/, and brushnet/."""
     return {
-        "unet_main": UNet2DConditionModel.open_2d_part(Path(folder, "unet_main")),
-        "brushnet": BrushNetModel.open(Path(folder, "brushnet")),
+        "unet_main": UNet2DConditionModel.open_2d_part(Path(folder, "unet_main"), variant=variant),
+        "brushnet": BrushNetModel.open(Path(folder, "brushnet"), variant=variant),
     }
