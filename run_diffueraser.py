@@ -11,7 +11,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from common.command_line import Parser, at_least, require
@@ -180,7 +179,8 @@ def main(argv=None):
     check_inference_flags(args)
     at_least(0, args, "mask_dilation", "soft_edge")
     at_least(SMALLEST_SIDE, args, "resolution", "max_side")
-    require(args.fps is None or 0 < args.fps < np.inf, f"--fps={args.fps}: a positive number was needed")
+    possible = args.fps is None or 0.01 <= args.fps <= 1000
+    require(possible, f"--fps={args.fps}: a positive number was needed, 0.01 to 1000")
     video, masks = open_clip(args)
     prior, size = open_prior(args, video), working_size(video, args)
     require(min(size) >= SMALLEST_SIDE, f"{args.video} would be worked on in {size[1]}x{size[0]} pixels, "

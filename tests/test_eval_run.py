@@ -102,6 +102,7 @@ def test_run_of_stage_1_in_odd_sizes(train, models, clip, tmp_path, capsys):
         ({"resolution": -5}, "--resolution=-5: 8 or more"),
         ({"fps": -1}, "--fps=-1.0: a positive number"),
         ({"fps": "nan"}, "--fps=nan: a positive number"),
+        ({"fps": 1e-9}, "--fps=1e-09: a positive number"),
         ({"seed": -1}, "--seed=-1: 0 or more"),
     ],
 )

@@ -58,10 +58,8 @@ class VideoFile:
             promised, self.time_base, rate = stream.frames, stream.time_base, stream.guessed_rate
             self.sample_aspect_ratio = stream.sample_aspect_ratio or Fraction(1)
             self.has_audio = first_sound(container) is not None
-            self.start, lasts = (
-                Fraction(container.start_time or 0, av.time_base),
-                (container.duration or 0) / av.time_base,
-            )
+            self.start = Fraction(container.start_time or 0, av.time_base)
+            lasts = (container.duration or 0) / av.time_base
             end = stream.start_time + stream.duration if stream.duration and stream.start_time is not None else None
         pts, last = [], None
         for frame in self.decoded():
