@@ -141,7 +141,8 @@ def check_output(args):
     if written & {Path(path).resolve() for path in (args.video, args.mask, args.prior)}:
         raise InputError(f"--output_dir={args.output_dir}: the result would replace the clip; choose another folder")
     refuse_foreign(folder, RESULTS, args.overwrite)
-    check_writable(folder / "frames", "--output_dir")
+    frames = folder / "frames"
+    require(not frames.is_file(), f"{frames} is a file, a folder was needed: move it, or choose another --output_dir")
     return folder
 
 

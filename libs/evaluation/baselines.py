@@ -7,6 +7,8 @@ and returns the filled frames; known pixels stay.
 import cv2
 import numpy as np
 
+from common.threads import in_threads
+
 RADIUS = 5  # pixels around a hole's border that OpenCV's methods look at
 ROWS = 32  # of the whole video whose median is taken at a time: memory stays small
 
@@ -22,11 +24,10 @@ def navier_stokes(frames, holes):
 
 
 def inpaint_frames(frames, holes, method):
-    filled = [
-        cv2.inpaint(blank(frame, hole), (hole > 0).astype(np.uint8), RADIUS, method)
-        for frame, hole in zip(frames, holes, strict=True)
-    ]
-    return np.stack(filled)
+    def fill(frame, hole):
+        return cv2.inpaint(blank(frame, hole), (hole > 0).astype(np.uint8), RADIUS, method)
+
+    return np.stack(list(in_threads(fill, zip(frames, holes, strict=True))))
 
 
 def blank(frame, hole):
