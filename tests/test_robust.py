@@ -128,7 +128,7 @@ def test_the_shell_script_passes_a_signal_on(weights, videos, tmp_path, processe
         with open(log, "a") as file:  # that of a long run
             file.write("2026-01-01 00:00:00  step 3/5000  loss 0.1000\n" * 10000)
         script.send_signal(signal.SIGTERM)
-        output, _ = script.communicate(timeout=60)
+        output, _ = script.communicate(timeout=300)
     finally:
         script.send_signal(signal.SIGTERM)  # the second one ends everything
         follow.kill()
