@@ -275,8 +275,8 @@ def test_unsupported_arguments_are_refused(tiny):
     unet, _ = tiny
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
     unet(latents, 1, text, timestep_cond=None, cross_attention_kwargs=None)  # as the original's pipelines call it
-    with pytest.raises(TypeError, match="cross_attention_kwargs"):
-        unet(latents, 1, text, cross_attention_kwargs={"scale": 0.5})
+    with pytest.raises(TypeError, match="cross_attention_kwargs ip_adapter_masks"):
+        unet(latents, 1, text, cross_attention_kwargs={"scale": 0.5, "ip_adapter_masks": [latents]})
     with pytest.raises(ValueError, match="all three or none"):
         unet(latents, 1, text, mid_block_add_sample=torch.zeros(1))
 
