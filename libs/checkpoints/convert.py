@@ -81,6 +81,15 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
         parts = own_parts(state, checkpoint, pretrained_stage1, variant)
 
     print(f"converting {checkpoint} (stage {stage}, step {step})", flush=True)
+    write_folders(parts, names, output_dir, marker)
+    try:
+        write_model_card(output_dir, stage, step, checkpoint.parent)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # or the run's files are not what they should be
+        print(f"{output_dir}/README.md could not be written ({error}); both models are whole", flush=True)
+
+
+def write_folders(parts, names, output_dir, marker):
+    """Write a folder of each of `names` below `output_dir`, all or none: `parts`, and what is derived from them."""
     created = not output_dir.exists()
     partial = output_dir / f"conversion{PARTIAL_SUFFIX}"
     try:
@@ -88,7 +97,7 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
         for name, (cls, config, tensors) in parts.items():
             summary = write_model(partial / name, cls, config, tensors, marker)
             print(f"{output_dir / name}: {summary}", flush=True)
-        if export_motion_adapter:
+        if MOTION_ADAPTER in names:
             opened = MotionAdapter.open_motion_part(partial / "unet_main")
             summary = write_model(partial / MOTION_ADAPTER, MotionAdapter, opened.config, opened.tensors(), marker)
             print(f"{output_dir / MOTION_ADAPTER}: {summary}", flush=True)
@@ -104,10 +113,6 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
         raise InputError(
             f"output_dir {output_dir} could not be written ({error}): free some space, or change it"
         ) from None
-    try:
-        write_model_card(output_dir, stage, step, checkpoint.parent)
-    except (OSError, ValueError, LookupError, TypeError) as error:  # or the run's files are not what they should be
-        print(f"{output_dir}/README.md could not be written ({error}); both models are whole", flush=True)
 
 
 def find_checkpoint(input_dir):
