@@ -11,7 +11,6 @@ from libs.unet_2d_condition import UNet2DConditionModel
 
 
 class Stage1(Stage):
-    number = 1
     description = __doc__
     model_class = FrameInpainter
     gib_per_frame = (2.1, 1.3, 0.13)

@@ -10,7 +10,6 @@ from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 
 
 class Stage2(Stage):
-    number = 2
     description = __doc__
     model_class = ClipInpainter
     gib_per_frame = (1.85, 1.2, 0.25)

@@ -9,10 +9,12 @@ from libs.unet_2d_condition import UNet2DConditionModel
 class Stage:
     """Which models a stage has, where their weights come from, and what is trained."""
 
-    number: int
     description: str
     model_class: type  # the Inpainter of this stage
     gib_per_frame: tuple[float, float, float]  # measured at full size, 512x512: plain, compiled, with recomputation
+
+    def __init_subclass__(cls):
+        cls.number = cls.model_class.stage
 
     @staticmethod
     def open_models(args):
