@@ -6,7 +6,7 @@ streams, so that a name may be any that the file system takes.
 """
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 
 import av
@@ -14,7 +14,6 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from common.command_line import require
 from common.errors import InputError
 
 DEFAULT_FPS = 24.0  # of folders of frames, and of videos that do not say
@@ -131,8 +130,9 @@ class VideoFile:
         with file:
             try:
                 container = av.open(file, metadata_errors="replace", io_open=refuse_other_file)
-                require(container.format.name not in NO_VIDEOS, "")
-            except (*DAMAGED, ValueError):  # an InputError is one
+            except (*DAMAGED, ValueError):
+                container = None
+            if container is None or container.format.name in NO_VIDEOS:
                 raise InputError(
                     f"{self.path} is no video that can be decoded: convert it with ffmpeg, or give its frames"
                 ) from None
@@ -167,12 +167,13 @@ class VideoFile:
             if frame.colorspace in UNSPECIFIED and not frame.format.is_rgb:
                 small = frame.width <= SD_SIDES[0] and frame.height <= SD_SIDES[1]
                 matrix = "ITU601" if small else "ITU709"
-            try:
-                require(matrix or frame.format.is_rgb or frame.colorspace in MATRICES, "")
-                rgb = reformatter.reformat(frame, format=pixels, src_colorspace=matrix, interpolation=ACCURATE)
-            except (*DAMAGED, ValueError):
+            rgb = None
+            if matrix or frame.format.is_rgb or frame.colorspace in MATRICES:
+                with suppress(*DAMAGED, ValueError):
+                    rgb = reformatter.reformat(frame, format=pixels, src_colorspace=matrix, interpolation=ACCURATE)
+            if rgb is None:
                 raise InputError(f"{self.path} has colours ({frame.format.name}, matrix {frame.colorspace}) that "
-                                 "cannot be read: convert it to yuv420p with ffmpeg") from None  # fmt: skip
+                                 "cannot be read: convert it to yuv420p with ffmpeg")  # fmt: skip
             yield np.ascontiguousarray(upright(rgb.to_ndarray(), self.display))
 
 
