@@ -4,13 +4,15 @@ import importlib
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from clips import CopyingPipeline, moving_video, write_frames
+from PIL import Image
 
+import run_diffueraser
 from toy.make_videos import make_videos
 from toy.make_weights import make_weights
 
@@ -81,6 +83,31 @@ def train(flags):
     reset_accelerate()
 
 
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run_diffueraser.py with a model that copies: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(run_diffueraser, "load_pipeline", lambda args, weights: (CopyingPipeline(), None, 1))
+
+    def call(video, mask, output=tmp_path / "out", *flags):
+        status = 0
+        try:
+            run_diffueraser.main([f"--video={video}", f"--mask={mask}", f"--output_dir={output}", *flags])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """frames/ (6 frames of 64x48) and mask.png."""
+    frames, holes = moving_video(6, 48, 64)
+    write_frames(tmp_path / "clip", frames)
+    Image.fromarray(holes[0]).save(tmp_path / "mask.png")
+    return SimpleNamespace(frames=frames, folder=tmp_path / "clip", mask=tmp_path / "mask.png")
+
+
 def reset_accelerate():
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
@@ -112,17 +139,3 @@ def equal_files(first, second):
 
     a, b = load_file(first), load_file(second)
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def moving_video(length, height, width, pan=1, hole_speed=2):
-    """(frames (f, h, w, 3) uint8: a smooth texture that pans, holes (f, h, w) uint8: a square that moves)."""
-    rng = np.random.default_rng(7)
-    coarse = rng.uniform(0, 255, (8, 24, 3)).astype(np.float32)
-    texture = cv2.resize(coarse, (width + pan * length, height), interpolation=cv2.INTER_LINEAR)
-    frames = np.stack([texture[:, pan * t : pan * t + width] for t in range(length)]).astype(np.uint8)
-    holes = np.zeros((length, height, width), np.uint8)
-    side = height // 3
-    for t in range(length):
-        left = (4 + hole_speed * t) % (width - side)
-        holes[t, 6 : 6 + side, left : left + side] = 255
-    return frames, holes

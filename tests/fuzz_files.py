@@ -16,13 +16,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from conftest import moving_video
 from PIL import Image
 
 from common.errors import InputError
 from dataset.folders import read_names
 from dataset.images import find_hole, image_size, read_frame, read_mask_values
-from libs.inference.video import open_masks, open_video, write_mp4
+from libs.inference.video import open_masks, open_video
+from tests.clips import moving_video, write_mp4
 
 IMAGES = (".jpg", ".png", ".webp", ".tif", ".bmp")
 VIDEOS = (".mp4", ".webm", ".mkv", ".avi")
@@ -151,7 +151,7 @@ def fuzz(count, seed=0):
     context, outcomes, failures, first = multiprocessing.get_context("fork"), Counter(), [], 0
     worst = [0.0, 0.0]
     while first < count:
-        receiver, sender = context.Pipe(duplex=False)
+        begun, (receiver, sender) = first, context.Pipe(duplex=False)
         child = context.Process(target=work, args=(first, count, seed, sender))
         child.start()
         sender.close()
@@ -166,6 +166,8 @@ def fuzz(count, seed=0):
                 first = number + 1
         except EOFError:
             child.join()
+        if first == begun:
+            raise RuntimeError(f"no case was begun: status {child.exitcode}")
         if child.exitcode:
             failures.append(f"case {first - 1}: ended by signal {-child.exitcode}")
     return outcomes, failures, worst

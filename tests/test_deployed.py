@@ -19,7 +19,8 @@ import parity_inference
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA, error_line, moving_video
+from clips import moving_video, read_video, write_frames
+from conftest import DATA, error_line
 from parity_inference import LARGEST, run_case
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -40,7 +41,6 @@ from libs.inference.load import check_inference_flags, choose_prompt
 from libs.inference.pipeline import deployed_pipeline
 from libs.inference.prior import make_prior
 from libs.inference.streams import Mapped, Stream
-from libs.inference.video import read_video, write_frames
 from libs.inference.windows import CrossFadedLatents
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import UNetMotionModel

@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import error_line, moving_video
+from clips import moving_video, read_masks, read_video, write_frames, write_mp4
+from conftest import error_line
 from PIL import Image
 
 import eval_DiffuEraser
@@ -18,7 +19,6 @@ import run_diffueraser
 from common.errors import InputError
 from dataset.images import read_mask
 from libs.checkpoints.convert import convert
-from libs.inference.video import read_masks, read_video, write_frames, write_mp4
 
 
 @pytest.fixture

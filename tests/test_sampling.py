@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import moving_video
+from clips import moving_video
 from diffusers import UniPCMultistepScheduler
 
 from libs.base_model import BaseModel, quiet_libraries

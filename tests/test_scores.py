@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import moving_video
+from clips import moving_video
 from skimage.metrics import structural_similarity
 
 from libs.evaluation.baselines import BASELINES

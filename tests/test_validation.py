@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import equal_files, error_line, moving_video
+from clips import moving_video, write_frames
+from conftest import equal_files, error_line
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_deployed import write_lora
@@ -26,7 +27,7 @@ from common.run_files import append_row, read_rows
 from libs.checkpoints.checkpoint import mark_best, prune, read_best
 from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers
 from libs.inference.pipeline import Pipeline
-from libs.inference.video import write_frames, write_gif
+from libs.inference.video import write_gif
 from libs.inpainter import FrameInpainter
 from libs.report.__main__ import write_report
 from libs.report.charts import ticks

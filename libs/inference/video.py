@@ -22,7 +22,7 @@ from dataset.images import (
     read_mask_values,
     size_of,
 )  # fmt: skip
-from libs.inference.video_file import VideoFile, VideoWriter
+from libs.inference.video_file import VideoFile
 
 GIF_FPS = 8
 CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
@@ -120,17 +120,6 @@ def open_masks(path):
     return Masks(path)
 
 
-def read_video(path):
-    """(frames (f, h, w, 3) uint8 RGB, frames per second or None) of a whole clip."""
-    video = open_video(path)
-    return np.stack(list(video.frames())), video.fps
-
-
-def read_masks(path):
-    """(f, h, w) uint8, 255 = hole, of all masks."""
-    return np.stack(list(open_masks(path).frames()))
-
-
 def list_pictures(path, what):
     """The files of a folder, or of a single image."""
     if not path.is_dir():
@@ -210,18 +199,3 @@ def write_image(path, image):
         raise InputError(
             f"{path} could not be written ({error.strerror}): free some space, or see who may write there"
         ) from None
-
-
-def write_frames(folder, frames):
-    """00000.png and so on, lossless."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, frame in enumerate(frames):
-        write_image(folder / f"{i:05d}.png", frame)
-
-
-def write_mp4(path, frames, fps):
-    """(f, h, w, 3) uint8 RGB at an even rate."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with VideoWriter(path, *frames.shape[1:3], fps) as writer:
-        for frame in frames:
-            writer.write(frame)
