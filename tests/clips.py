@@ -48,6 +48,7 @@ def write_frames(folder, frames):
 
 def write_mp4(path, frames, fps):
     """(f, h, w, 3) uint8 RGB at an even rate."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(path, *frames.shape[1:3], fps) as writer:
         for frame in frames:
             writer.write(frame)
