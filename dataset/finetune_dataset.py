@@ -33,7 +33,13 @@ class Clip:
     noise_seed: int  # everything random that the training step does to this clip follows from it
     video: str
     paths: tuple[Path, ...]  # of the frames, in the clip's order
+    conditioning_frames: np.ndarray | None = None  # like frames: shown around the hole, where others
     broken: tuple[str, ...] = ()  # what was wrong with the videos in whose place this one stands
+
+    @property
+    def shown_frames(self):
+        """(f, h, w, 3) uint8, RGB: what BrushNet sees around the hole."""
+        return self.frames if self.conditioning_frames is None else self.conditioning_frames
 
 
 class FinetuneDataset(Dataset):
@@ -102,9 +108,8 @@ class FinetuneDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         clip = self.clip(index, self.epoch)
-        pixel_values, conditioning_pixel_values, masks = to_tensors(
-            torch.from_numpy(clip.frames), torch.from_numpy(clip.holes)
-        )
+        frames, holes, shown = (torch.from_numpy(array) for array in (clip.frames, clip.holes, clip.shown_frames))
+        pixel_values, conditioning_pixel_values, masks = to_tensors(frames, holes, shown)
         return {
             "pixel_values": pixel_values,
             "conditioning_pixel_values": conditioning_pixel_values,
@@ -193,19 +198,26 @@ class Crop:
         return (points - np.array(self.corner) + 0.5) * (self.resolution / self.side) - 0.5
 
 
-def to_tensors(frames, holes):
+def to_tensors(frames, holes, conditioning_frames=None):
     """Bytes to a training step's tensors, on whatever device they are.
 
     Args:
-        frames: (..., f, h, w, 3) uint8.
+        frames: (..., f, h, w, 3) uint8: what is learned.
         holes: (..., f, h, w) uint8, non-zero = hole.
+        conditioning_frames: like frames, what is shown around the hole; None: the same.
 
-    Returns: pixel_values (..., f, 3, h, w) in [-1, 1]; conditioning_pixel_values, the same with the hole at -1 (black);
-        masks (..., f, 1, h, w), 1 = keep, 0 = hole.
+    Returns: pixel_values (..., f, 3, h, w) in [-1, 1]; conditioning_pixel_values, of the conditioning frames, with the
+        hole at -1 (black); masks (..., f, 1, h, w), 1 = keep, 0 = hole.
     """
-    pixel_values = frames.movedim(-1, -3).float().div(127.5).sub(1).contiguous()
+    pixel_values = to_pixel_values(frames)
+    shown = pixel_values if conditioning_frames is None else to_pixel_values(conditioning_frames)
     masks = (holes == 0).unsqueeze(-3).float()
-    return pixel_values, torch.where(masks == 0, -1.0, pixel_values), masks
+    return pixel_values, torch.where(masks == 0, -1.0, shown), masks
+
+
+def to_pixel_values(frames):
+    """(..., h, w, 3) uint8 to (..., 3, h, w) in [-1, 1]."""
+    return frames.movedim(-1, -3).float().div(127.5).sub(1).contiguous()
 
 
 def tokenize(tokenizer, prompt):

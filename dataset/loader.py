@@ -41,6 +41,7 @@ class TrainingClips(Dataset):
     def collate(self, clips):
         """A batch: frames (b, f, h, w, 3) and holes (b, f, h, w) in bytes, lists of the rest.
 
+        Where a clip's conditioning shows others, also `conditioning_frames`, like frames.
         With a cache also `posteriors` (b, f, 2c, h/8, w/8) and, for each of the b * f frames, its key in `missing`
         where its posterior is not held.
         """
@@ -52,6 +53,8 @@ class TrainingClips(Dataset):
             "videos": [clip.video for clip in clips],
             "broken": [line for clip in clips for line in clip.broken],
         }
+        if any(clip.conditioning_frames is not None for clip in clips):
+            batch["conditioning_frames"] = torch.from_numpy(np.stack([clip.shown_frames for clip in clips]))
         if self.cache:
             held = [self.cache.read(clip.paths) for clip in clips]
             batch["posteriors"] = torch.stack([posteriors for posteriors, _ in held])

@@ -39,8 +39,9 @@ class EncodedBatch:
 
 def encode_batch(base, batch, timesteps=None):
     """Frames to latents, masked frames and masks to BrushNet's condition; noise and timesteps are drawn."""
-    frames, holes = (batch[name].to(base.device, non_blocking=True) for name in ("frames", "holes"))
-    pixel_values, masked_pixel_values, masks = (tensor.flatten(0, 1) for tensor in to_tensors(frames, holes))
+    names = ("frames", "holes", "conditioning_frames")
+    frames, *others = (batch[name].to(base.device, non_blocking=True) for name in names if name in batch)
+    pixel_values, masked_pixel_values, masks = (tensor.flatten(0, 1) for tensor in to_tensors(frames, *others))
 
     _, f, height, width, _ = frames.shape
     shape = (f, base.vae.channels, height // base.vae.scale, width // base.vae.scale)
