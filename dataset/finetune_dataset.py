@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from common.errors import InputError
+from dataset.crop import Crop
 from dataset.folders import scan_davis, scan_ytvos
 from dataset.images import read_frames
 from dataset.utils import FULL_SPAN, fill, random_outlines
@@ -43,21 +44,24 @@ class Clip:
 
 
 class FinetuneDataset(Dataset):
-    """Random windows of consecutive frames, `args.nframes` long and `args.resolution` square.
+    """Random windows of `args.nframes` frames, cropped to the shape of `args.resolution`.
 
     Args:
-        args: davis_root, ytvos_root (one of them may be None or empty), nframes, resolution; optional: seed (42),
-            prompt ("clean background"), proportion_empty_prompts (0), known_frames (0: share of clips with frames
+        args: davis_root, ytvos_root (one of them may be None or empty), nframes, resolution (512: a square, or
+            '512x288'); optional: frame_stride (1: every Nth frame of a video), random_crop (False: the centre), seed
+            (42), prompt ("clean background"), proportion_empty_prompts (0), known_frames (0: share of clips with frames
             that have no hole), mask_span (smallest and largest share of each side of the frame), mask_original_margins
             (False), validation_image (folders of frames that are left out of training).
         tokenizer: CLIP tokenizer for `input_ids`; may be None where only `clip` is used.
         broken: {folder: reason} of videos to leave out, as `scan_frames` finds them.
 
-    Raises: InputError for folders that are missing, empty, or hold no video of nframes frames.
+    Raises: InputError for folders that are missing, empty, or hold no video that is long enough.
     """
 
     def __init__(self, args, tokenizer=None, broken=None):
         self.nframes, self.resolution = args.nframes, args.resolution
+        self.stride, self.span = getattr(args, "frame_stride", 1), frames_spanned(args)
+        self.random_crop = getattr(args, "random_crop", False)
         self.seed = getattr(args, "seed", 42)
         self.proportion_empty_prompts = getattr(args, "proportion_empty_prompts", 0)
         self.known_frames = getattr(args, "known_frames", 0)
@@ -79,18 +83,24 @@ class FinetuneDataset(Dataset):
                 self.left_out.append(video.broken or broken[video.folder])
             elif video.folder.resolve() in for_validation:
                 self.validation_videos.append(video)
-            elif len(video.frames) < self.nframes:
+            elif len(video.frames) < self.span:
                 self.too_short.append(video)
             else:
                 self.videos += [video] * repeats
         if not self.videos:
-            longest = max(len(video.frames) for video, _ in candidates)
-            such_as = f" ({self.left_out[0]})" if self.left_out else ""
-            raise InputError(
-                f"no video to train on: of {len(candidates)} videos {len(self.validation_videos)} are held out for "
-                f"validation, {len(self.left_out)} broken{such_as}, the others have fewer than {self.nframes} frames "
-                f"(the longest video has {longest}); lower --nframes or add longer videos"
-            )
+            raise InputError(self.why_none([video for video, _ in candidates]))
+
+    def why_none(self, candidates):
+        """Of these videos none is trained on."""
+        such_as = f" ({self.left_out[0]})" if self.left_out else ""
+        strided = self.stride > 1
+        needed = f", which {self.nframes} take at --frame_stride={self.stride}" if strided else ""
+        return (
+            f"no video to train on: of {len(candidates)} videos {len(self.validation_videos)} are held out for "
+            f"validation, {len(self.left_out)} broken{such_as}, the others have fewer than {self.span} frames{needed} "
+            f"(the longest video has {max(len(video.frames) for video in candidates)}); lower --nframes "
+            f"{'or --frame_stride ' if strided else ''}or add longer videos"
+        )
 
     def __len__(self):
         return len(self.videos)
@@ -121,14 +131,17 @@ class FinetuneDataset(Dataset):
         """The sample as bytes: see Clip."""
         rng = np.random.default_rng([self.seed, epoch, index])
         video = self.videos[index]
-        start = rng.integers(len(video.frames) - self.nframes + 1)
-        paths = video.frames[start : start + self.nframes]
+        start = rng.integers(len(video.frames) - self.span + 1)
+        paths = video.frames[start : start + self.span : self.stride]
         if rng.random() < 0.5:
             paths = paths[::-1]
         source = read_frames(paths)
-        crop = Crop.of(*source[0].shape[:2], self.resolution)
+        # A generator of its own: whatever else is drawn stays what it is with the centre's crop.
+        position_rng = np.random.default_rng([self.seed, epoch, index, 3]) if self.random_crop else None
+        crop = Crop.of(*source[0].shape[:2], self.resolution, position_rng)
         # Written in place: fresh memory for every frame, and its page faults, would cost as much as the resizing.
-        frames = np.empty((self.nframes, self.resolution, self.resolution, 3), np.uint8)
+        width, height = crop.size
+        frames = np.empty((self.nframes, height, width, 3), np.uint8)
         for image, frame in zip(source, frames, strict=True):
             crop.resize(image, out=frame)
         return Clip(
@@ -154,12 +167,13 @@ class FinetuneDataset(Dataset):
 
     def draw_holes(self, rng, crop):
         """Masks of one shape, drawn in the source frame and scaled to the crop; redrawn while next to none is seen."""
+        width, height = crop.size
         for _ in range(MAX_REDRAWS):
             outlines = random_outlines(
                 rng, self.nframes, crop.height, crop.width, self.mask_span, self.mask_original_margins
             )
-            holes = [fill(crop.map_points(outline), self.resolution, self.resolution) for outline in outlines]
-            if min(cv2.countNonZero(hole) for hole in holes) >= MIN_HOLE * self.resolution**2:
+            holes = [fill(crop.map_points(outline), height, width) for outline in outlines]
+            if min(cv2.countNonZero(hole) for hole in holes) >= MIN_HOLE * height * width:
                 return np.stack(holes)
         raise InputError(
             f"{MAX_REDRAWS} masks in a row covered less than {MIN_HOLE:.0%} of the {self.resolution}-pixel crop of a "
@@ -167,35 +181,9 @@ class FinetuneDataset(Dataset):
         )
 
 
-@dataclass(frozen=True)
-class Crop:
-    """The centre square of a frame, scaled to `resolution`."""
-
-    height: int  # of the source frame
-    width: int
-    side: int  # of the square, in source pixels
-    resolution: int
-
-    @classmethod
-    def of(cls, height, width, resolution):
-        return cls(height, width, min(height, width), resolution)
-
-    @property
-    def corner(self):
-        """(x, y) of the square's top-left corner, in source pixels."""
-        return (self.width - self.side) // 2, (self.height - self.side) // 2
-
-    def resize(self, frame, out):
-        """(height, width, 3) into `out`, (resolution, resolution, 3)."""
-        x, y = self.corner
-        square = frame[y : y + self.side, x : x + self.side]
-        # Bilinear. When shrinking, cv2's bilinear would skip source pixels; areas are averaged then, as PIL does.
-        method = cv2.INTER_LINEAR if self.resolution >= self.side else cv2.INTER_AREA
-        cv2.resize(square, (self.resolution, self.resolution), dst=out, interpolation=method)
-
-    def map_points(self, points):
-        """Source pixel coordinates to the crop's; a pixel's centre is at its integer coordinates."""
-        return (points - np.array(self.corner) + 0.5) * (self.resolution / self.side) - 0.5
+def frames_spanned(args):
+    """How many consecutive frames of a video a clip reaches over."""
+    return (args.nframes - 1) * getattr(args, "frame_stride", 1) + 1
 
 
 def to_tensors(frames, holes, conditioning_frames=None):
