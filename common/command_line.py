@@ -94,6 +94,19 @@ def needs(words, holds):
     return lambda value: None if holds(value) else words
 
 
+def parses(parse):
+    """A setting's check: what `parse` says, by a ValueError, of a text that it does not take."""
+
+    def check(text):
+        try:
+            parse(text)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    return check
+
+
 one_or_more = needs("at least 1 was needed", lambda value: value >= 1)
 zero_or_more = needs("0 or more was needed", lambda value: value >= 0)
 positive = needs("a positive number was needed", lambda value: value > 0)

@@ -7,7 +7,6 @@ it. Annotations are never read.
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -15,13 +14,11 @@ from torch.utils.data import Dataset
 from common.errors import InputError
 from dataset.crop import Crop
 from dataset.folders import scan_davis, scan_ytvos
+from dataset.holes import Holes
 from dataset.images import read_frames
-from dataset.utils import FULL_SPAN, fill, random_outlines
 
 PROMPT = "clean background"
 DAVIS_OVERSAMPLING = 10  # about 60 DAVIS videos beside 3,471 of YouTube-VOS: 15 % of an epoch instead of 2 %
-MIN_HOLE = 0.01  # share of the crop that has to be hole in every frame
-MAX_REDRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,7 @@ class FinetuneDataset(Dataset):
         args: davis_root, ytvos_root (one of them may be None or empty), nframes, resolution (512: a square, or
             '512x288'); optional: frame_stride (1: every Nth frame of a video), random_crop (False: the centre), seed
             (42), prompt ("clean background"), proportion_empty_prompts (0), known_frames (0: share of clips with frames
-            that have no hole), mask_span (smallest and largest share of each side of the frame), mask_original_margins
-            (False), validation_image (folders of frames that are left out of training).
+            that have no hole), validation_image (folders of frames that are left out of training), and those of Holes.
         tokenizer: CLIP tokenizer for `input_ids`; may be None where only `clip` is used.
         broken: {folder: reason} of videos to leave out, as `scan_frames` finds them.
 
@@ -65,8 +61,6 @@ class FinetuneDataset(Dataset):
         self.seed = getattr(args, "seed", 42)
         self.proportion_empty_prompts = getattr(args, "proportion_empty_prompts", 0)
         self.known_frames = getattr(args, "known_frames", 0)
-        self.mask_span = getattr(args, "mask_span", FULL_SPAN)
-        self.mask_original_margins = getattr(args, "mask_original_margins", False)
         self.prompts = (getattr(args, "prompt", PROMPT), "")
         self.tokenizer, broken = tokenizer, broken or {}
         self.epoch = 0
@@ -89,6 +83,8 @@ class FinetuneDataset(Dataset):
                 self.videos += [video] * repeats
         if not self.videos:
             raise InputError(self.why_none([video for video, _ in candidates]))
+        held_out = {folder.name for folder in for_validation}
+        self.holes = Holes(args, list(dict.fromkeys(self.videos)), held_out)
 
     def why_none(self, candidates):
         """Of these videos none is trained on."""
@@ -144,41 +140,33 @@ class FinetuneDataset(Dataset):
         frames = np.empty((self.nframes, height, width, 3), np.uint8)
         for image, frame in zip(source, frames, strict=True):
             crop.resize(image, out=frame)
+        hole_rng = np.random.default_rng([self.seed, epoch, index, 4])
+        holes, conditioning_frames = self.holes.draw(hole_rng, rng, crop, video, paths, frames)
+        known = self.draw_known_frames(epoch, index)
+        holes[known] = 0
+        if conditioning_frames is not None:
+            conditioning_frames[known] = frames[known]
         return Clip(
             frames=frames,
-            holes=self.empty_some(self.draw_holes(rng, crop), epoch, index),
+            holes=holes,
             prompt=int(rng.random() < self.proportion_empty_prompts),
             noise_seed=int(rng.integers(2**63)),
             video=video.name,
             paths=tuple(paths),
+            conditioning_frames=conditioning_frames,
         )
 
-    def empty_some(self, holes, epoch, index):
-        """The holes (f, h, w), in a share of the clips without those of a few frames, evenly spread.
+    def draw_known_frames(self, epoch, index):
+        """Numbers of a clip's frames that have no hole: in a share of the clips a few, evenly spread.
 
         As inference's second pass has them, where nframes of a long clip's frames are known: a clip of 2 to nframes
         times that length is drawn, and where the window lies in it.
         """
         rng = np.random.default_rng([self.seed, epoch, index, 2])
-        if rng.random() < self.known_frames:
-            spacing = rng.uniform(2, self.nframes)
-            holes[np.arange(rng.uniform(0, spacing), self.nframes, spacing).astype(int)] = 0
-        return holes
-
-    def draw_holes(self, rng, crop):
-        """Masks of one shape, drawn in the source frame and scaled to the crop; redrawn while next to none is seen."""
-        width, height = crop.size
-        for _ in range(MAX_REDRAWS):
-            outlines = random_outlines(
-                rng, self.nframes, crop.height, crop.width, self.mask_span, self.mask_original_margins
-            )
-            holes = [fill(crop.map_points(outline), height, width) for outline in outlines]
-            if min(cv2.countNonZero(hole) for hole in holes) >= MIN_HOLE * height * width:
-                return np.stack(holes)
-        raise InputError(
-            f"{MAX_REDRAWS} masks in a row covered less than {MIN_HOLE:.0%} of the {self.resolution}-pixel crop of a "
-            f"{crop.width}x{crop.height} frame: widen --mask_span"
-        )
+        if rng.random() >= self.known_frames:
+            return np.array([], int)
+        spacing = rng.uniform(2, self.nframes)
+        return np.arange(rng.uniform(0, spacing), self.nframes, spacing).astype(int)
 
 
 def frames_spanned(args):

@@ -1,9 +1,12 @@
 """Mask synthesis: polarity, motion, spans, and the original's measured distribution."""
 
+import re
+
 import cv2
 import numpy as np
 import pytest
 
+from dataset.mask_kinds import KINDS, draw_kind, grow, parse_growth, parse_mix
 from dataset.utils import create_random_shape_with_random_motion
 
 HEIGHT, WIDTH, FRAMES = 480, 854, 10
@@ -74,3 +77,67 @@ def test_moving_masks_stay_inside_and_keep_their_shape():
         masks = draw(seed, span=(1 / 3, 0.6))
         areas = [np.count_nonzero(mask) for mask in masks]
         assert max(areas) == min(areas)  # whole-pixel moves, never cut off by the border
+
+
+DRAWN = [kind for kind in KINDS if kind != "object"]
+# Mean areas of the clips that a sheet was looked at with.
+AREAS = {"blob": 0.236, "box": 0.18, "ellipse": 0.142, "stroke": 0.095, "text": 0.065, "several": 0.108}
+
+
+def draw_many(kind, count=120, side=128, **settings):
+    return [draw_kind(np.random.default_rng([5, seed]), kind, 6, side, side, **settings) for seed in range(count)]
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_kinds(kind):
+    clips = draw_many(kind)
+    assert all(clip.shape == (6, 128, 128) and set(np.unique(clip)) <= {0, 255} for clip in clips)
+    assert np.mean([np.mean(clip > 0) for clip in clips]) == pytest.approx(AREAS[kind], abs=0.02)
+    resting = np.mean([(clip == clip[0]).all() for clip in clips])
+    assert resting == (1 if kind == "text" else pytest.approx(0.15 if kind == "several" else 0.5, abs=0.12))
+    again = draw_kind(np.random.default_rng([5, 0]), kind, 6, 128, 128)
+    assert np.array_equal(again, clips[0])
+
+
+@pytest.mark.parametrize("kind", ["blob", "box", "ellipse"])
+def test_holes_leave_the_frame_only_where_told(kind):
+    inside = draw_many(kind)
+    for clip in inside:
+        areas = [np.count_nonzero(hole) for hole in clip]
+        assert max(areas) - min(areas) <= 0.02 * max(areas)  # the same shape in every frame: nothing is cut off
+    leaving = draw_many(kind, leaves=True)
+    touching = [clip[:, [0, -1]].any() or clip[:, :, [0, -1]].any() for clip in leaving]
+    assert np.mean(touching) > 0.4
+    assert any(np.count_nonzero(clip[0]) != np.count_nonzero(clip[-1]) for clip in leaving)
+
+
+def test_text_is_low_high_or_in_a_corner():
+    rows = np.mean([(clip[0] > 0).any(axis=1) for clip in draw_many("text")], axis=0)
+    assert rows[:4].max() < 0.1 and rows[96:].mean() > 2 * rows[40:80].mean()
+
+
+def test_holes_grow_and_shrink():
+    holes = np.zeros((2, 40, 40), np.uint8)
+    holes[:, 10:20, 10:30] = 255
+    assert [np.count_nonzero(hole) for hole in grow(holes, 3)] == [16 * 26] * 2
+    assert [np.count_nonzero(hole) for hole in grow(holes, -3)] == [4 * 14] * 2
+    assert grow(holes, 0) is holes
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "reason"),
+    [
+        (parse_mix, "blob=0.5,box=0.4", "make 0.9"),
+        (parse_mix, "star=1", "'star' is no kind of hole: blob, box"),
+        (parse_mix, "blob", "blob=0.4"),
+        (parse_mix, "blob=1.5,box=-0.5", "make 1"),
+        (parse_mix, "blob=nan", "make nan"),
+        (parse_mix, "", "no kind"),
+        (parse_growth, "5", "-8,16"),
+        (parse_growth, "9,3", "least <= most"),
+        (parse_growth, "0,1000", "256"),
+    ],
+)
+def test_bad_mixes(parse, text, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        parse(text)

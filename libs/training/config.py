@@ -15,6 +15,7 @@ from common.command_line import (
     default_of,
     multiple_of_8,
     one_or_more,
+    parses,
     positive,
     python_list,
     seed_range,
@@ -25,6 +26,7 @@ from common.distributed import DTYPES
 from common.errors import InputError
 from dataset.finetune_dataset import PROMPT
 from dataset.images import pair_by_name
+from dataset.mask_kinds import GUIDES_MIX, MIX_HELP, NO_GROWTH, parse_growth, parse_mix
 from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, mask_span, split_mask_span
 from libs.checkpoints.resume import BATCH, CONTENT, LOGGED, OPTIMIZER, REFUSED, ResumePolicy
 
@@ -92,6 +94,25 @@ class TrainConfig:
         on_change=LOGGED, on_card=True, sets_clips=True)
     mask_original_margins: bool = setting(  # of --mask_span=original
         False, "", flag=False, on_change=LOGGED, sets_clips=True)
+    mask_mix: str = setting(
+        GUIDES_MIX, MIX_HELP, metavar="KIND=SHARE,...", check=parses(parse_mix),
+        variable="MASK_MIX", on_change=LOGGED, on_card=True, sets_clips=True)
+    mask_growth: str = setting(
+        NO_GROWTH, "pixels that a clip's holes grow to each side, drawn between two bounds; below 0 they shrink",
+        metavar="MIN,MAX", check=parses(parse_growth),
+        variable="MASK_GROWTH", on_change=LOGGED, on_card=True, sets_clips=True)
+    mask_border: float = setting(
+        0.0, "share of clips whose hole may touch the frame's border and be up to half outside", metavar="P",
+        check=share, variable="MASK_BORDER", on_change=LOGGED, on_card=True, sets_clips=True)
+    mask_root: str | None = setting(
+        None, "a folder of masks per video, whose objects are borrowed beside those of the datasets' Annotations/",
+        metavar="DIR", variable="MASK_ROOT", on_change=CONTENT, per_machine=True)
+    masks_of_videos: str | None = setting(
+        None, "a folder of masks per training video: a video named there has these holes and no drawn ones",
+        metavar="DIR", variable="MASKS_OF_VIDEOS", on_change=CONTENT, per_machine=True)
+    paste: float = setting(
+        0.0, "share of clips into which another annotated video's object is pasted, to be removed", metavar="P",
+        check=share, variable="PASTE", on_change=LOGGED, on_card=True, sets_clips=True)
     prompt: str = setting(
         PROMPT, "what the text encoder reads for every clip; run_diffueraser.py and eval_DiffuEraser.py take it over",
         metavar="TEXT", variable="PROMPT", may_be_empty=True, on_change=LOGGED, on_card=True, sets_clips=True)

@@ -1,0 +1,212 @@
+"""Other videos' objects as holes, and pasted into clips; a video's own masks."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dataset.objects as objects
+from common.errors import InputError
+from dataset.finetune_dataset import FinetuneDataset
+from dataset.objects import AnnotatedVideo, Objects, read_labels, window
+
+HEIGHT, WIDTH, LENGTH = 48, 72, 8
+# Of every video the background's grey, and its objects' (label, colour, height, width).
+VIDEOS = {
+    "alder": (40, [(1, (200, 0, 0), 12, 18)]),
+    "birch": (80, [(1, (0, 200, 0), 10, 10), (2, (0, 0, 200), 8, 24)]),
+    "cedar": (120, [(3, (200, 200, 0), 20, 9)]),
+    "dogwood": (160, [(1, (200, 0, 200), 14, 14)]),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """DAVIS's folders: alder, birch and cedar to train on, dogwood to validate; all annotated."""
+    root = tmp_path_factory.mktemp("annotated")
+    for name, (grey, drawn) in VIDEOS.items():
+        frames, masks = root / "JPEGImages/480p" / name, root / "Annotations/480p" / name
+        frames.mkdir(parents=True)
+        masks.mkdir(parents=True)
+        for t in range(LENGTH):
+            frame = np.full((HEIGHT, WIDTH, 3), grey, np.uint8)
+            labels = np.zeros((HEIGHT, WIDTH), np.uint8)
+            for label, colour, height, width in drawn:
+                top, left = 4 + 14 * (label % 3), 8 + 3 * t
+                frame[top : top + height, left : left + width] = colour
+                labels[top : top + height, left : left + width] = label
+            labels[0, 0] = 255  # DAVIS's and YouTube-VOS's "nobody knows"
+            Image.fromarray(frame).save(frames / f"{t:05d}.png")
+            picture = Image.fromarray(labels, mode="P")
+            picture.putpalette([0, 0, 0, *[min(255, 64 + label) for label in range(1, 256) for _ in range(3)]])
+            picture.save(masks / f"{t:05d}.png")
+    lists = root / "ImageSets/2017"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("alder\nbirch\ncedar\n")
+    return root
+
+
+def dataset(root, **settings):
+    args = {"davis_root": root, "ytvos_root": "", "nframes": 4, "resolution": 48, **settings}
+    return FinetuneDataset(SimpleNamespace(**args))
+
+
+def clips(found, epochs=4):
+    return [found.clip(index, epoch) for epoch in range(epochs) for index in range(len(found))]
+
+
+def test_labels(root, tmp_path):
+    path = root / "Annotations/480p/birch/00000.png"
+    assert set(np.unique(read_labels(path))) == {0, 1, 2}  # and none is the unknown
+    mask = np.zeros((4, 5), np.uint8)
+    mask[1:3] = 7
+    Image.fromarray(mask).save(tmp_path / "grey.png")
+    assert set(np.unique(read_labels(tmp_path / "grey.png"))) == {0, 255}
+
+
+def test_windows_are_consecutive_and_turn_at_a_short_videos_ends():
+    names = list("abcdefgh")
+    found = {"".join(window(np.random.default_rng(seed), names, 4)) for seed in range(200)}
+    assert found == {text for i in range(5) for text in ("abcdefgh"[i : i + 4], "abcdefgh"[i : i + 4][::-1])}
+    assert "".join(window(np.random.default_rng(0), list("abc"), 7)) in ("abcbabc", "cbabcba")
+    assert "".join(window(np.random.default_rng(0), ["a"], 3)) == "aaa"
+
+
+@pytest.mark.parametrize("settings", [{"mask_mix": "object=1"}, {"paste": 1.0}], ids=["holes", "pasted"])
+def test_nothing_of_the_clips_own_or_of_validation_videos_enters(root, monkeypatch, settings):
+    read = []
+    for name in ("read_labels", "read_frames"):
+        reader = getattr(objects, name)
+        monkeypatch.setattr(objects, name, lambda what, reader=reader: read.append(what) or reader(what))
+    found, lenders = dataset(root, validation_image=[str(root / "JPEGImages/480p/cedar")], **settings), {}
+    for index in range(len(found)):
+        clip = found.clip(index, 0)
+        names = {path.parent.name for what in read for path in (what if isinstance(what, list) else [what])}
+        lenders.setdefault(clip.video, set()).update(names)
+        read.clear()
+    assert lenders == {"alder": {"birch"}, "birch": {"alder"}}  # not cedar, which is held out, nor dogwood
+
+
+@pytest.mark.parametrize("settings", [{"mask_mix": "object=1"}, {"mask_mix": "blob=0.5,object=0.5", "paste": 0.5,
+                         "mask_growth": "-2,4", "mask_border": 0.5}], ids=["object", "all"])  # fmt: skip
+def test_samples_follow_from_seed_epoch_and_index(root, settings):
+    one, other, guide = dataset(root, **settings), dataset(root, **settings), dataset(root)
+    for index in reversed(range(len(one))):
+        clip, again = one.clip(index, 3), other.clip(index, 3)
+        assert np.array_equal(clip.holes, again.holes) and np.array_equal(clip.shown_frames, again.shown_frames)
+        assert np.array_equal(clip.frames, guide.clip(index, 3).frames)  # the windows are the guide's own
+    assert not np.array_equal(one.clip(0, 3).holes, one.clip(0, 4).holes)
+    assert not np.array_equal(one.clip(0, 3).holes, dataset(root, seed=7, **settings).clip(0, 3).holes)
+
+
+def test_holes_have_the_objects_shapes(root):
+    """Alder's clips borrow birch's square or bar, or cedar's pillar: mirrored or not, sides keep their ratio."""
+    ratios = []
+    for clip in clips(dataset(root, mask_mix="object=1")):
+        if clip.video != "alder":
+            continue
+        rows, columns = (np.flatnonzero(clip.holes[0].any(axis=axis)).size for axis in (1, 0))
+        assert clip.holes[0].all() or np.count_nonzero(clip.holes[0]) == rows * columns
+        ratios.append(rows / columns)
+        for hole in clip.holes[1:]:
+            assert np.count_nonzero(hole.any(axis=1)) == rows  # it moves sideways and keeps its height
+    near = {name: np.isclose(ratios, ratio, rtol=0.25).mean() for name, ratio in (("bar", 8 / 24), ("square", 1),
+                                                                                ("pillar", 20 / 9))}  # fmt: skip
+    assert sum(near.values()) == pytest.approx(1) and min(near.values()) > 0.1, near
+
+
+def test_pasted_clips(root):
+    """The target is clean, the condition shows the object, and the hole reaches from short of it to beyond it."""
+    uncovered, covered = 0, 0
+    for clip in clips(dataset(root, paste=1.0)):
+        grey = VIDEOS[clip.video][0]
+        clean, shown = clip.frames.astype(int), clip.conditioning_frames.astype(int)
+        assert np.isin(clean[..., 0], (grey, 0, 200)).all()
+        differs = np.abs(clean - shown).max(axis=-1) > 24
+        assert 0 < differs.mean() < 0.8
+        outside = (differs & (clip.holes == 0)).mean() / differs.mean()
+        uncovered += outside > 0.05
+        covered += outside < 0.005
+    assert uncovered > 10 and covered > 10
+    assert all(clip.conditioning_frames is None for clip in clips(dataset(root, paste=0.0)))
+
+
+def test_shadows_only_darken(root):
+    frame = np.full((40, 40, 3), 200, np.uint8)
+    alpha = np.zeros((40, 40), np.uint8)
+    alpha[10:20, 15:25] = 255
+    darker = objects.Shadow(lean=0.5, length=-0.5, darkness=0.5, blur=1.0).cast(frame, alpha)
+    assert (darker <= frame).all() and darker.min() == pytest.approx(100, abs=8)
+    assert darker[22, 16:22].mean() < 150 and (darker[:14] == 200).all()  # it lies before the object's foot
+    assert np.array_equal(objects.Shadow(0, 0.5, 0.5, 1.0).cast(frame, np.zeros_like(alpha)), frame)
+
+
+def test_known_frames_of_pasted_clips_are_clean(root):
+    known = 0
+    for clip in clips(dataset(root, paste=1.0, known_frames=1.0), epochs=1):
+        for frame, shown, hole in zip(clip.frames, clip.conditioning_frames, clip.holes, strict=True):
+            if not hole.any():
+                known += 1
+                assert np.array_equal(frame, shown)
+    assert known > len(VIDEOS)
+
+
+def test_own_masks_follow_their_frames(root, tmp_path):
+    """Alder has a folder of masks, which are its object's place; the other videos' holes are drawn."""
+    (tmp_path / "alder").symlink_to(root / "Annotations/480p/alder")
+    found = dataset(root, masks_of_videos=tmp_path)
+    for clip in clips(found, epochs=2):
+        is_object = (clip.frames == (200, 0, 0)).all(axis=-1)
+        assert np.array_equal(clip.holes > 0, is_object) == (clip.video == "alder")
+    grown = dataset(root, masks_of_videos=tmp_path, mask_growth="2,2")
+    assert all(np.count_nonzero(grown.clip(i, 0).holes) > np.count_nonzero(found.clip(i, 0).holes) for i in range(10))
+
+
+def test_objects_of_any_folder_of_masks(root, tmp_path):
+    mask = np.zeros((30, 30), np.uint8)
+    mask[5:25, 5:25] = 255
+    (tmp_path / "logo").mkdir()
+    Image.fromarray(mask).save(tmp_path / "logo/0.png")
+    found = dataset(root, mask_mix="object=1", mask_root=tmp_path)
+    assert [video.name for video in found.holes.objects.videos] == ["alder", "birch", "cedar", "logo"]
+    assert clips(found, epochs=1)
+
+
+def test_tracks_without_an_object(root, tmp_path):
+    (tmp_path / "empty").mkdir()
+    Image.fromarray(np.zeros((30, 30), np.uint8)).save(tmp_path / "empty/0.png")
+    lender = Objects([AnnotatedVideo("empty", tmp_path / "empty")])
+    with pytest.raises(InputError, match="annotations in a row show no object"):
+        lender.draw_track(np.random.default_rng(0), 4, 48, 48, "alder")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"mask_mix": "object=1", "davis_root": "bare"}, "objects of other videos were needed, and 0"),
+        ({"paste": 0.1, "davis_root": "bare"}, "0 training video(s) with masks and frames"),
+        ({"mask_mix": "object=1", "mask_root": "nowhere"}, "nowhere holds nothing: it is no folder: --mask_root needs"),
+        ({"mask_mix": "object=1", "mask_root": "flat"}, "flat holds 1 .png file: --mask_root needs"),
+        ({"mask_mix": "object=1", "mask_root": "hollow"}, "hollow/a holds nothing: a folder of masks was needed"),
+        ({"paste": 0.1, "davis_root": "small"}, "masks of the frames' size"),
+        ({"masks_of_videos": "nowhere"}, "nowhere is no folder: --masks_of_videos needs"),
+        ({"masks_of_videos": "hollow"}, "none named as a training video such as alder"),
+        ({"masks_of_videos": "few"}, "has no mask for 7 of the 8 frames"),
+        ({"masks_of_videos": "small/Annotations/480p"}, "masks of the frames' size were needed (--masks_of_videos)"),
+    ],
+)
+def test_bad_input(root, tmp_path, settings, reason):
+    for name in ("bare", "small"):
+        (tmp_path / name).mkdir()
+        for part in ("JPEGImages", "ImageSets"):
+            (tmp_path / name / part).symlink_to(root / part)
+    small = Image.fromarray(np.ones((10, 10), np.uint8))
+    for folder in ("flat", "hollow/a", "few/alder", "small/Annotations/480p/alder", "small/Annotations/480p/birch"):
+        (tmp_path / folder).mkdir(parents=True)
+        for t in {"hollow/a": [], "flat": [0], "few/alder": [0]}.get(folder, range(LENGTH)):
+            small.save(tmp_path / folder / f"{t:05d}.png")
+    given = {name: tmp_path / value if name.endswith(("root", "videos")) else value for name, value in settings.items()}
+    with pytest.raises(InputError) as caught:
+        dataset(**{"root": root, **given} if "davis_root" not in given else {"root": given.pop("davis_root"), **given})
+    assert reason in str(caught.value).replace(f"{tmp_path}/", "")
