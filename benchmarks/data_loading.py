@@ -11,6 +11,7 @@ import statistics
 import time
 from types import SimpleNamespace
 
+from dataset.crop import RESOLUTION_HELP, resolution
 from dataset.finetune_dataset import FinetuneDataset
 
 
@@ -38,7 +39,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--davis_root", default="dataset/DAVIS")
     parser.add_argument("--ytvos_root", default="dataset/YTBV")
-    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--resolution", type=resolution, default=512, help=RESOLUTION_HELP)
     parser.add_argument("--clips", type=int, default=40)
     options = parser.parse_args()
     for nframes in (10, 22):
