@@ -132,7 +132,7 @@ class FinetuneDataset(Dataset):
         if rng.random() < 0.5:
             paths = paths[::-1]
         source = read_frames(paths)
-        # A generator of its own: whatever else is drawn stays what it is with the centre's crop.
+        # A generator of its own: the window, and masks that need no redrawing, are those of the centre's crop.
         position_rng = np.random.default_rng([self.seed, epoch, index, 3]) if self.random_crop else None
         crop = Crop.of(*source[0].shape[:2], self.resolution, position_rng)
         # Written in place: fresh memory for every frame, and its page faults, would cost as much as the resizing.

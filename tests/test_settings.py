@@ -1,5 +1,6 @@
 """The settings stand once: what follows from them (parser, page, variables, resuming) agrees with them."""
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -143,7 +144,7 @@ def test_a_checkpoint_s_settings_keep_their_names(stage):
         "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "max_train_steps",
         "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "mixed_precision",
         "gradient_checkpointing", "compile", "cuda_graph", "proportion_empty_prompts", "use_8bit_adam",
-        "prompt", "known_frames",  # since 2026-11-26
+        "prompt", "known_frames", "random_crop", "frame_stride",  # since 2026-11-26
     }  # fmt: skip
 
 
@@ -179,6 +180,29 @@ def test_a_setting_that_is_newer_than_the_checkpoint():
     del saved.settings["compile"], saved.settings["probe_clips"]
     assert go_on_from("checkpoint-1", saved, now, resume_policy(), resume_anyway=False)[1] == []
     assert set(BATCH_SETTINGS) <= set(saved.settings) and isinstance(saved, TrainerState)
+
+
+def test_a_newer_setting_was_at_its_default():
+    """A checkpoint from before --frame_stride had every frame; --random_crop would change what is measured."""
+    saved = described()
+    del saved.settings["frame_stride"], saved.settings["random_crop"]
+    saved.probe_start = 0.5
+    with pytest.raises(InputError, match="checkpoint-1 was written with frame_stride 1, now 2: go back"):
+        go_on_from("checkpoint-1", saved, described(frame_stride=2), resume_policy(), resume_anyway=False)
+    state, changes = go_on_from("checkpoint-1", saved, described(random_crop=True), resume_policy(), False)
+    assert len(changes) == 2 and "random_crop from False to True" in changes[0] and state.probe_start is None
+
+
+@pytest.mark.parametrize(("before", "now"), [("64", "64x64"), ("64x32", "64x32")])
+def test_one_shape_written_in_two_ways(before, now):
+    saved, state = (
+        described(resolution=parse_args(Stage1, [f"--resolution={text}"]).resolution) for text in (before, now)
+    )
+    assert saved.settings["resolution"] == json.loads(json.dumps(state.settings["resolution"]))
+    assert go_on_from("checkpoint-1", saved, state, resume_policy(), resume_anyway=False)[1] == []
+    other = described(resolution="32x64")
+    with pytest.raises(InputError, match=f"resolution {before}, now 32x64"):
+        go_on_from("checkpoint-1", saved, other, resume_policy(), resume_anyway=False)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -1,5 +1,6 @@
 """What is checked before any weights load: in one line where something is wrong, or, with --check_only, as a table."""
 
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from common.files import check_writable
 from common.hardware import compiling_lacks, gpu_is_used
 from common.run_files import CONFIG_FILE, RUN_FILES, read_starts
 from common.weights import read_shapes, require_utf8
-from dataset.finetune_dataset import FinetuneDataset
+from dataset.crop import sides
+from dataset.finetune_dataset import FinetuneDataset, frames_spanned
 from dataset.folders import scan_frames
 from dataset.images import image_size, list_frames, pair_by_name
 from libs.base_model import BaseModel
@@ -120,7 +122,8 @@ def check_flags(args):
         raise InputError(f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)")
     if args.cuda_graph and not gpu_is_used():
         raise InputError("--cuda_graph needs a GPU, and none was found: leave the flag out (CUDA_GRAPH=0)")
-    return f"{args.nframes} frames of {args.resolution} px, mixed precision {precision}, tracker {name}"
+    stride = f", frame stride {args.frame_stride}" if args.frame_stride > 1 else ""
+    return f"{args.nframes} frames of {args.resolution} px{stride}, mixed precision {precision}, tracker {name}"
 
 
 def open_base_model(args):
@@ -168,7 +171,7 @@ def list_of(value):
 def check_output_dir(args):
     """It can be written to, and holds no weights that the end of the run would overwrite."""
     folder = Path(args.output_dir)
-    if args.latent_cache:
+    if args.latent_cache and not args.random_crop:
         check_writable(Path(args.latent_cache), "--latent_cache")
     pretrained_stage1 = getattr(args, "pretrained_stage1", None)
     refuse_source_weights(folder, [pretrained_stage1] if pretrained_stage1 else [], flag="--output_dir")
@@ -193,7 +196,7 @@ def open_dataset(args):
     frames = sum(len(video.frames) for video in videos)
     found = f"{len(videos)} videos, {frames} frames, {len(dataset)} clips an epoch"
     for count, reason in (
-        (len(dataset.too_short), f"shorter than {args.nframes} frames"),
+        (len(dataset.too_short), f"shorter than {dataset.span} frames"),
         (len(dataset.validation_videos), "used for validation"),
         (len(dataset.left_out), f"broken, such as {dataset.left_out[0]}" if dataset.left_out else ""),
     ):
@@ -228,8 +231,9 @@ def check_validation_videos(args):
                     "size"
                 )
         counts.append(len(pairs))
-    short = sum(count < args.nframes for count in counts)
-    note = f"; {short} shorter than {args.nframes} frames: sampled, but not in the held-out loss" if short else ""
+    span = frames_spanned(args)
+    short = sum(count < span for count in counts)
+    note = f"; {short} shorter than {span} frames: sampled, but not in the held-out loss" if short else ""
     return f"{len(counts)} videos of {', '.join(map(str, counts))} frames with masks{note}"
 
 
@@ -304,7 +308,7 @@ def check_memory(args, stage, opened):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     state = state_bytes(trained, frozen, distributed_type(), processes)
     fixed = (state - trained * EIGHT_BIT_SAVES * args.use_8bit_adam) / 2**30
-    frames = args.train_batch_size * args.nframes * (args.resolution / 512) ** 2
+    frames = args.train_batch_size * args.nframes * math.prod(sides(args.resolution)) / 512**2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
     activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]
     several = distributed_type() == "ddp" and processes * args.gradient_accumulation_steps > 1

@@ -13,7 +13,6 @@ from common.command_line import (
     build_settings_parser,
     check_settings,
     default_of,
-    multiple_of_8,
     one_or_more,
     parses,
     positive,
@@ -24,6 +23,7 @@ from common.command_line import (
 )
 from common.distributed import DTYPES
 from common.errors import InputError
+from dataset.crop import RESOLUTION_HELP, multiples_of_8, resolution
 from dataset.finetune_dataset import PROMPT
 from dataset.images import pair_by_name
 from dataset.mask_kinds import GUIDES_MIX, MIX_HELP, NO_GROWTH, parse_growth, parse_mix
@@ -83,12 +83,18 @@ class TrainConfig:
     ytvos_root: str = setting(
         "dataset/YTBV", "YouTube-VOS's root; '' leaves it out", metavar="DIR",
         variable="YTVOS_ROOT", may_be_empty=True, on_change=CONTENT, per_machine=True)
-    resolution: int = setting(
-        512, "side of the square crops, a multiple of 8", metavar="PX", check=multiple_of_8,
+    resolution: int | str = setting(
+        512, RESOLUTION_HELP, metavar="PX|WxH", parse=resolution, check=multiples_of_8,
         variable="RESOLUTION", on_change=REFUSED, on_card=True, sets_clips=True)
+    random_crop: bool = setting(
+        False, "crop each clip at a random position instead of the centre; without the latent cache",
+        variable="RANDOM_CROP", on_change=LOGGED, on_card=True, sets_clips=True)
     nframes: int = setting(
         10, "frames per clip", check=one_or_more,
         variable="NFRAMES", on_change=REFUSED, on_card=True, sets_clips=True)
+    frame_stride: int = setting(
+        1, "a clip takes every Nth frame of its video", check=one_or_more,
+        variable="FRAME_STRIDE", on_change=REFUSED, on_card=True, sets_clips=True)
     mask_span: tuple = setting(
         FULL_SPAN, MASK_SPAN_HELP, metavar="MIN,MAX", parse=mask_span, default_text="0.3333,1",
         on_change=LOGGED, on_card=True, sets_clips=True)
@@ -330,7 +336,8 @@ def settings_with(key):
 def resume_policy():
     """What checkpoints record, and what resuming makes of a change."""
     on_change = {name: policy for name, policy in settings_with("on_change").items() if policy != CONTENT}
-    return ResumePolicy(on_change, tuple(settings_with("sets_clips")))
+    defaults = {f.name: default_of(f) for f in fields(TrainConfig) if f.name in on_change}
+    return ResumePolicy(on_change, defaults, tuple(settings_with("sets_clips")))
 
 
 def what_sets_clips(settings):

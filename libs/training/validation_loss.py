@@ -1,6 +1,7 @@
 """The validation loss: training's own loss on fixed clips of the validation videos (the log's "held-out loss").
 
-Crops, masks, timesteps and noises are fixed, so that it compares from step to step; nothing of it is trained on.
+Clips are drawn as in training; they, timesteps and noises are fixed, so that it compares from step to step. Nothing of
+it is trained on.
 """
 
 from copy import copy
@@ -36,7 +37,7 @@ class ValidationLoss:
         self.file = Path(config.output_dir, config.logging_dir, HELD_OUT_FILE)
         videos = [scan_video(Path(folder)) for folder in config.validation_image] if config.validation_steps else []
         self.dataset = copy(dataset)  # its crops and masks, of other videos
-        self.dataset.videos = [video for video in videos if len(video.frames) >= config.nframes]
+        self.dataset.videos = [video for video in videos if len(video.frames) >= dataset.span]
         self.clips = config.probe_clips if self.dataset.videos else 0
         self.step = self.value = None  # where it was measured last, and what was found
 
