@@ -27,6 +27,7 @@ from dataset.finetune_dataset import PROMPT
 from dataset.images import pair_by_name
 from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, mask_span, split_mask_span
 from libs.checkpoints.resume import BATCH, CONTENT, LOGGED, OPTIMIZER, REFUSED, ResumePolicy
+from libs.training.loss_weights import loss_weights
 
 
 def setting(
@@ -156,6 +157,14 @@ class TrainConfig:
         metavar="DIR", variable="RESUME_FROM_CHECKPOINT", shell_default="latest", may_be_empty=True, per_machine=True)
     resume_anyway: bool = setting(
         False, "resume although settings or initial weights have changed that the checkpoint's meaning depends on")
+
+    loss_weights: Sequence = setting(
+        lambda: [1.0, 1.0, 1.0], "what squared errors count in the hole, on its rim and in the rest of the picture; "
+        "the loss is divided by their sum over the clip", group="loss", metavar="HOLE,RIM,REST",
+        parse=loss_weights, default_text="1,1,1", variable="LOSS_WEIGHTS", shell_default="1,1,1", on_change=LOGGED,
+        on_card=True)
+    loss_rim: int = setting(
+        2, "width of that rim in latents, of 8 pixels each", check=zero_or_more, variable="LOSS_RIM", on_change=LOGGED)
 
     learning_rate: float = setting(
         5e-6, "peak learning rate", group="optimizer", metavar="LR", check=positive,

@@ -15,6 +15,7 @@ from libs.training.config import parse_args
 from libs.training.cuda_graph import GraphedForwardBackward
 from libs.training.log import log, log_on_main_process, log_start, start_trackers
 from libs.training.loss import ForwardBackward
+from libs.training.loss_weights import LossWeights
 from libs.training.meter import BrokenVideos, Meter
 from libs.training.saving import Checkpoints
 from libs.training.setup import (
@@ -65,7 +66,7 @@ def train(config, stage, accelerator, found, stop):
     loader = make_loader(config, accelerator, found, base.vae.cache, last_step)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     passes = GraphedForwardBackward if config.cuda_graph else ForwardBackward
-    forward_backward = passes(accelerator, model, base)
+    forward_backward = passes(accelerator, model, base, LossWeights.of(config))
     state, unwrapped = found.state, accelerator.unwrap_model(model)
     checkpoints = Checkpoints(config, stage, accelerator, state, found.checkpoint)
     if found.checkpoint:
