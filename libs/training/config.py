@@ -160,11 +160,16 @@ class TrainConfig:
 
     loss_weights: Sequence = setting(
         lambda: [1.0, 1.0, 1.0], "what squared errors count in the hole, on its rim and in the rest of the picture; "
-        "the loss is divided by their sum over the clip", group="loss", metavar="HOLE,RIM,REST",
+        "the loss is divided by their sum over the clip", group="loss and averaging", metavar="HOLE,RIM,REST",
         parse=loss_weights, default_text="1,1,1", variable="LOSS_WEIGHTS", shell_default="1,1,1", on_change=LOGGED,
         on_card=True)
     loss_rim: int = setting(
         2, "width of that rim in latents, of 8 pixels each", check=zero_or_more, variable="LOSS_RIM", on_change=LOGGED)
+
+    ema_decay: float | None = setting(
+        None, "also keep an exponential moving average of the weights, D old + (1 - D) new after every step; it is "
+        "validated and converted", metavar="D", check=below_one, variable="EMA_DECAY", on_change=LOGGED,
+        on_card=True, default_text="off")
 
     learning_rate: float = setting(
         5e-6, "peak learning rate", group="optimizer", metavar="LR", check=positive,
