@@ -30,6 +30,7 @@ from libs.training.optimizer import eight_bit_adam
 
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
 EIGHT_BIT_SAVES = 6  # of them, where moments have 8 bits
+EMA_BYTES = 4  # more with --ema_decay, in memory and in a checkpoint
 SHARD_BYTES = 4  # more with FSDP, which writes the weights a second time, and what is frozen
 FROZEN_BYTES = 2
 
@@ -290,6 +291,7 @@ def check_disk_space(args, stage, opened):
     """One checkpoint has to fit: it is written before an old one is deleted."""
     trained, frozen = count_parameters(stage, opened)
     needed = trained * (ADAM_BYTES - EIGHT_BIT_SAVES * args.use_8bit_adam)
+    needed += trained * EMA_BYTES * (args.ema_decay is not None)
     if distributed_type() != "ddp":
         needed += trained * SHARD_BYTES + frozen * FROZEN_BYTES
     folder = Path(args.output_dir).resolve()
@@ -303,10 +305,11 @@ def check_disk_space(args, stage, opened):
 
 
 def check_memory(args, stage, opened):
-    """Weights, gradients and optimizer state must fit the GPU; activations are an estimate from measured runs."""
+    """Weights, gradients and what is kept of them must fit the GPU; activations are an estimate from measured runs."""
     trained, frozen = count_parameters(stage, opened)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     state = state_bytes(trained, frozen, distributed_type(), processes)
+    state += trained * EMA_BYTES * (args.ema_decay is not None)
     fixed = (state - trained * EIGHT_BIT_SAVES * args.use_8bit_adam) / 2**30
     frames = args.train_batch_size * args.nframes * math.prod(sides(args.resolution)) / 512**2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320

@@ -29,6 +29,7 @@ from dataset.images import pair_by_name
 from dataset.mask_kinds import GUIDES_MIX, MIX_HELP, NO_GROWTH, parse_growth, parse_mix
 from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, mask_span, split_mask_span
 from libs.checkpoints.resume import BATCH, CONTENT, LOGGED, OPTIMIZER, REFUSED, ResumePolicy
+from libs.training.loss_weights import loss_weights
 
 
 def setting(
@@ -183,6 +184,19 @@ class TrainConfig:
         metavar="DIR", variable="RESUME_FROM_CHECKPOINT", shell_default="latest", may_be_empty=True, per_machine=True)
     resume_anyway: bool = setting(
         False, "resume although settings or initial weights have changed that the checkpoint's meaning depends on")
+
+    loss_weights: Sequence = setting(
+        lambda: [1.0, 1.0, 1.0], "what squared errors count in the hole, on its rim and in the rest of the picture; "
+        "the loss is divided by their sum over the clip", group="loss and averaging", metavar="HOLE,RIM,REST",
+        parse=loss_weights, default_text="1,1,1", variable="LOSS_WEIGHTS", shell_default="1,1,1", on_change=LOGGED,
+        on_card=True)
+    loss_rim: int = setting(
+        2, "width of that rim in latents, of 8 pixels each", check=zero_or_more, variable="LOSS_RIM", on_change=LOGGED)
+
+    ema_decay: float | None = setting(
+        None, "also keep an exponential moving average of the weights, D old + (1 - D) new after every step; it is "
+        "validated and converted", metavar="D", check=below_one, variable="EMA_DECAY", on_change=LOGGED,
+        on_card=True, default_text="off")
 
     learning_rate: float = setting(
         5e-6, "peak learning rate", group="optimizer", metavar="LR", check=positive,
