@@ -1,7 +1,7 @@
-"""DAVIS-2017 and YouTube-VOS frames with synthesised masks.
+"""DAVIS-2017 and YouTube-VOS frames with synthesised masks, and pairs with masks of their own.
 
 Every sample is a function of (seed, epoch, index) alone: neither the number of loader workers nor a resumed run changes
-it. Annotations are never read.
+it. Annotations of DAVIS and YouTube-VOS are never read.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from common.errors import InputError
 from dataset.folders import scan_davis, scan_ytvos
 from dataset.images import read_frames
+from dataset.pairs import PairedVideo, draw_window, read_window, scan_pairs
 from dataset.utils import FULL_SPAN, fill, random_outlines
 
 PROMPT = "clean background"
@@ -49,7 +50,8 @@ class FinetuneDataset(Dataset):
         args: davis_root, ytvos_root (one of them may be None or empty), nframes, resolution; optional: seed (42),
             prompt ("clean background"), proportion_empty_prompts (0), known_frames (0: share of clips with frames
             that have no hole), mask_span (smallest and largest share of each side of the frame), mask_original_margins
-            (False), validation_image (folders of frames that are left out of training).
+            (False), validation_image (folders of frames that are left out of training), paired_root (None) and
+            paired_share (of the clips; without davis_root and ytvos_root an epoch goes through the pairs).
         tokenizer: CLIP tokenizer for `input_ids`; may be None where only `clip` is used.
         broken: {folder: reason} of videos to leave out, as `scan_frames` finds them.
 
@@ -69,28 +71,45 @@ class FinetuneDataset(Dataset):
 
         davis = scan_davis(args.davis_root) if args.davis_root else []
         ytvos = scan_ytvos(args.ytvos_root) if args.ytvos_root else []
-        if not davis and not ytvos:
-            raise InputError("no dataset was given: set --davis_root, --ytvos_root or both")
-        for_validation = {Path(folder).resolve() for folder in getattr(args, "validation_image", None) or []}
-        candidates = [(video, DAVIS_OVERSAMPLING) for video in davis] + [(video, 1) for video in ytvos]
-        self.videos, self.too_short, self.validation_videos, self.left_out = [], [], [], []
-        for video, repeats in candidates:
+        pairs = scan_pairs(args.paired_root) if getattr(args, "paired_root", None) else []
+        if not davis and not ytvos and not pairs:
+            raise InputError("no dataset was given: set --davis_root, --ytvos_root, --paired_root or several of them")
+        self.too_short, self.validation_videos, self.left_out = [], [], []
+        held_out = {Path(folder).resolve() for folder in getattr(args, "validation_image", None) or []}
+        beside = bool(pairs and (davis or ytvos))  # pairs alone are what an epoch goes through
+        self.pairs = self.choose(pairs, "pair", held_out, broken) if beside else []
+        self.paired_share = args.paired_share if beside else 0
+        chosen = self.choose(davis + ytvos or pairs, "video", held_out, broken)
+        oversampled = {video.folder for video in davis}
+        times = (DAVIS_OVERSAMPLING if video.folder in oversampled else 1 for video in chosen)
+        self.videos = [video for video, count in zip(chosen, times, strict=True) for _ in range(count)]
+
+    def choose(self, videos, what, held_out, broken):
+        """Those to train on; the others are counted. Raises InputError where none is left.
+
+        Args:
+            held_out: folders, resolved.
+        """
+        chosen, too_short, validation, left_out = [], [], [], []
+        for video in videos:
             if video.broken or video.folder in broken:
-                self.left_out.append(video.broken or broken[video.folder])
-            elif video.folder.resolve() in for_validation:
-                self.validation_videos.append(video)
-            elif len(video.frames) < self.nframes:
-                self.too_short.append(video)
+                left_out.append(video.broken or broken[video.folder])
+            elif held_out.intersection(folder.resolve() for folder in video.folders):
+                validation.append(video)
             else:
-                self.videos += [video] * repeats
-        if not self.videos:
-            longest = max(len(video.frames) for video, _ in candidates)
-            such_as = f" ({self.left_out[0]})" if self.left_out else ""
+                (chosen if len(video.frames) >= self.nframes else too_short).append(video)
+        if not chosen:
+            longest = max(len(video.frames) for video in videos)
+            such_as = f" ({left_out[0]})" if left_out else ""
             raise InputError(
-                f"no video to train on: of {len(candidates)} videos {len(self.validation_videos)} are held out for "
-                f"validation, {len(self.left_out)} broken{such_as}, the others have fewer than {self.nframes} frames "
-                f"(the longest video has {longest}); lower --nframes or add longer videos"
+                f"no {what} to train on: of {len(videos)} {what}s {len(validation)} are held out for "
+                f"validation, {len(left_out)} broken{such_as}, the others have fewer than {self.nframes} frames "
+                f"(the longest {what} has {longest}); lower --nframes or add longer {what}s"
             )
+        self.too_short += too_short
+        self.validation_videos += validation
+        self.left_out += left_out
+        return chosen
 
     def __len__(self):
         return len(self.videos)
@@ -119,26 +138,58 @@ class FinetuneDataset(Dataset):
 
     def clip(self, index, epoch):
         """The sample as bytes: see Clip."""
-        rng = np.random.default_rng([self.seed, epoch, index])
-        video = self.videos[index]
+        video, rng = self.source(index, epoch)
+        if isinstance(video, PairedVideo):
+            return self.paired_clip(video, rng, epoch, index)
         start = rng.integers(len(video.frames) - self.nframes + 1)
         paths = video.frames[start : start + self.nframes]
         if rng.random() < 0.5:
             paths = paths[::-1]
         source = read_frames(paths)
         crop = Crop.of(*source[0].shape[:2], self.resolution)
-        # Written in place: fresh memory for every frame, and its page faults, would cost as much as the resizing.
-        frames = np.empty((self.nframes, self.resolution, self.resolution, 3), np.uint8)
-        for image, frame in zip(source, frames, strict=True):
-            crop.resize(image, out=frame)
         return Clip(
-            frames=frames,
+            frames=self.resize(source, crop),
             holes=self.empty_some(self.draw_holes(rng, crop), epoch, index),
             prompt=int(rng.random() < self.proportion_empty_prompts),
             noise_seed=int(rng.integers(2**63)),
             video=video.name,
             paths=tuple(paths),
         )
+
+    def source(self, index, epoch):
+        """(the Video or PairedVideo that a sample is of, the rng that the rest of it follows from)."""
+        rng = np.random.default_rng([self.seed, epoch, index, 5])
+        if self.pairs and rng.random() < self.paired_share:
+            return self.pairs[rng.integers(len(self.pairs))], rng
+        video = self.videos[index]
+        return video, rng if isinstance(video, PairedVideo) else np.random.default_rng([self.seed, epoch, index])
+
+    def paired_clip(self, video, rng, epoch, index):
+        """A pair's Clip: its masks are the holes, around which the frames with the object are shown."""
+        crop = Crop.of(*video.shape, self.resolution)
+        window, holes = draw_window(rng, video, self.nframes, crop)
+        frames, shown = (self.resize(source, crop) for source in read_window(video, window))
+        had_hole = holes.any(axis=(1, 2))
+        holes = self.empty_some(holes, epoch, index)
+        emptied = had_hole & ~holes.any(axis=(1, 2))
+        shown[emptied] = frames[emptied]  # known frames are those that an earlier pass has cleared
+        return Clip(
+            frames=frames,
+            holes=holes,
+            prompt=int(rng.random() < self.proportion_empty_prompts),
+            noise_seed=int(rng.integers(2**63)),
+            video=video.name,
+            paths=tuple(video.frames[i] for i in window),
+            conditioning_frames=shown,
+        )
+
+    def resize(self, source, crop):
+        """(nframes, resolution, resolution, 3) uint8 of whole frames."""
+        # Written in place: fresh memory for every frame, and its page faults, would cost as much as the resizing.
+        frames = np.empty((self.nframes, self.resolution, self.resolution, 3), np.uint8)
+        for image, frame in zip(source, frames, strict=True):
+            crop.resize(image, out=frame)
+        return frames
 
     def empty_some(self, holes, epoch, index):
         """The holes (f, h, w), in a share of the clips without those of a few frames, evenly spread.
@@ -192,6 +243,12 @@ class Crop:
         # Bilinear. When shrinking, cv2's bilinear would skip source pixels; areas are averaged then, as PIL does.
         method = cv2.INTER_LINEAR if self.resolution >= self.side else cv2.INTER_AREA
         cv2.resize(square, (self.resolution, self.resolution), dst=out, interpolation=method)
+
+    def resize_hole(self, hole):
+        """(height, width) to (resolution, resolution), nearest."""
+        x, y = self.corner
+        square = hole[y : y + self.side, x : x + self.side]
+        return cv2.resize(square, (self.resolution, self.resolution), interpolation=cv2.INTER_NEAREST_EXACT)
 
     def map_points(self, points):
         """Source pixel coordinates to the crop's; a pixel's centre is at its integer coordinates."""
