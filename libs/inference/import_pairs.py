@@ -64,7 +64,7 @@ def find_rose(source):
 def find_vor(source):
     """FG_BG/REAL_ENV105_00001_001_03.mp4, the same in BG and, white = object, in MASK, as the archives are unpacked.
 
-    https://huggingface.co/datasets/FudanCVL/EffectErase_VOR; its VOR-Eval is for evaluation and left out.
+    https://huggingface.co/datasets/FudanCVL/EffectErase; its VOR-Eval is for evaluation and left out.
     """
     found = {}
     for name in ("FG_BG", "BG", "MASK"):
@@ -125,7 +125,7 @@ def unpack(pair, target):
 
 
 def write_frame(path, frame):
-    """(h, w, 3) uint8 RGB. The videos have lost more than the JPEG does, and PNGs would take seven times the space."""
+    """(h, w, 3) uint8 RGB. The videos have lost more than the JPEG will, and PNGs would take several times the space."""
     path.with_suffix(".jpg").write_bytes(cv2.imencode(".jpg", frame[..., ::-1], JPEG)[1])
 
 
