@@ -38,7 +38,7 @@ class PairedVideo(Video):
 
     @property
     def folders(self):
-        return tuple(self.folder / name for name in FOLDERS)
+        return (self.folder, *(self.folder / name for name in FOLDERS))
 
     @property
     def files(self):

@@ -24,6 +24,7 @@ from dataset.loader import TrainingClips
 from dataset.pairs import scan_pairs
 from libs.inference import import_pairs
 from libs.training.config import parse_args
+from libs.training.validation_loss import FIXED_EPOCH, ValidationLoss
 from train_DiffuEraser_stage1 import Stage1
 
 LENGTH, HEIGHT, WIDTH = 12, 64, 96
@@ -169,7 +170,7 @@ def test_a_broken_pair_is_named(pairs, videos):
     """The pair that was drawn, not the video in whose place it stood."""
     for folder in ("a", "b"):
         for path in (pairs / folder / "with").iterdir():
-            path.write_bytes(path.read_bytes()[:40])
+            path.write_bytes(path.read_bytes()[:-20])
     dataset = FinetuneDataset(beside(videos, pairs, paired_share=0.5))
     clips = TrainingClips(dataset)
     index = next(i for i in range(44) if dataset.source(i, 0)[0].name == "a")
@@ -192,6 +193,17 @@ def test_validation_videos_never_enter(pairs, videos, folder):
     assert [video.name for video in dataset.validation_videos] == ["a"]
     alone = FinetuneDataset(settings(pairs, validation_image=[str(pairs / folder)]))
     assert [video.name for video in alone.videos] == ["b"]
+
+
+def test_the_held_out_loss_is_not_of_pairs(pairs, videos, tmp_path):
+    validation = [str(videos / "DAVIS/JPEGImages/480p/buoy")]
+    dataset = FinetuneDataset(beside(videos, pairs, paired_share=1.0, validation_image=validation))
+    config = SimpleNamespace(
+        output_dir=tmp_path, logging_dir="logs", validation_image=validation, validation_steps=1, nframes=5,
+        probe_clips=4,
+    )  # fmt: skip
+    fixed = ValidationLoss(config, None, dataset, None).dataset
+    assert fixed.clip(0, FIXED_EPOCH).video == "buoy" and dataset.clip(0, FIXED_EPOCH).video in "ab"
 
 
 def remove(path):
@@ -297,82 +309,57 @@ def test_launched_on_pairs_alone(flags, pairs, tmp_path):
 
 
 def test_the_table_names_the_pairs(train, pairs, capsys):
-    train(1, paired_root=pairs, scan_data=True, check_only=True)
+    with pytest.raises(SystemExit) as stop:
+        train(1, paired_root=pairs, scan_data=True, check_only=True)
+    assert stop.value.code == 0
     assert "44 clips an epoch, 30% of them of 2 pairs, 24 frames" in capsys.readouterr().out
 
 
 # Published layouts, drawn by the tests: what each file holds is said in libs/inference/import_pairs.py.
 
 
-def write_mp4s(shown, without, mask, times=slice(None), **paths):
-    """with, without and mask (grey) as lossless mp4s at those paths."""
-    for name, frames in (("shown", shown), ("without", without), ("mask", np.stack([mask] * 3, axis=-1))):
-        paths[name].parent.mkdir(parents=True, exist_ok=True)
-        encode(paths[name], frames[times], pixels="yuv444p")
+def write_mp4s(shown, without, mask, grey, times=slice(None)):
+    """A drawn pair as lossless mp4s at three paths, with `grey` (12, 64, 96) as its mask."""
+    frames = (*drawn_pair()[:2], np.stack([grey] * 3, axis=-1))
+    for path, pictures in zip((shown, without, mask), frames, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encode(path, pictures[times], pixels="yuv444p")
+
+
+MASKS = drawn_pair()[2] > 0
+WHITE = np.where(MASKS, 255, 0).astype(np.uint8)
 
 
 def rose(root):
-    shown, without, masks = drawn_pair()
     for scene in ("Env1", "Env12"):
-        name = "CineCameraSequence_7.mp4"
-        write_mp4s(
-            shown,
-            without,
-            masks * 255,
-            shown=root / scene / f"{scene}_Unedited" / name,
-            without=root / scene / f"{scene}_Edited" / name,
-            mask=root / scene / f"{scene}_Masked" / name,
-        )
+        write_mp4s(*(root / f"{scene}/{scene}_{kind}/Seq_7.mp4" for kind in ("Unedited", "Edited", "Masked")), WHITE)
     bench = root / "Benchmark/shadow"  # for evaluation
-    write_mp4s(
-        shown,
-        without,
-        masks * 255,
-        shown=bench / "Unedited/example-1.mp4",
-        without=bench / "Edited/example-1.mp4",
-        mask=bench / "Masked/example-1.mp4",
-    )
-    return ["Env12_CineCameraSequence_7", "Env1_CineCameraSequence_7"]
+    write_mp4s(*(bench / f"{kind}/example-1.mp4" for kind in ("Unedited", "Edited", "Masked")), WHITE)
+    return ["Env12_Seq_7", "Env1_Seq_7"]
 
 
 def vor(root):
-    shown, without, masks = drawn_pair()
-    for split in ("Train", "Eval"):
-        train, name = root / f"VOR-{split}", "REAL_ENV105_00001_001_03.mp4"
-        mask = root / "VOR-Train-MASK/MASK" if split == "Train" else train / "MASK"
-        write_mp4s(
-            shown, without, masks * 255, shown=train / "FG_BG" / name, without=train / "BG" / name, mask=mask / name
-        )
+    train = [root / "VOR-Train/FG_BG", root / "VOR-Train/BG", root / "VOR-Train-MASK/MASK"]
+    evaluation = [root / "VOR-Eval" / name for name in ("FG_BG", "BG", "MASK")]
+    for folders, name in ((train, "REAL_ENV105_00001_001_03"), (evaluation, "BLENDER_1")):
+        write_mp4s(*(folder / f"{name}.mp4" for folder in folders), WHITE)
     return ["REAL_ENV105_00001_001_03"]
 
 
 def gen_omnimatte(root):
-    shown, without, masks = drawn_pair()
-    trimask = np.where(masks > 0, 0, 128).astype(np.uint8)
+    trimask = np.where(MASKS, 0, 128).astype(np.uint8)
     trimask[:, :8, :8] = 255  # an object that stays
-    folder = root / "kubric/000003"
-    write_mp4s(
-        shown,
-        without,
-        trimask,
-        shown=folder / "rgb_full.mp4",
-        without=folder / "rgb_removed.mp4",
-        mask=folder / "mask.mp4",
-    )
+    write_mp4s(*(root / f"kubric/000003/{name}.mp4" for name in ("rgb_full", "rgb_removed", "mask")), trimask)
     return ["kubric_000003"]
 
 
 def void(root):
-    shown, without, masks = drawn_pair()
-    quadmask = np.where(masks > 0, 0, 255).astype(np.uint8)
+    quadmask = np.where(MASKS, 0, 255).astype(np.uint8)
     quadmask[:, 24:32, 40:56] = 63  # the object, where something else changes too
     quadmask[:, 40:48, 40:56] = 127  # such a change elsewhere
-    for name, removed in (("seq", "rgb_removed.mp4"), ("00000", "rgb_altered_physics.mp4")):
-        folder = root / name
-        write_mp4s(
-            shown, without, quadmask, shown=folder / "rgb_full.mp4", without=folder / removed, mask=folder / "mask.mp4"
-        )
-        (folder / "metadata.json").write_text("{}")
+    for folder, removed in (("seq", "rgb_removed"), ("00000", "rgb_altered_physics")):
+        write_mp4s(*(root / f"{folder}/{name}.mp4" for name in ("rgb_full", removed, "mask")), quadmask)
+        (root / folder / "metadata.json").write_text("{}")
     return ["00000", "seq"]
 
 
@@ -380,7 +367,7 @@ def void(root):
 def test_a_published_layout_is_unpacked(tmp_path, capsys, layout):
     names = layout(tmp_path / "source")
     import_pairs.main([str(tmp_path / "source"), str(tmp_path / "pairs")])
-    assert f"{len(names)} pairs in {tmp_path}/pairs, 0 left out" in capsys.readouterr().out
+    assert f"{len(names)} of {len(names)} pairs are in {tmp_path}/pairs: train with" in capsys.readouterr().out
     found = scan_pairs(tmp_path / "pairs")
     assert sorted(video.name for video in found) == sorted(names)
     shown, without, masks = drawn_pair()
@@ -394,32 +381,23 @@ def test_a_published_layout_is_unpacked(tmp_path, capsys, layout):
 
 
 def test_nothing_is_overwritten_and_what_is_no_pair_is_named(tmp_path, capsys):
-    shown, without, masks = drawn_pair()
     source, target = tmp_path / "source", tmp_path / "pairs"
     rose(source)
-    scene = source / "Env1"
-    for name, times, mask in (("short", slice(5), masks * 255), ("holeless", slice(None), masks * 0)):
-        write_mp4s(
-            shown,
-            without,
-            mask,
-            times,
-            shown=scene / f"Env1_Unedited/{name}.mp4",
-            without=scene / f"Env1_Edited/{name}.mp4",
-            mask=scene / f"Env1_Masked/{name}.mp4",
-        )
-    encode(scene / "Env1_Edited/short.mp4", without, pixels="yuv444p")
-    (scene / "Env1_Masked/CineCameraSequence_7.mp4").unlink()
+    folders = [source / f"Env1/Env1_{kind}" for kind in ("Unedited", "Edited", "Masked")]
+    write_mp4s(*(folder / "holeless.mp4" for folder in folders), WHITE * 0)
+    write_mp4s(*(folder / "short.mp4" for folder in folders), WHITE, times=slice(5))
+    shutil.copy(folders[1] / "holeless.mp4", folders[1] / "short.mp4")
+    (folders[2] / "Seq_7.mp4").unlink()
     (target / ".Env1_short.partial").mkdir(parents=True)
-    (target / "Env12_CineCameraSequence_7").mkdir()
+    (target / "Env12_Seq_7").mkdir()
     import_pairs.main([str(source), str(target)])
     output = capsys.readouterr()
-    assert "is there already" in output.out and "1 pairs in" in output.out and "3 left out" in output.out
-    assert "left out: Env1_CineCameraSequence_7: " in output.err and "does not exist" in output.err
+    assert "Env12_Seq_7  is there already" in output.out and "1 of 4 pairs are in" in output.out
+    assert re.search(r"left out: Env1_Seq_7: .*Masked/Seq_7.mp4 does not exist", output.err)
     assert re.search(r"Env1_short: .* has 5 frames of 96x64, .* has 12 frames of 96x64", output.err)
     assert "holeless.mp4 has no hole in any frame" in output.err
-    assert not list((target / "Env12_CineCameraSequence_7").iterdir())
-    assert [path.name for path in target.iterdir() if not path.name.startswith(".")] == ["Env12_CineCameraSequence_7"]
+    assert not list((target / "Env12_Seq_7").iterdir())
+    assert [path.name for path in target.iterdir() if not path.name.startswith(".")] == ["Env12_Seq_7"]
 
 
 def test_a_folder_of_no_known_layout(tmp_path, capsys):

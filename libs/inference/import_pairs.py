@@ -125,7 +125,7 @@ def unpack(pair, target):
 
 
 def write_frame(path, frame):
-    """(h, w, 3) uint8 RGB. The videos have lost more than the JPEG will, and PNGs would take several times the space."""
+    """(h, w, 3) uint8 RGB. The videos have lost more already, and PNGs would take several times the space."""
     path.with_suffix(".jpg").write_bytes(cv2.imencode(".jpg", frame[..., ::-1], JPEG)[1])
 
 
@@ -170,7 +170,7 @@ def import_pairs(pairs, target):
         print(f"{number}/{len(pairs)}  {pair.name}  {said}", flush=True)
     if left_out == len(pairs):
         raise InputError(f"none of {len(pairs)} pairs could be unpacked: see the lines above")
-    print(f"{len(pairs) - left_out} pairs in {target}, {left_out} left out: PAIRED_ROOT={target}")
+    print(f"{len(pairs) - left_out} of {len(pairs)} pairs are in {target}: train with PAIRED_ROOT={target}")
 
 
 if __name__ == "__main__":
