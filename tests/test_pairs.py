@@ -1,11 +1,8 @@
 """Pairs of videos with and without an object: samples, what is refused, and published layouts unpacked."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from clips import encode, write_frames
-from conftest import REPOSITORY, error_line
+from conftest import error_line
 from PIL import Image
 
 from common.errors import InputError
@@ -297,15 +294,11 @@ def test_a_run_with_pairs_resumes(train, pairs, videos, tmp_path, capsys):
     assert "videos, by a hash of names and lengths" in error_line(capsys, train, 1, **again)
 
 
-def test_launched_on_pairs_alone(flags, pairs, tmp_path):
-    """As the shell scripts start it, after a table that names the pairs."""
-    given = flags(1, paired_root=pairs, davis_root="", ytvos_root="", max_train_steps=1)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "train_DiffuEraser_stage1.py"]
-    run = subprocess.run([*command, *given], cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ})
-    assert run.returncode == 0, run.stderr
-    assert "step 1/1  loss" in run.stdout
+def test_a_run_on_pairs_alone(train, pairs, tmp_path, capsys):
+    train(1, paired_root=pairs, davis_root="", ytvos_root="", max_train_steps=1)
+    assert sorted(losses(capsys.readouterr().out)) == [1]
     assert json.loads((tmp_path / "run/checkpoint-1/trainer_state.json").read_text())["settings"]["paired_share"] == 1
+    assert "- data: pairs\n" in (tmp_path / "run/README.md").read_text()
 
 
 def test_the_table_names_the_pairs(train, pairs, capsys):

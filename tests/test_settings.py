@@ -124,7 +124,7 @@ def test_what_machines_may_differ_in():
 
 
 class Dataset(list):
-    videos = []
+    videos, pairs = [], []
 
 
 def described(stage=1, **changes):
@@ -143,7 +143,7 @@ def test_a_checkpoint_s_settings_keep_their_names(stage):
         "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "max_train_steps",
         "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "mixed_precision",
         "gradient_checkpointing", "compile", "cuda_graph", "proportion_empty_prompts", "use_8bit_adam",
-        "prompt", "known_frames",  # since 2026-11-26
+        "prompt", "known_frames", "paired_share",  # since 2026-11-26
     }  # fmt: skip
 
 
