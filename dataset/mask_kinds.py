@@ -138,7 +138,7 @@ def parse_mix(text):
     for part in text.split(","):
         kind, _, share = part.strip().partition("=")
         if kind not in KINDS:
-            raise ValueError(f"{kind!r} is no kind of hole: {', '.join(KINDS)} are")
+            raise ValueError(f"kinds of holes were needed, not {kind!r}: {', '.join(KINDS)}")
         try:
             mix[kind] = mix.get(kind, 0) + float(share)
         except ValueError:

@@ -125,7 +125,7 @@ def test_what_machines_may_differ_in():
 
 
 class Dataset(list):
-    videos = []
+    videos, pairs, holes = [], [], SimpleNamespace(sources=list)
 
 
 def described(stage=1, **changes):
@@ -145,7 +145,7 @@ def test_a_checkpoint_s_settings_keep_their_names(stage):
         "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "mixed_precision",
         "gradient_checkpointing", "compile", "cuda_graph", "proportion_empty_prompts", "use_8bit_adam",
         "prompt", "known_frames", "random_crop", "frame_stride", "loss_weights", "loss_rim", "ema_decay",
-        "mask_mix", "mask_growth", "mask_border", "paste",  # since 2026-11-26
+        "mask_mix", "mask_growth", "mask_border", "paste", "paired_share",  # since 2026-11-26
     }  # fmt: skip
 
 

@@ -37,7 +37,8 @@ def write_model_card(folder, stage, step, run_dir, weights="", measured=True):
     for start in read_starts(run_dir)[-1:]:
         settings, names = start["settings"], start.get("model_card", ())  # runs before 2026-11-26 name none
         # Names only: the folders they are in are nobody else's business.
-        roots = ", ".join(Path(settings[root]).name for root in ("davis_root", "ytvos_root") if settings[root])
+        roots = ("davis_root", "ytvos_root", "paired_root")  # the last is newer than some runs
+        roots = ", ".join(Path(settings[root]).name for root in roots if settings.get(root))
         lines += ["", "## Settings", "", f"- data: {roots}"]
         lines += [f"- {name}: {settings[name]}" for name in names if settings[name] is not None]
         scores = score_lines(Path(run_dir, settings["logging_dir"]), str(step))

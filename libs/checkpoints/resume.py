@@ -53,7 +53,8 @@ def describe_run(args, stage, opened, dataset, policy):
 
 def hash_of_videos(dataset):
     """Of names and lengths in their order, which say what clip an index stands for; not of where they lie."""
-    lines = [f"{video.folder.name} {len(video.frames)}" for video in dataset.videos] + dataset.holes.sources()
+    lines = [f"{video.folder.name} {len(video.frames)}" for video in dataset.videos + dataset.pairs]
+    lines += dataset.holes.sources()
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:12]
 
 

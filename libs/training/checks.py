@@ -17,8 +17,9 @@ from common.run_files import CONFIG_FILE, RUN_FILES, read_starts
 from common.weights import read_shapes, require_utf8
 from dataset.crop import sides
 from dataset.finetune_dataset import FinetuneDataset, frames_spanned
-from dataset.folders import scan_frames
+from dataset.folders import list_videos, scan_frames
 from dataset.images import image_size, list_frames, pair_by_name
+from dataset.pairs import scan_pairs
 from libs.base_model import BaseModel
 from libs.checkpoints.checkpoint import BEST_FILE, TrainerState, find_latest, list_checkpoints
 from libs.checkpoints.convert import refuse_source_weights
@@ -191,11 +192,16 @@ def open_dataset(args):
         # Every process finds the same; the machine's cores are shared out, and one of them writes it down.
         processes = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         first = int(os.environ.get("RANK", 0)) == 0
-        broken = scan_frames(args, Path(args.output_dir, "scan.json"), processes, remember=first)
+        everything = list_videos(args) + (scan_pairs(args.paired_root) if args.paired_root else [])
+        broken = scan_frames(everything, Path(args.output_dir, "scan.json"), processes, remember=first)
     dataset = FinetuneDataset(args, broken=broken)
     videos = set(dataset.videos)
     frames = sum(len(video.frames) for video in videos)
-    found = f"{len(videos)} videos, {frames} frames, {len(dataset)} clips an epoch"
+    what = "pairs" if args.paired_root and not dataset.pairs else "videos"
+    found = f"{len(videos)} {what}, {frames} frames, {len(dataset)} clips an epoch"
+    if dataset.pairs:
+        frames = sum(len(video.frames) for video in dataset.pairs)
+        found += f", {dataset.paired_share:.0%} of them of {len(dataset.pairs)} pairs, {frames} frames"
     for count, reason in (
         (len(dataset.too_short), f"shorter than {dataset.span} frames"),
         (len(dataset.validation_videos), "used for validation"),

@@ -27,6 +27,7 @@ from dataset.crop import RESOLUTION_HELP, multiples_of_8, resolution
 from dataset.finetune_dataset import PROMPT
 from dataset.images import pair_by_name
 from dataset.mask_kinds import GUIDES_MIX, MIX_HELP, NO_GROWTH, parse_growth, parse_mix
+from dataset.pairs import settle_paired_share
 from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, mask_span, split_mask_span
 from libs.checkpoints.resume import BATCH, CONTENT, LOGGED, OPTIMIZER, REFUSED, ResumePolicy
 from libs.training.loss_weights import loss_weights
@@ -84,6 +85,12 @@ class TrainConfig:
     ytvos_root: str = setting(
         "dataset/YTBV", "YouTube-VOS's root; '' leaves it out", metavar="DIR",
         variable="YTVOS_ROOT", may_be_empty=True, on_change=CONTENT, per_machine=True)
+    paired_root: str | None = setting(
+        None, "pairs: per video with/, without/ and masks/, with an object, without it, and where it is", metavar="DIR",
+        variable="PAIRED_ROOT", on_change=CONTENT, per_machine=True)
+    paired_share: float | None = setting(
+        None, "share of the clips that come from pairs", metavar="P", check=share, variable="PAIRED_SHARE",
+        default_text="0.3 with --paired_root, 1 where it is the only data", on_change=LOGGED, on_card=True)
     resolution: int | str = setting(
         512, RESOLUTION_HELP, metavar="PX|WxH", parse=resolution, check=multiples_of_8,
         variable="RESOLUTION", on_change=REFUSED, on_card=True, sets_clips=True)
@@ -326,6 +333,7 @@ def parse_args(stage, argv=None):
     config = CONFIGS[stage.number](**vars(build_parser(stage).parse_args(argv)))
     split_mask_span(config)
     check_settings(config)
+    settle_paired_share(config)
     check_validation(config)
     return config
 

@@ -38,6 +38,7 @@ def what_must_agree(config, found):
         **{f"the {name}'s fingerprint": fingerprint(paths) for name, paths in files.items()},
         "the list of validation videos": found.state.settings["validation_image"],
         "the number of clips an epoch": len(found.dataset),
+        "the number of pairs": len(found.dataset.pairs),
         "the checkpoint to resume from": found.checkpoint.name if found.checkpoint else "none",
     }
 

@@ -37,8 +37,9 @@ class ValidationLoss:
         self.accelerator, self.base = accelerator, base
         self.file = Path(config.output_dir, config.logging_dir, HELD_OUT_FILE)
         videos = [scan_video(Path(folder)) for folder in config.validation_image] if config.validation_steps else []
-        self.dataset = copy(dataset)  # its crops and masks, of other videos
+        self.dataset = copy(dataset)  # its crops and masks, of other videos, and no pairs
         self.dataset.videos = [video for video in videos if len(video.frames) >= dataset.span]
+        self.dataset.pairs = []
         self.clips = config.probe_clips if self.dataset.videos else 0
         self.step = self.value = None  # where it was measured last, and what was found
 
