@@ -43,8 +43,9 @@ def paired_interval(differences, level=LEVEL):
     """(low, high) that hold the true mean difference in a share `level` of all experiments; nan for under two videos.
 
     The t interval of a mean over two crossed samples: the variances of videos, seeds and the rest are told apart by a
-    two-way analysis of variance, and their sum has Satterthwaite's degrees of freedom (https://doi.org/10.2307/3002019). With
-    one seed it is the paired t interval over videos, which says nothing about other seeds.
+    two-way analysis of variance, and their sum has Satterthwaite's degrees of freedom
+    (https://doi.org/10.2307/3002019). With one seed it is the paired t interval over videos, which says nothing about
+    other seeds.
 
     A percentile bootstrap holds the truth too seldom, as three seeds are too few to resample. Of simulated differences
     of 24 videos and three seeds (spread of videos 0.4, of seeds 0.05, 0.1 and 0.2, of the rest 0.3), this interval held
