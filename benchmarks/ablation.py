@@ -16,6 +16,7 @@ part turns the result, not how far.
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import queue
@@ -110,6 +111,26 @@ class Lab:
             "--probe_clips=0", "--dataloader_num_workers=2", "--report_to=none", *flags,
         ]  # fmt: skip
 
+    def finetuning(self, arm, seed):
+        """The command that goes on from the start, with an arm's flags."""
+        models = [f"--pretrained_stage1_path={self.start}"]
+        if self.stage == 2:
+            adapter = self.weights / "animatediff-motion-adapter-v1-5-2"  # whose modules do nothing at first
+            models = [f"--pretrained_stage1={self.start}", f"--motion_adapter_path={adapter}"]
+        every = max(1, self.steps // CHECKPOINTS) if arm == "guide" else self.steps
+        saved = [f"--checkpointing_steps={every}", f"--checkpoints_total_limit={AVERAGED}"]
+        flags = [f"--seed={seed}", *models, *saved, *ARMS[self.stage][arm]]
+        clips, rate = self.size[self.stage]["clips"], self.size["rates"][1]
+        return self.training(self.stage, self.folder(arm, seed), clips, rate, self.steps, flags)
+
+    def averaging(self, seed):
+        """The command that averages the checkpoints of the guide's recipe."""
+        source = self.folder("guide", seed)
+        require(finished(source), f"averaging takes {source}'s checkpoints: train guide with seed {seed} first")
+        output_dir = self.folder("averaging", seed)
+        return [sys.executable, "save_checkpoint_stage1.py", f"--input_dir={source}", f"--output_dir={output_dir}",
+                f"--average={AVERAGED}"]  # fmt: skip
+
 
 def finished(folder):
     """The trainer and the converter write both models, or none, when all is done."""
@@ -161,35 +182,23 @@ def start(lab):
 def train(lab):
     """Every arm with every seed; the averaged ones at last, from the guide's checkpoints."""
     require(finished(lab.start), f"{lab.start} is not trained to its end: run the step `start` first")
-    jobs = {}
-    for arm, seed in lab.pairs:
-        flags, name = ARMS[lab.stage][arm], f"{arm}-{seed}"
-        refuse_change(lab.runs / f"{name}.json", {"steps": lab.steps, "flags": flags})
-        if flags is not None and not finished(lab.folder(arm, seed)):
-            every = max(1, lab.steps // CHECKPOINTS) if arm == "guide" else 100000
-            checkpoints = [f"--checkpointing_steps={every}", f"--checkpoints_total_limit={AVERAGED}"]
-            models = [f"--pretrained_stage1_path={lab.start}"]
-            if lab.stage == 2:
-                adapter = lab.weights / "animatediff-motion-adapter-v1-5-2"
-                models = [f"--pretrained_stage1={lab.start}", f"--motion_adapter_path={adapter}"]
-            clips, rate = lab.size[lab.stage]["clips"], lab.size["rates"][1]
-            flags = [f"--seed={seed}", *models, *checkpoints, *flags]
-            jobs[name] = lab.training(lab.stage, lab.folder(arm, seed), clips, rate, lab.steps, flags)
-    run_jobs(lab, jobs, lambda name: finished(lab.runs / name))
-    jobs = {}
-    for arm, seed in lab.pairs:
-        source, folder = lab.folder("guide", seed), lab.folder(arm, seed)
-        if arm == "averaging" and not finished(folder):
-            require(finished(source), f"averaging takes {source}'s checkpoints: train guide with seed {seed} first")
-            jobs[folder.name] = [sys.executable, "save_checkpoint_stage1.py", f"--input_dir={source}",
-                                 f"--output_dir={folder}", f"--average={AVERAGED}"]  # fmt: skip
-    run_jobs(lab, jobs, lambda name: finished(lab.runs / name))
+    for averaged in (False, True):
+        jobs = {}
+        for arm, seed in lab.pairs:
+            folder = lab.folder(arm, seed)
+            if (arm == "averaging") == averaged and arm != "stage1":
+                settings = {"steps": lab.steps, "flags": ARMS[lab.stage][arm]}
+                refuse_change(folder.with_name(f"{folder.name}.json"), settings)
+                if not finished(folder):
+                    jobs[folder.name] = lab.averaging(seed) if averaged else lab.finetuning(arm, seed)
+        run_jobs(lab, jobs, lambda name: finished(lab.runs / name))
 
 
 def score(lab):
     """A CSV file of every arm and seed, each in a process of its own."""
     jobs = {}
     for arm, seed in lab.pairs:
+        refuse_change(lab.runs / f"{arm}-{seed}.csv.json", {"frames": lab.options.frames})
         if not lab.scores(arm, seed).is_file():
             require(finished(lab.folder(arm, seed)), f"{arm} with seed {seed} is not trained yet: run `train` first")
             options = lab.options
@@ -216,20 +225,19 @@ def score_one(lab):
         for case in make_cases(task, davis, videos, f"{side * 7 // 4 // 8 * 8}x{side}", lab.options.frames):
             filled = pipeline.fill(case.shown, case.holes, prompt_embeds, seed)
             rows.append({"arm": arm, "seed": seed, "task": task, "video": case.video, **case.score(filled)})
-    lab.runs.mkdir(parents=True, exist_ok=True)
     with written_whole(lab.scores(arm, seed)) as partial:
         write_rows(partial, rows)
 
 
 def table(lab):
-    """Print and write what each arm changes; of the arms and seeds that are scored."""
+    """Print and write what each arm changes; of all arms that are scored with these seeds."""
     values = defaultdict(dict)  # {(arm, task, score): {(video, seed): value}}
-    for arm, seed in lab.pairs:
+    first, *others = ARMS[lab.stage]
+    for arm, seed in itertools.product(ARMS[lab.stage], lab.options.seeds):
         path = lab.scores(arm, seed)
         for row in csv.DictReader(path.read_text().splitlines()) if path.is_file() else ():
             for name in SCORES:
                 values[arm, row["task"], name][row["video"], seed] = float(row[name])
-    first, *others = (arm for arm in ARMS[lab.stage] if any(arm == key[0] for key in values))
     rows = compare_arms(values, first, others)
     require(rows, f"no arm is scored with the same seed as {first}: run `train score` with both first")
     write_rows(lab.root / f"table-stage{lab.stage}.csv", rows)
