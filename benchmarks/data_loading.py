@@ -9,15 +9,14 @@ import argparse
 import json
 import statistics
 import time
-from types import SimpleNamespace
 
+from dataset.crop import RESOLUTION_HELP, resolution
 from dataset.finetune_dataset import FinetuneDataset
 
 
-def measure(davis_root, ytvos_root, nframes, resolution, clips):
-    args = SimpleNamespace(davis_root=davis_root, ytvos_root=ytvos_root, nframes=nframes, resolution=resolution)
-    start = time.perf_counter()
-    dataset = FinetuneDataset(args)
+def measure(options):
+    start, clips = time.perf_counter(), options.clips
+    dataset = FinetuneDataset(options)
     scan = time.perf_counter() - start
     seconds = []
     for i in range(clips):
@@ -25,8 +24,8 @@ def measure(davis_root, ytvos_root, nframes, resolution, clips):
         dataset.clip(i * len(dataset) // clips, 0)
         seconds.append(time.perf_counter() - start)
     return {
-        "nframes": nframes,
-        "resolution": resolution,
+        "nframes": options.nframes,
+        "resolution": options.resolution,
         "clips": clips,
         "median_s": round(statistics.median(seconds), 4),
         "max_s": round(max(seconds), 4),
@@ -38,8 +37,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--davis_root", default="dataset/DAVIS")
     parser.add_argument("--ytvos_root", default="dataset/YTBV")
-    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--resolution", type=resolution, default=512, help=RESOLUTION_HELP)
     parser.add_argument("--clips", type=int, default=40)
     options = parser.parse_args()
     for nframes in (10, 22):
-        print(json.dumps(measure(options.davis_root, options.ytvos_root, nframes, options.resolution, options.clips)))
+        options.nframes = nframes
+        print(json.dumps(measure(options)))

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from common.distributed import DTYPES
+from dataset.crop import RESOLUTION_HELP, resolution, sides
 from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
 from libs.inpainter import INPAINTERS
@@ -75,14 +76,14 @@ def make_vae(dtype, nframes):
     return FrozenVAE(torch.nn.Module.to(vae, dtype), nframes)
 
 
-def make_batch(nframes, size):
+def make_batch(nframes, width, height):
     batch = {
-        "frames": torch.randint(0, 256, (1, nframes, size, size, 3), dtype=torch.uint8, device="cuda"),
-        "holes": torch.zeros((1, nframes, size, size), dtype=torch.uint8, device="cuda"),
+        "frames": torch.randint(0, 256, (1, nframes, height, width, 3), dtype=torch.uint8, device="cuda"),
+        "holes": torch.zeros((1, nframes, height, width), dtype=torch.uint8, device="cuda"),
         "prompts": [0],
         "noise_seeds": [0],
     }
-    batch["holes"][:, :, size // 4 : size // 2, size // 4 : size // 2] = 255
+    batch["holes"][:, :, height // 4 : height // 2, width // 4 : width // 2] = 255
     return batch
 
 
@@ -95,7 +96,7 @@ class Step:
         self.accelerator = accelerator = Accelerator(mixed_precision=flags.mixed_precision)
         dtype = DTYPES[flags.mixed_precision]
         vae, model = make_vae(dtype, self.nframes), make_model(stage, dtype)
-        self.batch = make_batch(self.nframes, flags.resolution)
+        self.batch = make_batch(self.nframes, *sides(flags.resolution))
         if flags.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if flags.compile:
@@ -179,7 +180,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2), default=(1, 2))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=tuple(VARIANTS))
-    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--resolution", type=resolution, default=512, help=RESOLUTION_HELP)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="fp16")
     parser.add_argument("--learning_rate", type=float, default=5e-6)
     parser.add_argument("--steps", type=int, default=8)

@@ -115,11 +115,6 @@ below_one = needs("a number from 0 to below 1 was needed", lambda value: 0 <= va
 seed_range = needs("a number from 0 to 4294967295 was needed", lambda value: 0 <= value < 2**32)
 
 
-def multiple_of_8(value):
-    nearest = max(8, round(value / 8) * 8)
-    return one_or_more(value) or (f"a multiple of 8 was needed; use {nearest}" if value % 8 else None)
-
-
 def python_list(text):
     """'["a", "b"]' as a list of strings; 'None' or nothing as an empty list."""
     try:

@@ -57,6 +57,8 @@ def check_distributed(args):
         raise InputError("--use_8bit_adam does not go with fsdp, which shards the optimizer state: drop one of them")
     if sharded and args.compile:
         raise InputError("--compile does not go with fsdp, whose layers gather their weights: drop it (COMPILE=0)")
+    if sharded and args.ema_decay is not None:
+        raise InputError("--ema_decay does not go with fsdp, which shards the weights: drop it (EMA_DECAY=)")
     processes, machines = int(os.environ.get("WORLD_SIZE", 1)), count_machines()
     if args.cuda_graph and (sharded or processes > 1):
         raise InputError("--cuda_graph is for one process without FSDP: drop it (CUDA_GRAPH=0)")

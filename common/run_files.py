@@ -5,6 +5,9 @@ import io
 import json
 from pathlib import Path
 
+from common.files import written_whole
+
+ENCODING = {"encoding": "utf-8", "errors": "surrogateescape"}  # folders' names are any bytes
 # Numbers beside the trackers' files: the lines of the log, held-out losses, and scores of every validation video.
 RUN_FILES = HISTORY_FILE, HELD_OUT_FILE, SCORES_FILE = "history.csv", "held_out.csv", "scores.csv"
 CONTACT_SHEET = "contact_sheet.png"
@@ -42,16 +45,26 @@ def is_start(entry):
 
 
 def append_row(path, row):
-    """Add a {column: value} to a CSV file, which gets its header with the first one.
+    """Add a {column: value} to a CSV file, which gets its header with the first one; None is an empty field.
 
-    A last row without a newline, of a process that was killed or a disk that was full, is dropped.
+    A last row without a newline, of a process that was killed or a disk that was full, is dropped. A file that lacks a
+    column, of an older version, gets it, empty in the rows that it has.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.is_file() else b""
-    with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        file.truncate(content.rfind(b"\n") + 1)
-        writer = csv.DictWriter(file, row)
-        if b"\n" not in content:
+    content = content[: content.rfind(b"\n") + 1]
+    lines = csv.reader(io.StringIO(content.decode(**ENCODING)))
+    columns = next(lines, list(row))
+    added = [name for name in row if name not in columns]
+    if added:
+        columns += added
+        with written_whole(path) as partial, open(partial, "w", newline="", **ENCODING) as file:
+            csv.writer(file).writerows([columns, *(line + [""] * len(added) for line in lines)])
+    with open(path, "a", newline="", **ENCODING) as file:
+        if not added:
+            file.truncate(len(content))
+        writer = csv.DictWriter(file, columns)
+        if not content:
             writer.writeheader()
         writer.writerow(row)
 

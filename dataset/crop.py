@@ -74,7 +74,7 @@ class Crop:
         """The box of a frame (height, width, 3), or of a mask without channels, into `out` of the crop's size."""
         (x, y), (width, height) = self.corner, self.box
         # Bilinear. When shrinking, cv2's bilinear would skip source pixels; areas are averaged then, as PIL does.
-        method = cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR if self.scale.min() >= 1 else cv2.INTER_AREA
+        method = cv2.INTER_NEAREST_EXACT if nearest else cv2.INTER_LINEAR if self.scale.min() >= 1 else cv2.INTER_AREA
         cv2.resize(frame[y : y + height, x : x + width], self.size, dst=out, interpolation=method)
 
     def map_points(self, points):

@@ -1,7 +1,7 @@
-"""DAVIS-2017 and YouTube-VOS frames with synthesised masks.
+"""DAVIS-2017 and YouTube-VOS frames with synthesised masks, and pairs with masks of their own.
 
 Every sample is a function of (seed, epoch, index) alone: neither the number of loader workers nor a resumed run changes
-it. Annotations are never read.
+it. Annotations of DAVIS and YouTube-VOS are read only where holes or pasted objects are to have their shapes.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from dataset.crop import Crop
 from dataset.folders import scan_davis, scan_ytvos
 from dataset.holes import Holes
 from dataset.images import read_frames
+from dataset.pairs import PairedVideo, draw_window, read_window, scan_pairs
 
 PROMPT = "clean background"
 DAVIS_OVERSAMPLING = 10  # about 60 DAVIS videos beside 3,471 of YouTube-VOS: 15 % of an epoch instead of 2 %
@@ -47,7 +48,9 @@ class FinetuneDataset(Dataset):
         args: davis_root, ytvos_root (one of them may be None or empty), nframes, resolution (512: a square, or
             '512x288'); optional: frame_stride (1: every Nth frame of a video), random_crop (False: the centre), seed
             (42), prompt ("clean background"), proportion_empty_prompts (0), known_frames (0: share of clips with frames
-            that have no hole), validation_image (folders of frames that are left out of training), and those of Holes.
+            that have no hole), validation_image (folders of frames that are left out of training), paired_root (None)
+            and paired_share (of the clips; without davis_root and ytvos_root an epoch goes through the pairs), and
+            those of Holes.
         tokenizer: CLIP tokenizer for `input_ids`; may be None where only `clip` is used.
         broken: {folder: reason} of videos to leave out, as `scan_frames` finds them.
 
@@ -67,35 +70,51 @@ class FinetuneDataset(Dataset):
 
         davis = scan_davis(args.davis_root) if args.davis_root else []
         ytvos = scan_ytvos(args.ytvos_root) if args.ytvos_root else []
-        if not davis and not ytvos:
-            raise InputError("no dataset was given: set --davis_root, --ytvos_root or both")
-        for_validation = {Path(folder).resolve() for folder in getattr(args, "validation_image", None) or []}
-        candidates = [(video, DAVIS_OVERSAMPLING) for video in davis] + [(video, 1) for video in ytvos]
-        self.videos, self.too_short, self.validation_videos, self.left_out = [], [], [], []
-        for video, repeats in candidates:
-            if video.broken or video.folder in broken:
-                self.left_out.append(video.broken or broken[video.folder])
-            elif video.folder.resolve() in for_validation:
-                self.validation_videos.append(video)
-            elif len(video.frames) < self.span:
-                self.too_short.append(video)
-            else:
-                self.videos += [video] * repeats
-        if not self.videos:
-            raise InputError(self.why_none([video for video, _ in candidates]))
-        held_out = {folder.name for folder in for_validation}
-        self.holes = Holes(args, list(dict.fromkeys(self.videos)), held_out)
+        pairs = scan_pairs(args.paired_root) if getattr(args, "paired_root", None) else []
+        if not davis and not ytvos and not pairs:
+            raise InputError("no dataset was given: set --davis_root, --ytvos_root, --paired_root or several of them")
+        self.too_short, self.validation_videos, self.left_out = [], [], []
+        held_out = {Path(folder).resolve() for folder in getattr(args, "validation_image", None) or []}
+        beside = bool(pairs and (davis or ytvos))  # pairs alone are what an epoch goes through
+        self.pairs = self.choose(pairs, "pair", held_out, broken) if beside else []
+        self.paired_share = args.paired_share if beside else 0
+        chosen = self.choose(davis + ytvos or pairs, "video", held_out, broken)
+        oversampled = {video.folder for video in davis}
+        times = (DAVIS_OVERSAMPLING if video.folder in oversampled else 1 for video in chosen)
+        self.videos = [video for video, count in zip(chosen, times, strict=True) for _ in range(count)]
+        self.holes = Holes(args, chosen, {folder.name for folder in held_out})
 
-    def why_none(self, candidates):
+    def choose(self, videos, what, held_out, broken):
+        """Those to train on; the others are counted. Raises InputError where none is left.
+
+        Args:
+            held_out: folders, resolved.
+        """
+        chosen, too_short, validation, left_out = [], [], [], []
+        for video in videos:
+            if video.broken or video.folder in broken:
+                left_out.append(video.broken or broken[video.folder])
+            elif held_out.intersection(folder.resolve() for folder in video.folders):
+                validation.append(video)
+            else:
+                (chosen if len(video.frames) >= self.span else too_short).append(video)
+        self.too_short += too_short
+        self.validation_videos += validation
+        self.left_out += left_out
+        if not chosen:
+            raise InputError(self.why_none(what, videos, len(validation), left_out))
+        return chosen
+
+    def why_none(self, what, videos, validation, left_out):
         """Of these videos none is trained on."""
-        such_as = f" ({self.left_out[0]})" if self.left_out else ""
+        such_as = f" ({left_out[0]})" if left_out else ""
         strided = self.stride > 1
         needed = f", which {self.nframes} take at --frame_stride={self.stride}" if strided else ""
         return (
-            f"no video to train on: of {len(candidates)} videos {len(self.validation_videos)} are held out for "
-            f"validation, {len(self.left_out)} broken{such_as}, the others have fewer than {self.span} frames{needed} "
-            f"(the longest video has {max(len(video.frames) for video in candidates)}); lower --nframes "
-            f"{'or --frame_stride ' if strided else ''}or add longer videos"
+            f"no {what} to train on: of {len(videos)} {what}s {validation} are held out for validation, "
+            f"{len(left_out)} broken{such_as}, the others have fewer than {self.span} frames{needed} (the longest "
+            f"{what} has {max(len(video.frames) for video in videos)}); lower --nframes "
+            f"{'or --frame_stride ' if strided else ''}or add longer {what}s"
         )
 
     def __len__(self):
@@ -125,27 +144,13 @@ class FinetuneDataset(Dataset):
 
     def clip(self, index, epoch):
         """The sample as bytes: see Clip."""
-        rng = np.random.default_rng([self.seed, epoch, index])
-        video = self.videos[index]
-        start = rng.integers(len(video.frames) - self.span + 1)
-        paths = video.frames[start : start + self.span : self.stride]
-        if rng.random() < 0.5:
-            paths = paths[::-1]
-        source = read_frames(paths)
-        # A generator of its own: whatever else is drawn stays what it is with the centre's crop.
-        position_rng = np.random.default_rng([self.seed, epoch, index, 3]) if self.random_crop else None
-        crop = Crop.of(*source[0].shape[:2], self.resolution, position_rng)
-        # Written in place: fresh memory for every frame, and its page faults, would cost as much as the resizing.
-        width, height = crop.size
-        frames = np.empty((self.nframes, height, width, 3), np.uint8)
-        for image, frame in zip(source, frames, strict=True):
-            crop.resize(image, out=frame)
-        hole_rng = np.random.default_rng([self.seed, epoch, index, 4])
-        holes, conditioning_frames = self.holes.draw(hole_rng, rng, crop, video, paths, frames)
+        video, rng = self.source(index, epoch)
+        draw = self.draw_from_pair if isinstance(video, PairedVideo) else self.draw
+        paths, frames, holes, conditioning_frames = draw(video, rng, epoch, index)
         known = self.draw_known_frames(epoch, index)
         holes[known] = 0
         if conditioning_frames is not None:
-            conditioning_frames[known] = frames[known]
+            conditioning_frames[known] = frames[known]  # an earlier pass has cleared them
         return Clip(
             frames=frames,
             holes=holes,
@@ -155,6 +160,48 @@ class FinetuneDataset(Dataset):
             paths=tuple(paths),
             conditioning_frames=conditioning_frames,
         )
+
+    def source(self, index, epoch):
+        """(the Video or PairedVideo that a sample is of, the rng that the rest of it follows from)."""
+        rng = np.random.default_rng([self.seed, epoch, index, 5])
+        if self.pairs and rng.random() < self.paired_share:
+            return self.pairs[rng.integers(len(self.pairs))], rng
+        video = self.videos[index]
+        return video, rng if isinstance(video, PairedVideo) else np.random.default_rng([self.seed, epoch, index])
+
+    def draw(self, video, rng, epoch, index):
+        """(paths of the frames, frames (f, h, w, 3), holes (f, h, w), conditioning frames or None) of a clip."""
+        start = rng.integers(len(video.frames) - self.span + 1)
+        paths = video.frames[start : start + self.span : self.stride]
+        if rng.random() < 0.5:
+            paths = paths[::-1]
+        source = read_frames(paths)
+        crop = self.draw_crop(*source[0].shape[:2], epoch, index)
+        frames = self.resize(source, crop)
+        hole_rng = np.random.default_rng([self.seed, epoch, index, 4])
+        return paths, frames, *self.holes.draw(hole_rng, rng, crop, video, paths, frames)
+
+    def draw_from_pair(self, video, rng, epoch, index):
+        """The same of a pair: its masks are the holes, around which the frames with the object are shown."""
+        crop = self.draw_crop(*video.shape, epoch, index)
+        window, holes = draw_window(rng, video, self.span, self.stride, crop)
+        frames, shown = (self.resize(source, crop) for source in read_window(video, window))
+        hole_rng = np.random.default_rng([self.seed, epoch, index, 4])
+        return [video.frames[i] for i in window], frames, self.holes.grown(hole_rng, holes), shown
+
+    def draw_crop(self, height, width, epoch, index):
+        """The Crop of frames of that size, in their centre unless told otherwise."""
+        # A generator of its own: the window, and masks that need no redrawing, are those of the centre's crop.
+        rng = np.random.default_rng([self.seed, epoch, index, 3]) if self.random_crop else None
+        return Crop.of(height, width, self.resolution, rng)
+
+    def resize(self, source, crop):
+        """(nframes, h, w, 3) uint8 of whole frames."""
+        # Written in place: fresh memory for every frame, and its page faults, would cost as much as the resizing.
+        frames = np.empty((self.nframes, *crop.size[::-1], 3), np.uint8)
+        for image, frame in zip(source, frames, strict=True):
+            crop.resize(image, out=frame)
+        return frames
 
     def draw_known_frames(self, epoch, index):
         """Numbers of a clip's frames that have no hole: in a share of the clips a few, evenly spread.

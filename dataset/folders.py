@@ -26,6 +26,19 @@ class Video:
     def name(self):
         return self.folder.name
 
+    @property
+    def folders(self):
+        """Where its pictures lie."""
+        return (self.folder,)
+
+    @property
+    def files(self):
+        return self.frames
+
+    def read(self):
+        """Read every picture. Raises BrokenFrame."""
+        read_frames(self.frames)
+
 
 def scan_davis(root):
     """The videos that ImageSets/2017/train.txt names, in JPEGImages/480p."""
@@ -127,19 +140,18 @@ def list_videos(args):
 def find_broken(video):
     """What is wrong with a video's frames, all of which are read; None: nothing."""
     try:
-        read_frames(video.frames)
+        video.read()
     except BrokenFrame as error:
         return str(error)
     return None
 
 
-def scan_frames(args, memory, processes, remember=True):
-    """{folder: reason} of the videos with a broken frame; every frame is read, in `processes` processes.
+def scan_frames(videos, memory, processes, remember=True):
+    """{folder: reason} of those videos with a broken frame; every frame is read, in `processes` processes.
 
     What was found before is taken from the file `memory` for folders whose files keep their names, sizes and times; if
     told to `remember`, what is new is added to it.
     """
-    videos = list_videos(args)
     known = read_scan(memory) if Path(memory).is_file() else {}
     keys = {str(video.folder): listing_key(video) for video in videos}
     new = [video for video in videos if known.get(str(video.folder), [None])[0] != keys[str(video.folder)]]
@@ -175,5 +187,5 @@ def size_and_time(path):
 
 def listing_key(video):
     """A short hash of the names, sizes and times of a video's files."""
-    stats = [(path.name, *size_and_time(path)) for path in video.frames]
+    stats = [(path.name, *size_and_time(path)) for path in video.files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

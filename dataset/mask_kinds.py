@@ -13,10 +13,7 @@ import numpy as np
 
 from dataset.utils import FULL_SPAN, SUBPIXEL_BITS, random_positions, random_shape
 
-KINDS = ("blob", "box", "ellipse", "stroke", "text", "several", "object")
 GUIDES_MIX, NO_GROWTH = "blob=1", "0,0"
-MIX_HELP = f"kinds of holes, and the share of clips that has each: {', '.join(KINDS)}"
-SPANS = {"blob": FULL_SPAN, "box": (0.15, 0.7), "ellipse": (0.15, 0.7), "stroke": (0.2, 0.8)}  # of each side
 SEVERAL_SPAN = (0.1, 0.35)
 
 
@@ -35,38 +32,6 @@ class Shape:
             cv2.polylines(mask, curves, False, 255, max(1, round(self.width)), shift=SUBPIXEL_BITS)
         for curve in () if self.width else curves:  # one by one: where curves overlap, both are hole
             cv2.fillPoly(mask, [curve], 255, shift=SUBPIXEL_BITS)
-
-
-def draw_kind(rng, kind, length, height, width, leaves=False, span=None):
-    """(length, height, width) uint8, 255 = hole: one hole of a kind, at rest or moving as the guide's.
-
-    Args:
-        kind: of KINDS, but for "object", which needs annotations.
-        leaves: the hole may touch the frame's border and be up to half outside.
-        span: smallest and largest share of the frame's sides that its box takes; None: the kind's own.
-    """
-    masks = np.zeros((length, height, width), np.uint8)
-    if kind == "several":
-        for _ in range(rng.integers(2, 5)):
-            part = rng.choice(list(SPANS))
-            np.maximum(masks, draw_kind(rng, part, length, height, width, leaves, SEVERAL_SPAN), out=masks)
-        return masks
-    frame = np.array([width, height])
-    if kind == "text":
-        shape, position = text(rng, frame)
-        positions = np.tile(position, (length, 1))  # subtitles and logos rest
-    else:
-        shape = SHAPES[kind](rng, frame * rng.uniform(*(span or SPANS[kind]), size=2))
-        positions = place(rng, length, frame, shape.size, leaves)
-    for mask, position in zip(masks, positions, strict=True):
-        shape.draw(mask, position)
-    return masks
-
-
-def place(rng, length, frame, size, leaves):
-    """Top-left corners (length, 2) of a box of `size`, inside a frame or up to half outside."""
-    outside = size / 2 if leaves else np.zeros(2)
-    return random_positions(rng, length, room=np.maximum(0, frame - size) + 2 * outside) - outside
 
 
 def blob(rng, size):
@@ -94,9 +59,6 @@ def stroke(rng, size):
     return Shape([(path - low) / np.maximum(high - low, 1e-6) * (size - width) + width / 2], size, width)
 
 
-SHAPES = {"blob": blob, "box": box, "ellipse": ellipse, "stroke": stroke}
-
-
 def text(rng, frame):
     """(Shape, position): one or two lines of words as subtitles have them, or a logo in a corner."""
     if rng.random() < 0.3:
@@ -121,6 +83,46 @@ def text(rng, frame):
     return Shape(words, size), np.array([(frame[0] - length) / 2, min(top * frame[1], frame[1] - size[1])])
 
 
+# Kinds with a box: how they are drawn into it, and the smallest and largest share of the frame's sides that it takes.
+SHAPES = {"blob": (blob, FULL_SPAN), "box": (box, (0.15, 0.7)), "ellipse": (ellipse, (0.15, 0.7)),
+          "stroke": (stroke, (0.2, 0.8))}  # fmt: skip
+KINDS = (*SHAPES, "text", "several", "object")
+MIX_HELP = f"kinds of holes, and the share of clips that has each: {', '.join(KINDS)}"
+
+
+def draw_kind(rng, kind, length, height, width, leaves=False, span=None):
+    """(length, height, width) uint8, 255 = hole: one hole of a kind, at rest or moving as the guide's.
+
+    Args:
+        kind: of KINDS, but for "object", which needs annotations.
+        leaves: the hole may touch the frame's border and be up to half outside.
+        span: smallest and largest share of the frame's sides that its box takes; None: the kind's own.
+    """
+    masks = np.zeros((length, height, width), np.uint8)
+    if kind == "several":
+        for _ in range(rng.integers(2, 5)):
+            part = rng.choice(list(SHAPES))
+            np.maximum(masks, draw_kind(rng, part, length, height, width, leaves, SEVERAL_SPAN), out=masks)
+        return masks
+    frame = np.array([width, height])
+    if kind == "text":
+        shape, position = text(rng, frame)
+        positions = np.tile(position, (length, 1))  # subtitles and logos rest
+    else:
+        draw_shape, own_span = SHAPES[kind]
+        shape = draw_shape(rng, frame * rng.uniform(*(span or own_span), size=2))
+        positions = place(rng, length, frame, shape.size, leaves)
+    for mask, position in zip(masks, positions, strict=True):
+        shape.draw(mask, position)
+    return masks
+
+
+def place(rng, length, frame, size, leaves):
+    """Top-left corners (length, 2) of a box of `size`, inside a frame or up to half outside."""
+    outside = size / 2 if leaves else np.zeros(2)
+    return random_positions(rng, length, room=np.maximum(0, frame - size) + 2 * outside) - outside
+
+
 def grow(masks, pixels):
     """Masks (f, h, w) dilated by a square of `pixels` to each side, or eroded where that is negative."""
     if not pixels:
@@ -136,7 +138,7 @@ def parse_mix(text):
     for part in text.split(","):
         kind, _, share = part.strip().partition("=")
         if kind not in KINDS:
-            raise ValueError(f"{kind!r} is no kind of hole: {', '.join(KINDS)} are")
+            raise ValueError(f"kinds of holes were needed, not {kind!r}: {', '.join(KINDS)}")
         try:
             mix[kind] = mix.get(kind, 0) + float(share)
         except ValueError:

@@ -1,11 +1,10 @@
-"""Run a train script under accelerate's own FSDP2 engine on a mesh of CPU processes: the stage, then its flags.
+"""Run a train script under accelerate's own FSDP2 engine on a mesh of CPU processes.
 
 Without a GPU accelerate ignores an FSDP configuration and runs DDP. Here its state is told otherwise once it is made;
 all the rest (preparing, wrapping, clipping, saving, loading) is accelerate's and the trainer's code as on GPUs.
 """
 
 import importlib
-import sys
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -24,9 +23,8 @@ def make_sharded_state(self, *args, fsdp_plugin=None, _from_accelerator=False, *
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-if __name__ == "__main__":
+def main(stage, flags):
     AcceleratorState.__init__ = make_sharded_state
     libs.training.checks.check_distributed = lambda args: "fsdp on the CPU"
-    script = importlib.import_module(f"train_DiffuEraser_stage{sys.argv[1]}")
-    INPAINTERS[int(sys.argv[1])].inference_steps = 2  # gathering a thousand tensors is slow here
-    script.main(sys.argv[2:])
+    INPAINTERS[stage].inference_steps = 2  # gathering a thousand tensors is slow here
+    importlib.import_module(f"train_DiffuEraser_stage{stage}").main(flags)

@@ -65,6 +65,16 @@ class Context:
 # name: (stage, damage or None, overrides as a function of the context, what the line must say)
 CASES = {
     "resolution": (1, None, {"resolution": 100}, "--resolution=100: a multiple of 8 was needed; use 96"),
+    "resolution_zero": (1, None, {"resolution": 0}, "--resolution=0: a multiple of 8 was needed; use 8"),
+    "resolution_height": (
+        1, None, {"resolution": "512x290"}, "--resolution=512x290: a multiple of 8 was needed; use 512x288"),
+    "resolution_half": (1, None, {"resolution": "512x"}, "a number such as 512, or 512x288, was needed, not '512x'"),
+    "resolution_of_three": (
+        2, None, {"resolution": "512x288x3"}, "a number such as 512, or 512x288, was needed, not '512x288x3'"),
+    "stride_zero": (1, None, {"frame_stride": 0}, "--frame_stride=0: at least 1 was needed"),
+    "stride_too_large": (
+        1, None, {"frame_stride": 13},
+        "fewer than 27 frames, which 3 take at --frame_stride=13 .the longest video has 26.; lower --nframes or"),
     "nframes_zero": (1, None, {"nframes": 0}, "--nframes=0: at least 1"),
     "nframes_above_the_adapters": (2, None, {"nframes": 33}, "takes 32 frames at most; lower --nframes"),
     "nframes_longer_than_videos": (1, None, {"nframes": 27}, "the longest video has 26"),

@@ -2,16 +2,28 @@
 
 import argparse
 import hashlib
+import os
+import shutil
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+import torch
+from conftest import equal_files
 from PIL import Image
 
 from common.errors import InputError
+from common.weights import fingerprint, weight_files
 from dataset.crop import Crop, multiples_of_8, resolution, sides
 from dataset.finetune_dataset import FinetuneDataset
+from libs.checkpoints.convert import convert
+from libs.inpainter import INPAINTERS
+from libs.training.checks import check_memory
+from libs.training.config import parse_args
+from libs.training.latent_cache import CHECKSUM_BYTES
+from libs.training.setup import open_latent_cache
+from train_DiffuEraser_stage1 import Stage1
 
 
 def dataset_of(root, **settings):
@@ -197,3 +209,65 @@ def test_videos_too_short_for_the_stride(ramps, tmp_path):
     write_video(tmp_path, [np.zeros((64, 64, 3), np.uint8)] * 8, "shorter")
     dataset = dataset_of(tmp_path, frame_stride=2)
     assert [video.name for video in dataset.too_short] == ["shorter"]
+
+
+def test_the_latent_cache_tells_shapes_apart(weights, tmp_path):
+    """And a square's keys are those of the caches that users have."""
+    frame = tmp_path / "frame.png"
+    frame.write_text("a frame")
+    vae = weights / "sd-vae-ft-mse"
+    base = SimpleNamespace(
+        vae_folder=vae, variant=None, vae_config={"block_out_channels": [1] * 4, "latent_channels": 4}
+    )
+
+    def cache_of(resolution, *more):
+        flags = [f"--resolution={resolution}", f"--latent_cache={tmp_path / 'cache'}", *more]
+        return open_latent_cache(parse_args(Stage1, flags), SimpleNamespace(num_processes=1), base, torch.float16)
+
+    caches = [cache_of(shape) for shape in ("64", "64x32", "32x64", "32x128", "64x40")]
+    assert [cache.shape for cache in caches[:3]] == [(8, 8, 8), (8, 4, 8), (8, 8, 4)]
+    assert len({cache.key(frame) for cache in caches}) == 5 and cache_of("64x64").key(frame) == caches[0].key(frame)
+    identity = f"{fingerprint(weight_files(vae, None))} (8, 8, 8) torch.float16 {os.path.realpath(frame)}"
+    stat = frame.stat()
+    identity += f" {stat.st_size} {stat.st_mtime_ns}"
+    assert caches[0].key(frame) == hashlib.sha256(identity.encode()).hexdigest()[:32]
+    assert cache_of("64", "--random_crop") is None
+
+
+def test_memory_is_estimated_by_area():
+    model = SimpleNamespace(parameters=1000, config={"block_out_channels": [320]})
+
+    def estimate(*flags):
+        return check_memory(parse_args(Stage1, flags), Stage1, {"unet_main": model, "brushnet": model})
+
+    half = estimate("--resolution=512x256", "--nframes=10")
+    assert half == estimate("--resolution=512", "--nframes=5") != estimate("--resolution=512", "--nframes=10")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_on_other_shapes(train, videos, weights, tmp_path, monkeypatch, capsys, stage):
+    """Wide clips of every second frame, validated, converted and resumed; with random crops the cache is off."""
+    monkeypatch.setattr(INPAINTERS[stage], "inference_steps", 1)
+    buoy, cache, run = videos / "DAVIS/JPEGImages/480p/buoy", tmp_path / "cache", tmp_path / "run"
+    settings = {
+        "resolution": "64x32", "frame_stride": 2, "random_crop": stage == 2 or None, "latent_cache": cache,
+        "validation_image": [str(buoy)], "validation_mask": [str(videos / "DAVIS/Annotations/480p/buoy")],
+        "validation_steps": 2, "probe_clips": 1,
+    }  # fmt: skip
+    train(stage, checkpointing_steps=1, **settings)
+    said = "latent cache: off, because --random_crop" in capsys.readouterr().out
+    sizes = {path.stat().st_size for path in cache.glob("*/*")}
+    assert (said, sizes) == ((False, {8 * 4 * 8 * 4 + CHECKSUM_BYTES}) if stage == 1 else (True, set()))
+    logs = run / f"logs-finetune-stage{stage}"
+    assert Image.open(logs / "samples/sample-1/1.gif").size == (64, 38)  # whole frames of 160x96, shrunk as a crop is
+    assert len((logs / "held_out.csv").read_text().split()) == 4  # header, start, two steps
+
+    convert(stage, run, tmp_path / "converted", weights / "diffuEraser" if stage == 2 else None)
+    card = (tmp_path / "converted/README.md").read_text()
+    assert f"- resolution: 64x32\n- random_crop: {stage == 2}\n" in card and "- frame_stride: 2\n" in card
+    shutil.rmtree(run / "checkpoint-2")
+    train(stage, resume_from_checkpoint="latest", **settings)
+    assert "resumed from" in capsys.readouterr().out
+    for name in ("unet_main", "brushnet"):
+        weights_file = f"{name}/diffusion_pytorch_model.safetensors"
+        assert equal_files(run / weights_file, tmp_path / "converted" / weights_file)

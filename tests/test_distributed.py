@@ -8,10 +8,14 @@ import sys
 from collections import Counter
 from types import SimpleNamespace
 
+import fsdp_on_cpu
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import REPOSITORY, equal_files, wait_for_line
+from forked import finish, start
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -112,16 +116,21 @@ def losses(log):
 
 
 def run_fsdp(processes, stage, flags):
-    """The log of a run under accelerate's FSDP2 engine, on the CPU."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file=configs/accelerate/fsdp.yaml",
-        "--num_machines=1", f"--num_processes={processes}", "--num_cpu_threads_per_process=1", "--main_process_port=0",
-        "--mixed_precision=no", "tests/fsdp_on_cpu.py", str(stage), *flags,
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0 and "Warning" not in result.stderr, result.stdout + result.stderr
-    return result.stdout
+    """The log of a run under accelerate's FSDP2 engine, on the CPU, in the environment that its launcher makes."""
+    launcher = launch_command_parser().parse_args([
+        "--config_file=configs/accelerate/fsdp.yaml", "--num_machines=1", f"--num_processes={processes}",
+        "--num_cpu_threads_per_process=1", "--main_process_port=0", "--mixed_precision=no", "script",
+    ])  # fmt: skip
+    environment = prepare_multi_gpu_env(_validate_launch_command(launcher)[0])
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.main_process_port)}
+    environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    ranks = [
+        start(fsdp_on_cpu.main, stage, flags, environment={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    logs = [finish(*rank) for rank in ranks]
+    assert not any("Warning" in log for log in logs), logs
+    return logs[0]
 
 
 def assert_equal_weights(first, second, atol):

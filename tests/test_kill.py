@@ -1,51 +1,18 @@
 """Runs killed at random moments, some in the middle of writing a checkpoint, end bit for bit as undisturbed ones."""
 
-import multiprocessing
 import os
 import random
 import re
-import sys
 import time
-from multiprocessing.reduction import DupFd
 
-import torch
-from conftest import REPOSITORY, equal_files
+from conftest import equal_files
+from forked import finish, start
 
-import train_DiffuEraser_stage1
 from libs.checkpoints.checkpoint import OLD_SUFFIX
+from train_DiffuEraser_stage1 import main
 
 KILLS = int(os.environ.get("KILLS", 5))
 WEIGHTS = "unet_main/diffusion_pytorch_model.safetensors"
-
-
-def run_trainer(arguments, output):
-    """The train script's main, in a process of its own, with its output in a pipe."""
-    pipe = output.detach()
-    os.dup2(pipe, 1)
-    os.dup2(pipe, 2)
-    os.close(pipe)
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    torch.set_num_threads(1)
-    train_DiffuEraser_stage1.main(arguments)
-
-
-def start(arguments):
-    """(process, its lines). Forked from a server that has imported torch and diffusers once, for all of them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_DiffuEraser_stage1"])
-    reader, writer = os.pipe()
-    process = context.Process(target=run_trainer, args=(arguments, DupFd(writer)))
-    process.start()
-    os.close(writer)
-    return process, open(reader)
-
-
-def finish(process, output):
-    """All that a run prints that nobody disturbs."""
-    with output:
-        text = output.read()
-    process.join()
-    assert process.exitcode == 0, text
 
 
 def kill_at_random(process, output, run, rng):
@@ -74,22 +41,21 @@ def kill_at_random(process, output, run, rng):
     return alive, in_write
 
 
-def test_killed_runs_lose_nothing(flags, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # for the server
+def test_killed_runs_lose_nothing(flags, tmp_path):
     rng = random.Random(0)
     steps = 3 * KILLS + 6
     settings = {"max_train_steps": steps, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
     whole, run = tmp_path / "whole", tmp_path / "run"
-    finish(*start(flags(1, output_dir=whole, **{**settings, "checkpointing_steps": steps})))
+    finish(*start(main, flags(1, output_dir=whole, **{**settings, "checkpointing_steps": steps})))
 
     arguments = flags(1, output_dir=run, resume_from_checkpoint="latest", **settings)
     kills, in_writes = 0, 0
     while kills < KILLS:
-        alive, in_write = kill_at_random(*start(arguments), run, rng)
+        alive, in_write = kill_at_random(*start(main, arguments), run, rng)
         if not alive:
             break
         kills, in_writes = kills + 1, in_writes + in_write
-    finish(*start(arguments))
+    finish(*start(main, arguments))
     print(f"{kills} kills, {in_writes} of them while a checkpoint was written")
     assert kills == KILLS and in_writes > 0
     assert equal_files(whole / WEIGHTS, run / WEIGHTS)

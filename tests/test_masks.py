@@ -128,11 +128,11 @@ def test_holes_grow_and_shrink():
     ("parse", "text", "reason"),
     [
         (parse_mix, "blob=0.5,box=0.4", "make 0.9"),
-        (parse_mix, "star=1", "'star' is no kind of hole: blob, box"),
+        (parse_mix, "star=1", "not 'star': blob, box"),
         (parse_mix, "blob", "blob=0.4"),
         (parse_mix, "blob=1.5,box=-0.5", "make 1"),
         (parse_mix, "blob=nan", "make nan"),
-        (parse_mix, "", "no kind"),
+        (parse_mix, "", "kinds of holes"),
         (parse_growth, "5", "-8,16"),
         (parse_growth, "9,3", "least <= most"),
         (parse_growth, "0,1000", "256"),

@@ -1,6 +1,8 @@
 """The settings stand once: what follows from them (parser, page, variables, resuming) agrees with them."""
 
+import json
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
@@ -85,9 +87,9 @@ def test_variables_set_their_flags_and_no_other(stage):
     assert len(names) > 15
     for variable in {meta["variable"] for meta in names.values()}:
         own = {name for name, meta in names.items() if meta["variable"] == variable and not meta["launcher"]}
-        given = values(stage, {variable: "1"})
+        given = values(stage, {variable: {"LOSS_WEIGHTS": "4,2,1"}.get(variable, "1")})
         assert {name for name in given if given[name] != default[name]} <= own
-        assert all(str(given[name]) in ("1", "1.0", "True") for name in own)
+        assert all(str(given[name]) in ("1", "1.0", "True", "[4.0, 2.0, 1.0]") for name in own)
         emptied = values(stage, {variable: ""})
         may = {name for name in own if names[name]["may_be_empty"]}
         assert {name: emptied[name] for name in may} == dict.fromkeys(may, "")
@@ -124,7 +126,7 @@ def test_what_machines_may_differ_in():
 
 
 class Dataset(list):
-    videos = []
+    videos, pairs, holes = [], [], SimpleNamespace(sources=list)
 
 
 def described(stage=1, **changes):
@@ -143,13 +145,14 @@ def test_a_checkpoint_s_settings_keep_their_names(stage):
         "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "max_train_steps",
         "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "mixed_precision",
         "gradient_checkpointing", "compile", "cuda_graph", "proportion_empty_prompts", "use_8bit_adam",
-        "prompt", "known_frames",  # since 2026-11-26
+        "prompt", "known_frames", "random_crop", "frame_stride", "loss_weights", "loss_rim", "ema_decay",
+        "mask_mix", "mask_growth", "mask_border", "paste", "paired_share",  # since 2026-11-26
     }  # fmt: skip
 
 
 def another(name, value):
     other = {"mask_span": (0.1, 0.2), "validation_image": ["a"], "mixed_precision": "bf16", "lr_scheduler": "cosine"}
-    other["prompt"] = "grass"
+    other |= {"prompt": "grass", "loss_weights": [4.0, 2.0, 1.0]}
     if name in other:
         return other[name]
     return not value if isinstance(value, bool) else (value or 0) + 1
@@ -179,6 +182,29 @@ def test_a_setting_that_is_newer_than_the_checkpoint():
     del saved.settings["compile"], saved.settings["probe_clips"]
     assert go_on_from("checkpoint-1", saved, now, resume_policy(), resume_anyway=False)[1] == []
     assert set(BATCH_SETTINGS) <= set(saved.settings) and isinstance(saved, TrainerState)
+
+
+def test_a_newer_setting_was_at_its_default():
+    """A checkpoint from before --frame_stride had every frame; --random_crop would change what is measured."""
+    saved = described()
+    del saved.settings["frame_stride"], saved.settings["random_crop"]
+    saved.probe_start = 0.5
+    with pytest.raises(InputError, match="checkpoint-1 was written with frame_stride 1, now 2: go back"):
+        go_on_from("checkpoint-1", saved, described(frame_stride=2), resume_policy(), resume_anyway=False)
+    state, changes = go_on_from("checkpoint-1", saved, described(random_crop=True), resume_policy(), False)
+    assert len(changes) == 2 and "random_crop from False to True" in changes[0] and state.probe_start is None
+
+
+@pytest.mark.parametrize(("before", "now"), [("64", "64x64"), ("64x32", "64x32")])
+def test_one_shape_written_in_two_ways(before, now):
+    saved, state = (
+        described(resolution=parse_args(Stage1, [f"--resolution={text}"]).resolution) for text in (before, now)
+    )
+    assert saved.settings["resolution"] == json.loads(json.dumps(state.settings["resolution"]))
+    assert go_on_from("checkpoint-1", saved, state, resume_policy(), resume_anyway=False)[1] == []
+    other = described(resolution="32x64")
+    with pytest.raises(InputError, match=f"resolution {before}, now 32x64"):
+        go_on_from("checkpoint-1", saved, other, resume_policy(), resume_anyway=False)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -240,7 +240,9 @@ def graphs(monkeypatch):
 def test_replayed_steps_are_steps(graphs, monkeypatch, accumulation):
     """After a few as they are, and again after the graph was given up in between: with the same losses and weights."""
     for module in (libs.training.loss, libs.training.cuda_graph):
-        monkeypatch.setattr(module, "encode_batch", lambda base, batch, _=None: SimpleNamespace(x=batch.clone()))
+        monkeypatch.setattr(
+            module, "encode_batch", lambda base, batch, _=None: SimpleNamespace(x=batch.clone(), weights=None)
+        )
         monkeypatch.setattr(module, "denoising_loss", lambda model, _, encoded: model(encoded.x).square().mean())
     results, releases = [], (accumulation, 5 * accumulation)  # before the first capture, and later
     for cuda_graph in (False, True):

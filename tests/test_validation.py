@@ -95,7 +95,7 @@ def test_a_failed_validation_costs_nothing_else(validated, train, tmp_path, caps
     output = capsys.readouterr().out
     assert output.count("validation at step 1 failed, training goes on: CUDA out of memory.") == 2
     assert "0 videos in" in output and "without buoy, lantern" in output and "of its start" in output
-    monkeypatch.setattr(libs.training.validation_loss, "inpainting_loss", fail)
+    monkeypatch.setattr(libs.training.validation_loss, "predict", fail)
     validated(output_dir=tmp_path / "again")
     assert "of its start" not in capsys.readouterr().out
     for name in ("run", "again"):

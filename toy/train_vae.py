@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 
 from common.errors import one_line_errors
-from dataset.finetune_dataset import Crop
+from dataset.crop import RESOLUTION_HELP, Crop, resolution, sides
 from dataset.folders import list_videos
 from dataset.images import read_frame
 from libs.base_model import quiet_libraries
@@ -22,16 +22,17 @@ KL_WEIGHT = 1e-6  # just enough to keep the latents' scale in bounds, as Stable 
 
 
 def load_frames(args):
-    """(N, r, r, 3) uint8: every frame's centre square; the last tenth of the videos is not among them but returned
+    """(N, h, w, 3) uint8: the centre of every frame; the last tenth of the videos is not among them but returned
     second, to measure on."""
     videos = list_videos(args)
     rng = np.random.default_rng(args.seed)
     rng.shuffle(videos)
     held_out = max(1, len(videos) // 10)
+    width, height = sides(args.resolution)
     parts = []
     for part in (videos[held_out:], videos[:held_out]):
         paths = [path for video in part for path in video.frames]
-        frames = np.empty((len(paths), args.resolution, args.resolution, 3), np.uint8)
+        frames = np.empty((len(paths), height, width, 3), np.uint8)
         for path, resized in zip(paths, frames, strict=True):
             frame = read_frame(path)
             Crop.of(*frame.shape[:2], args.resolution).resize(frame, out=resized)
@@ -80,7 +81,7 @@ def main(argv=None):
     parser.add_argument("--weights", default="toy/learn/weights", help="its sd-vae-ft-mse gets trained weights")
     parser.add_argument("--davis_root", default="toy/data/DAVIS")
     parser.add_argument("--ytvos_root", default="toy/data/YTBV")
-    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--resolution", type=resolution, default=32, help=RESOLUTION_HELP)
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, found, pruned, and resumed from.
 
 checkpoint-<step>/ holds what `accelerator.save_state` writes for the one module that is trained (model.safetensors with
-keys unet_main.* and brushnet.*, only what is not frozen; FSDP adds its shards), and trainer_state.json,
-which is written last.
+keys unet_main.* and brushnet.*, only what is not frozen; FSDP adds its shards), ema.safetensors where the run has an
+EMA, and trainer_state.json, which is written last.
 """
 
 import json
@@ -21,6 +21,7 @@ from common.files import flush, write_json
 from common.weights import compare_shapes, open_weights, read_shapes, read_tensors
 
 MODEL_FILE = "model.safetensors"
+EMA_FILE = "ema.safetensors"  # the same keys, of runs with --ema_decay
 STATE_FILE = "trainer_state.json"
 BEST_FILE = "best_checkpoint.json"  # in the run's folder
 PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".replaced"  # no names that users give to copies of their own, as ".old"
@@ -70,6 +71,11 @@ class TrainerState:
                 raise InputError(f"{path} has {found} bytes, {size} were written: choose another checkpoint")
         with open_weights(Path(folder, MODEL_FILE)):  # opening compares the header with the file's size
             return state
+
+
+def is_checkpoint(folder):
+    """Whether a folder is meant as one checkpoint, and not as a run's."""
+    return Path(folder, MODEL_FILE).is_file() or Path(folder).name.startswith("checkpoint-")
 
 
 def is_original_form(folder):

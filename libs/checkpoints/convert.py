@@ -19,11 +19,11 @@ from common.errors import InputError, one_line_errors
 from common.weights import WEIGHTS_NAME, compare_shapes, fingerprint, read_json, read_tensors, require_utf8, shapes_of
 from dataset.finetune_dataset import PROMPT
 from libs.brushnet_CA import BrushNetModel
+from libs.checkpoints.average import LAST, ORDERS, CheckpointWeights, choose_checkpoints
 from libs.checkpoints.checkpoint import (
-    MODEL_FILE,
     PARTIAL_SUFFIX,
-    TrainerState,
     find_latest,
+    is_checkpoint,
     is_original_form,
     replace_folder,
 )
@@ -40,13 +40,17 @@ HELP = {
     "pretrained_stage1": "the converted stage 1 that the run started from",
     "model_config": "folder whose unet_main/config.json tells the attention heads of an original script's checkpoint",
     "variant": 'of the weight files in pretrained_stage1, such as "fp16"',
+    "average": "take the mean of so many checkpoints of the run's folder",
+    "average_by": "which ones: the last ones, or those of the lowest held-out loss",
+    "no_ema": "take the last step's weights where a run with --ema_decay has averaged ones",
     "export_motion_adapter": "also write the motion modules as motion_adapter/, which diffusers' MotionAdapter loads",
 }
+FORMS = {"average": {"type": int, "metavar": "N"}, "average_by": {"choices": ORDERS}}  # of options that are no paths
 CONVERTED, MOTION_ADAPTER = ("unet_main", "brushnet"), "motion_adapter"  # folders that a converter writes
 
 
 def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=None, variant=None,
-            export_motion_adapter=False):  # fmt: skip
+            export_motion_adapter=False, average=1, average_by=LAST, no_ema=False):  # fmt: skip
     """Write `output_dir`/unet_main, /brushnet and README.md from a checkpoint; prints step, tensors and checksums.
 
     Args:
@@ -58,32 +62,38 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
             checkpoint, which has no config and whose shapes do not tell, is read there.
         variant: of the weight files in pretrained_stage1.
         export_motion_adapter: stage 2: also write the motion modules alone, as `output_dir`/motion_adapter.
+        average: take the mean of so many checkpoints of a run's folder: the last ones, or with average_by
+            "held_out_loss" those of the lowest.
+        no_ema: take the weights that were trained, also where a checkpoint has their EMA.
 
     Raises: InputError where anything does not fit; `output_dir` is untouched then.
     """
-    checkpoint = find_checkpoint(Path(input_dir))
-    output_dir = Path(output_dir)
+    input_dir, output_dir = Path(input_dir), Path(output_dir)
+    of_run = average != 1 or average_by != LAST
+    checkpoints = choose_checkpoints(input_dir, average, average_by) if of_run else [find_checkpoint(input_dir)]
+    checkpoint, source, words = checkpoints[-1], None, ""
     require_utf8(output_dir)
     names = (*CONVERTED, MOTION_ADAPTER) if export_motion_adapter else CONVERTED
-    refuse_source_weights(output_dir, [checkpoint, *filter(None, [pretrained_stage1])], names=names)
+    refuse_source_weights(output_dir, [*checkpoints, *filter(None, [pretrained_stage1])], names=names)
     if is_original_form(checkpoint):
         step = checkpoint.name.rpartition("-")[2]
         marker = {"stage": stage, "step": step}
         parts = original_parts(stage, checkpoint, [pretrained_stage1, model_config])
     else:
-        state = TrainerState.read(checkpoint, weights_only=True)
+        source = CheckpointWeights.of(checkpoints, no_ema)
+        state, words = source.state, source.words
         if state.stage != stage:
             raise InputError(
                 f"{checkpoint} is a stage {state.stage} checkpoint: use save_checkpoint_stage{state.stage}.py"
             )
         step = state.global_step
-        marker = {"stage": stage, "step": step, "prompt": state.settings.get("prompt", PROMPT)}
-        parts = own_parts(state, checkpoint, pretrained_stage1, variant)
+        marker = {"stage": stage, "step": step, "prompt": state.settings.get("prompt", PROMPT), **source.facts}
+        parts = own_parts(source, pretrained_stage1, variant)
 
-    print(f"converting {checkpoint} (stage {stage}, step {step})", flush=True)
+    print(f"converting {checkpoint} (stage {stage}, step {step}{words and f'; {words}'})", flush=True)
     write_folders(parts, names, output_dir, marker)
     try:
-        write_model_card(output_dir, stage, step, checkpoint.parent)
+        write_model_card(output_dir, stage, step, checkpoint.parent, words, source is None or source.measured)
     except (OSError, ValueError, LookupError, TypeError) as error:  # or the run's files are not what they should be
         print(f"{output_dir}/README.md could not be written ({error}); both models are whole", flush=True)
 
@@ -121,7 +131,7 @@ def find_checkpoint(input_dir):
         raise InputError(
             f"{input_dir} is no folder: a checkpoint-<step> folder or a run's folder was needed; see input_dir"
         )
-    if Path(input_dir, MODEL_FILE).is_file() or input_dir.name.startswith("checkpoint-"):
+    if is_checkpoint(input_dir):
         return input_dir
     checkpoint, skipped = find_latest(input_dir, for_conversion=True)
     for line in skipped:
@@ -147,8 +157,9 @@ def refuse_source_weights(output_dir, sources, flag="output_dir", names=CONVERTE
             raise InputError(f"{folder} holds {foreign[0]}, which no converter wrote: move it, or change {flag}")
 
 
-def own_parts(state, checkpoint, pretrained_stage1, variant):
-    """{model: (class, config, [(key, tensor)])} of a checkpoint of these scripts."""
+def own_parts(source, pretrained_stage1, variant):
+    """{model: (class, config, [(key, tensor)])} of checkpoints of these scripts: CheckpointWeights."""
+    state = source.state
     classes = {"unet_main": INPAINTERS[state.stage].unet_class, "brushnet": BrushNetModel}
     frozen = {name: [] for name in classes}
     if state.stage == 2:
@@ -158,9 +169,7 @@ def own_parts(state, checkpoint, pretrained_stage1, variant):
 
     def tensors(name):
         yield from frozen[name]
-        for key, tensor in read_tensors([Path(checkpoint, MODEL_FILE)]):
-            if key.startswith(f"{name}."):
-                yield key.removeprefix(f"{name}."), tensor
+        yield from source.tensors(f"{name}.")
 
     return {name: (cls, state.configs[name], tensors(name)) for name, cls in classes.items()}
 
@@ -275,5 +284,5 @@ def main(stage, argv=None, **defaults):
     )
     for name, value in defaults.items():
         form = {"action": "store_true"} if isinstance(value, bool) else {"metavar": "DIR" if value else "NAME"}
-        parser.add_argument(f"--{name}", default=value, help=HELP[name], **form)
+        parser.add_argument(f"--{name}", default=value, help=HELP[name], **FORMS.get(name, form))
     convert(stage, **vars(parser.parse_args(argv)))

@@ -17,11 +17,13 @@ stage 1's frozen UNet and BrushNet. Both replace the folders of their names in a
 }
 
 
-def write_model_card(folder, stage, step, run_dir):
+def write_model_card(folder, stage, step, run_dir, weights="", measured=True):
     """Write `folder`/README.md, unless one without our signature stands there.
 
     Args:
         run_dir: where the checkpoint was found; a run's folder tells settings and scores, any other one nothing.
+        weights: which ones they are, where they are not the checkpoint's own.
+        measured: the scores of that step are of these weights.
     """
     path = Path(folder, "README.md")
     if path.is_file() and SIGNATURE not in path.read_text(errors="replace"):
@@ -31,14 +33,16 @@ def write_model_card(folder, stage, step, run_dir):
     data = ModelCardData(library_name="diffusers", base_model="lixiaowen/diffuEraser", tags=tags)
     title = f"# DiffuEraser, finetuned (stage {stage}, step {step})"
     lines = ["---", data.to_yaml(), "---", SIGNATURE, "", title, "", ABOUT[stage]]
+    lines += ["", f"Weights: {weights}."] if weights else []
     for start in read_starts(run_dir)[-1:]:
         settings, names = start["settings"], start.get("model_card", ())  # runs before 2026-11-26 name none
         # Names only: the folders they are in are nobody else's business.
-        roots = ", ".join(Path(settings[root]).name for root in ("davis_root", "ytvos_root") if settings[root])
+        roots = ("davis_root", "ytvos_root", "paired_root")  # the last is newer than some runs
+        roots = ", ".join(Path(settings[root]).name for root in roots if settings.get(root))
         lines += ["", "## Settings", "", f"- data: {roots}"]
         lines += [f"- {name}: {settings[name]}" for name in names if settings[name] is not None]
         scores = score_lines(Path(run_dir, settings["logging_dir"]), str(step))
-        lines += ["", f"## Scores at step {step}", "", *scores] if scores else []
+        lines += ["", f"## Scores at step {step}", "", *scores] if scores and measured else []
     with written_whole(path) as partial:
         ModelCard("\n".join(lines) + "\n").save(partial)
 

@@ -27,6 +27,7 @@ class ResumePolicy:
     """What the settings say of themselves."""
 
     on_change: dict  # {setting: REFUSED, OPTIMIZER, BATCH or LOGGED} of those that checkpoints record
+    defaults: dict  # {setting: value} of the same: what a run had that was older than the setting
     sets_clips: tuple  # the settings that the fixed clips of the validation loss follow from
 
 
@@ -52,7 +53,8 @@ def describe_run(args, stage, opened, dataset, policy):
 
 def hash_of_videos(dataset):
     """Of names and lengths in their order, which say what clip an index stands for; not of where they lie."""
-    lines = [f"{video.folder.name} {len(video.frames)}" for video in dataset.videos] + dataset.holes.sources()
+    lines = [f"{video.folder.name} {len(video.frames)}" for video in dataset.videos + dataset.pairs]
+    lines += dataset.holes.sources()
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
@@ -78,9 +80,9 @@ def go_on_from(checkpoint, saved, now, policy, resume_anyway):
         if saved.weights[name][1] != now.weights[name][1]
     ]
     same_batch = global_batch(saved.settings) == global_batch(now.settings)
-    changes = []
+    changes, earlier = [], {**now.settings, **policy.defaults, **saved.settings}
     for name, value in now.settings.items():
-        before = saved.settings.get(name, value)  # a setting that is newer than the checkpoint counts as unchanged
+        before = earlier[name]
         if before == value:
             continue
         if policy.on_change.get(name) == LOGGED or (name in BATCH_SETTINGS and same_batch):
@@ -93,7 +95,7 @@ def go_on_from(checkpoint, saved, now, policy, resume_anyway):
             "give --resume_anyway"
         )
     state = replace(saved, weights=now.weights, settings=now.settings)
-    if any(saved.settings.get(name, now.settings[name]) != now.settings[name] for name in policy.sets_clips):
+    if any(earlier[name] != now.settings[name] for name in policy.sets_clips):
         changes.append("the held-out loss is measured on other clips from here on, and starts anew")
         state.probe_start = None
     return state, changes

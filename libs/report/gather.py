@@ -109,13 +109,18 @@ def facts(history, held_out, best):
 def curves(history, held_out, scores):
     """The charts that tell whether training works."""
     loss = column(history, "loss")
+    in_hole = [row for row in held_out if isinstance(row.get("held_out_loss_hole"), float)]  # none in older runs
 
     def score(name, meaning):
         line = Line([(step, means[name]) for step, means in scores.items()], "green")
         return Chart(f"{SCORES[name][0]}: {meaning}", line, from_zero=False)
 
     return [
-        Chart("held-out loss: comparable from step to step", Line(column(held_out, "held_out_loss"), "red")),
+        Chart(
+            "held-out loss: comparable from step to step",
+            Line(column(held_out, "held_out_loss"), "red", "of frames"),
+            Line(column(in_hole, "held_out_loss_hole"), "blue", "in the hole"),
+        ),
         Chart("training loss: at random timesteps", Line(loss, "pale", "logged"), Line(smooth(loss), "blue", "mean")),
         score("psnr_hole", "dB, higher is better"),
         score("ssim_hole", "higher is better"),

@@ -1,5 +1,6 @@
 """What is checked before any weights load: in one line where something is wrong, or, with --check_only, as a table."""
 
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ from common.files import check_writable
 from common.hardware import compiling_lacks, gpu_is_used
 from common.run_files import CONFIG_FILE, RUN_FILES, read_starts
 from common.weights import read_shapes, require_utf8
-from dataset.finetune_dataset import FinetuneDataset
-from dataset.folders import scan_frames
+from dataset.crop import sides
+from dataset.finetune_dataset import FinetuneDataset, frames_spanned
+from dataset.folders import list_videos, scan_frames
 from dataset.images import image_size, list_frames, pair_by_name
+from dataset.pairs import scan_pairs
 from libs.base_model import BaseModel
 from libs.checkpoints.checkpoint import BEST_FILE, TrainerState, find_latest, list_checkpoints
 from libs.checkpoints.convert import refuse_source_weights
@@ -28,6 +31,7 @@ from libs.training.optimizer import eight_bit_adam
 
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
 EIGHT_BIT_SAVES = 6  # of them, where moments have 8 bits
+EMA_BYTES = 4  # more with --ema_decay, in memory and in a checkpoint
 SHARD_BYTES = 4  # more with FSDP, which writes the weights a second time, and what is frozen
 FROZEN_BYTES = 2
 
@@ -120,7 +124,8 @@ def check_flags(args):
         raise InputError(f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)")
     if args.cuda_graph and not gpu_is_used():
         raise InputError("--cuda_graph needs a GPU, and none was found: leave the flag out (CUDA_GRAPH=0)")
-    return f"{args.nframes} frames of {args.resolution} px, mixed precision {precision}, tracker {name}"
+    stride = f", frame stride {args.frame_stride}" if args.frame_stride > 1 else ""
+    return f"{args.nframes} frames of {args.resolution} px{stride}, mixed precision {precision}, tracker {name}"
 
 
 def open_base_model(args):
@@ -168,7 +173,7 @@ def list_of(value):
 def check_output_dir(args):
     """It can be written to, and holds no weights that the end of the run would overwrite."""
     folder = Path(args.output_dir)
-    if args.latent_cache:
+    if args.latent_cache and not args.random_crop:
         check_writable(Path(args.latent_cache), "--latent_cache")
     pretrained_stage1 = getattr(args, "pretrained_stage1", None)
     refuse_source_weights(folder, [pretrained_stage1] if pretrained_stage1 else [], flag="--output_dir")
@@ -187,13 +192,18 @@ def open_dataset(args):
         # Every process finds the same; the machine's cores are shared out, and one of them writes it down.
         processes = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         first = int(os.environ.get("RANK", 0)) == 0
-        broken = scan_frames(args, Path(args.output_dir, "scan.json"), processes, remember=first)
+        everything = list_videos(args) + (scan_pairs(args.paired_root) if args.paired_root else [])
+        broken = scan_frames(everything, Path(args.output_dir, "scan.json"), processes, remember=first)
     dataset = FinetuneDataset(args, broken=broken)
     videos = set(dataset.videos)
     frames = sum(len(video.frames) for video in videos)
-    found = f"{len(videos)} videos, {frames} frames, {len(dataset)} clips an epoch"
+    what = "pairs" if args.paired_root and not dataset.pairs else "videos"
+    found = f"{len(videos)} {what}, {frames} frames, {len(dataset)} clips an epoch"
+    if dataset.pairs:
+        frames = sum(len(video.frames) for video in dataset.pairs)
+        found += f", {dataset.paired_share:.0%} of them of {len(dataset.pairs)} pairs, {frames} frames"
     for count, reason in (
-        (len(dataset.too_short), f"shorter than {args.nframes} frames"),
+        (len(dataset.too_short), f"shorter than {dataset.span} frames"),
         (len(dataset.validation_videos), "used for validation"),
         (len(dataset.left_out), f"broken, such as {dataset.left_out[0]}" if dataset.left_out else ""),
     ):
@@ -228,8 +238,9 @@ def check_validation_videos(args):
                     "size"
                 )
         counts.append(len(pairs))
-    short = sum(count < args.nframes for count in counts)
-    note = f"; {short} shorter than {args.nframes} frames: sampled, but not in the held-out loss" if short else ""
+    span = frames_spanned(args)
+    short = sum(count < span for count in counts)
+    note = f"; {short} shorter than {span} frames: sampled, but not in the held-out loss" if short else ""
     return f"{len(counts)} videos of {', '.join(map(str, counts))} frames with masks{note}"
 
 
@@ -286,6 +297,7 @@ def check_disk_space(args, stage, opened):
     """One checkpoint has to fit: it is written before an old one is deleted."""
     trained, frozen = count_parameters(stage, opened)
     needed = trained * (ADAM_BYTES - EIGHT_BIT_SAVES * args.use_8bit_adam)
+    needed += trained * EMA_BYTES * (args.ema_decay is not None)
     if distributed_type() != "ddp":
         needed += trained * SHARD_BYTES + frozen * FROZEN_BYTES
     folder = Path(args.output_dir).resolve()
@@ -299,12 +311,13 @@ def check_disk_space(args, stage, opened):
 
 
 def check_memory(args, stage, opened):
-    """Weights, gradients and optimizer state must fit the GPU; activations are an estimate from measured runs."""
+    """Weights, gradients and what is kept of them must fit the GPU; activations are an estimate from measured runs."""
     trained, frozen = count_parameters(stage, opened)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     state = state_bytes(trained, frozen, distributed_type(), processes)
+    state += trained * EMA_BYTES * (args.ema_decay is not None)
     fixed = (state - trained * EIGHT_BIT_SAVES * args.use_8bit_adam) / 2**30
-    frames = args.train_batch_size * args.nframes * (args.resolution / 512) ** 2
+    frames = args.train_batch_size * args.nframes * math.prod(sides(args.resolution)) / 512**2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
     activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]
     several = distributed_type() == "ddp" and processes * args.gradient_accumulation_steps > 1

@@ -13,7 +13,6 @@ from common.command_line import (
     build_settings_parser,
     check_settings,
     default_of,
-    multiple_of_8,
     one_or_more,
     parses,
     positive,
@@ -24,11 +23,14 @@ from common.command_line import (
 )
 from common.distributed import DTYPES
 from common.errors import InputError
+from dataset.crop import RESOLUTION_HELP, multiples_of_8, resolution
 from dataset.finetune_dataset import PROMPT
 from dataset.images import pair_by_name
 from dataset.mask_kinds import GUIDES_MIX, MIX_HELP, NO_GROWTH, parse_growth, parse_mix
+from dataset.pairs import settle_paired_share
 from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, mask_span, split_mask_span
 from libs.checkpoints.resume import BATCH, CONTENT, LOGGED, OPTIMIZER, REFUSED, ResumePolicy
+from libs.training.loss_weights import loss_weights
 
 
 def setting(
@@ -83,12 +85,24 @@ class TrainConfig:
     ytvos_root: str = setting(
         "dataset/YTBV", "YouTube-VOS's root; '' leaves it out", metavar="DIR",
         variable="YTVOS_ROOT", may_be_empty=True, on_change=CONTENT, per_machine=True)
-    resolution: int = setting(
-        512, "side of the square crops, a multiple of 8", metavar="PX", check=multiple_of_8,
+    paired_root: str | None = setting(
+        None, "pairs: per video with/, without/ and masks/, with an object, without it, and where it is", metavar="DIR",
+        variable="PAIRED_ROOT", on_change=CONTENT, per_machine=True)
+    paired_share: float | None = setting(
+        None, "share of the clips that come from pairs", metavar="P", check=share, variable="PAIRED_SHARE",
+        default_text="0.3 with --paired_root, 1 where it is the only data", on_change=LOGGED, on_card=True)
+    resolution: int | str = setting(
+        512, RESOLUTION_HELP, metavar="PX|WxH", parse=resolution, check=multiples_of_8,
         variable="RESOLUTION", on_change=REFUSED, on_card=True, sets_clips=True)
+    random_crop: bool = setting(
+        False, "crop each clip at a random position instead of the centre; without the latent cache",
+        variable="RANDOM_CROP", on_change=LOGGED, on_card=True, sets_clips=True)
     nframes: int = setting(
         10, "frames per clip", check=one_or_more,
         variable="NFRAMES", on_change=REFUSED, on_card=True, sets_clips=True)
+    frame_stride: int = setting(
+        1, "a clip takes every Nth frame of its video", check=one_or_more,
+        variable="FRAME_STRIDE", on_change=REFUSED, on_card=True, sets_clips=True)
     mask_span: tuple = setting(
         FULL_SPAN, MASK_SPAN_HELP, metavar="MIN,MAX", parse=mask_span, default_text="0.3333,1",
         on_change=LOGGED, on_card=True, sets_clips=True)
@@ -177,6 +191,19 @@ class TrainConfig:
         metavar="DIR", variable="RESUME_FROM_CHECKPOINT", shell_default="latest", may_be_empty=True, per_machine=True)
     resume_anyway: bool = setting(
         False, "resume although settings or initial weights have changed that the checkpoint's meaning depends on")
+
+    loss_weights: Sequence = setting(
+        lambda: [1.0, 1.0, 1.0], "what squared errors count in the hole, on its rim and in the rest of the picture; "
+        "the loss is divided by their sum over the clip", group="loss and averaging", metavar="HOLE,RIM,REST",
+        parse=loss_weights, default_text="1,1,1", variable="LOSS_WEIGHTS", shell_default="1,1,1", on_change=LOGGED,
+        on_card=True)
+    loss_rim: int = setting(
+        2, "width of that rim in latents, of 8 pixels each", check=zero_or_more, variable="LOSS_RIM", on_change=LOGGED)
+
+    ema_decay: float | None = setting(
+        None, "also keep an exponential moving average of the weights, D old + (1 - D) new after every step; it is "
+        "validated and converted", metavar="D", check=below_one, variable="EMA_DECAY", on_change=LOGGED,
+        on_card=True, default_text="off")
 
     learning_rate: float = setting(
         5e-6, "peak learning rate", group="optimizer", metavar="LR", check=positive,
@@ -306,6 +333,7 @@ def parse_args(stage, argv=None):
     config = CONFIGS[stage.number](**vars(build_parser(stage).parse_args(argv)))
     split_mask_span(config)
     check_settings(config)
+    settle_paired_share(config)
     check_validation(config)
     return config
 
@@ -330,7 +358,8 @@ def settings_with(key):
 def resume_policy():
     """What checkpoints record, and what resuming makes of a change."""
     on_change = {name: policy for name, policy in settings_with("on_change").items() if policy != CONTENT}
-    return ResumePolicy(on_change, tuple(settings_with("sets_clips")))
+    defaults = {f.name: default_of(f) for f in fields(TrainConfig) if f.name in on_change}
+    return ResumePolicy(on_change, defaults, tuple(settings_with("sets_clips")))
 
 
 def what_sets_clips(settings):

@@ -28,8 +28,8 @@ class GraphedForwardBackward(ForwardBackward):
 
     keeps_gradients = True
 
-    def __init__(self, accelerator, model, base):
-        super().__init__(accelerator, model, base)
+    def __init__(self, accelerator, model, base, weights=None):
+        super().__init__(accelerator, model, base, weights)
         self.stream = torch.cuda.Stream()  # the default one cannot be captured
         self.captured, self.passes, self.optimizer = None, 0, None
 
@@ -44,13 +44,14 @@ class GraphedForwardBackward(ForwardBackward):
 
     def replay(self, batch):
         if not self.captured:
-            self.captured = self.capture(encode_batch(self.base, batch))
+            self.captured = self.capture(encode_batch(self.base, batch, self.weights))
         else:
             # In the graph's memory, which nothing uses between two replays: the VAE takes some GiB.
             with torch.cuda.use_mem_pool(self.captured.pool):
-                encoded = encode_batch(self.base, batch)
+                encoded = encode_batch(self.base, batch, self.weights)
                 for name, place in vars(self.captured.encoded).items():
-                    place.copy_(getattr(encoded, name))
+                    if place is not None:
+                        place.copy_(getattr(encoded, name))
         self.captured.graph.replay()
         return self.captured.loss
 

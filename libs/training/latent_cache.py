@@ -1,7 +1,7 @@
 """A disk cache of what the frozen VAE makes of whole frames.
 
-A frame's crop is the same in every epoch, so it need not be encoded again; masked frames differ each time and are never
-kept. Loader workers read the cache, the trainer adds what was missing.
+The centre's crop of a frame is the same in every epoch, so it need not be encoded again; masked frames differ each time
+and are never kept. Loader workers read the cache, the trainer adds what was missing.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class LatentCache:
                 what is left at most.
         """
         self.folder, self.shape, self.dtype = Path(folder), tuple(shape), dtype
-        self.meaning = f"{vae} {self.shape} {dtype}"  # the shape tells the resolution of the square crop
+        self.meaning = f"{vae} {self.shape} {dtype}"  # the shape tells that of the crop, which is the centre's
         self.bytes_per_frame = torch.Size(shape).numel() * dtype.itemsize
         self.folder.mkdir(parents=True, exist_ok=True)
         self.room = max(0, int(limit_gb * 1e9) - self.measure()) // num_processes  # bytes

@@ -1,8 +1,8 @@
 """The loop that both stages share: read this first, then loss.py.
 
 Everything beside a step lives in objects of its own: what is read only (LoadedBase), passes through the model
-(ForwardBackward), the log's numbers (Meter), damaged videos (BrokenVideos), checkpoints (Checkpoints), validation
-(Validation). How they are made stands in setup.py.
+(ForwardBackward), averaged weights (Ema), the log's numbers (Meter), damaged videos (BrokenVideos), checkpoints
+(Checkpoints), validation (Validation). How they are made stands in setup.py.
 """
 
 import os
@@ -13,8 +13,10 @@ from common.files import locked_by_main_process
 from libs.training.checks import check_run
 from libs.training.config import parse_args
 from libs.training.cuda_graph import GraphedForwardBackward
+from libs.training.ema import Ema
 from libs.training.log import log, log_on_main_process, log_start, start_trackers
 from libs.training.loss import ForwardBackward
+from libs.training.loss_weights import LossWeights
 from libs.training.meter import BrokenVideos, Meter
 from libs.training.saving import Checkpoints
 from libs.training.setup import (
@@ -65,15 +67,17 @@ def train(config, stage, accelerator, found, stop):
     loader = make_loader(config, accelerator, found, base.vae.cache, last_step)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     passes = GraphedForwardBackward if config.cuda_graph else ForwardBackward
-    forward_backward = passes(accelerator, model, base)
+    forward_backward = passes(accelerator, model, base, LossWeights.of(config))
     state, unwrapped = found.state, accelerator.unwrap_model(model)
     checkpoints = Checkpoints(config, stage, accelerator, state, found.checkpoint)
     if found.checkpoint:
         resume(config, accelerator, optimizer, schedule, found)
+    ema = Ema(config.ema_decay, accelerator, unwrapped, found.checkpoint)
 
     broken_videos, meter = BrokenVideos(config.max_broken_share), Meter(accelerator, last_step)
     first_step = state.global_step + 1
-    validation.loss.start(unwrapped, state)
+    with ema.in_use():
+        validation.loss.start(unwrapped, state)
     model.train()
     for batch in loader:
         broken_videos.note(batch)
@@ -86,6 +90,7 @@ def train(config, stage, accelerator, found, stop):
         if not accelerator.sync_gradients:
             continue  # more passes belong to this step
 
+        ema.update()
         if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips steps whose gradients overflow
             schedule.step()
         state.global_step += 1
@@ -105,11 +110,12 @@ def train(config, stage, accelerator, found, stop):
         if stopping:
             log.info(STOPPED, stop.signal, step)
             break
-        if validating:
-            validation.run(unwrapped, state)
-        if saving:
-            checkpoints.mark_best(validation.loss.at(unwrapped, state))
         if saving or validating:
+            with ema.in_use():
+                if validating:
+                    validation.run(unwrapped, state)
+                if saving:
+                    checkpoints.mark_best(validation.loss.at(unwrapped, state))
             model.train()
             meter.restart()  # neither counts as time per step
     else:

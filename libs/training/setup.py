@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from common.distributed import DTYPES, autocast_under_fsdp, refuse_differences
 from common.weights import fingerprint, weight_files
+from dataset.crop import sides
 from dataset.loader import EpochSampler, TrainingClips
 from libs.base_model import LoadedBase
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
@@ -37,6 +38,7 @@ def what_must_agree(config, found):
         **{f"the {name}'s fingerprint": fingerprint(paths) for name, paths in files.items()},
         "the list of validation videos": found.state.settings["validation_image"],
         "the number of clips an epoch": len(found.dataset),
+        "the number of pairs": len(found.dataset.pairs),
         "the checkpoint to resume from": found.checkpoint.name if found.checkpoint else "none",
     }
 
@@ -54,7 +56,7 @@ def load_base(config, accelerator, found):
     device, half = accelerator.device, DTYPES[accelerator.mixed_precision]
     prompts = found.dataset.prompts
     embeds = found.base.encode_prompts([*prompts, *config.validation_prompt], device)
-    cache = open_latent_cache(config, accelerator, found.base, half) if config.latent_cache else None
+    cache = open_latent_cache(config, accelerator, found.base, half)
     vae = found.base.load_vae(device, half, config.nframes, cache)
     if config.compile:
         vae.compile_encoder()
@@ -63,11 +65,17 @@ def load_base(config, accelerator, found):
 
 
 def open_latent_cache(config, accelerator, base, dtype):
-    side = config.resolution // 2 ** (len(base.vae_config["block_out_channels"]) - 1)
+    """None: there is none."""
+    if config.latent_cache and config.random_crop:
+        log.info("latent cache: off, because --random_crop shows another part of a frame every time")
+    if not config.latent_cache or config.random_crop:
+        return None
+    factor = 2 ** (len(base.vae_config["block_out_channels"]) - 1)
+    width, height = sides(config.resolution)
     return LatentCache(
         config.latent_cache,
         vae=fingerprint(weight_files(base.vae_folder, base.variant)),
-        shape=(2 * base.vae_config["latent_channels"], side, side),
+        shape=(2 * base.vae_config["latent_channels"], height // factor, width // factor),
         dtype=dtype,
         limit_gb=config.latent_cache_gb,
         num_processes=accelerator.num_processes,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from common.run_files import AS_DEPLOYED, CONTACT_SHEET, SCORES_FILE, append_row, of_form
+from dataset.crop import Crop
 from dataset.images import pair_by_name, read_frames, read_mask
 from dataset.utils import draw_holes
 from libs.evaluation.baselines import telea
@@ -65,13 +66,14 @@ class ValidationVideo:
 def load_validation_video(images, masks, prompt_embeds, config, number):
     """The first `nframes` frames and their object masks, any value above 0 = hole, dilated 4 times by a 3x3 cross.
 
-    Frames keep their shape; where the short side exceeds `config.resolution`, they are shrunk to it, so that small runs
-    validate quickly. The synthetic holes follow from the seed and the video's number.
+    Whatever the clips' shape and stride are, these are whole frames that follow each other, as in what users fill.
+    Where a crop of `config.resolution` is shrunk, so are they, so that small runs validate quickly. The synthetic holes
+    follow from the seed and the video's number.
     """
     pairs = pair_by_name(images, masks)[: config.nframes]
     frames = np.stack(read_frames([frame for frame, _ in pairs]))
     holes = stack([(path.name, read_mask(path)) for _, path in pairs], masks)
-    scale = min(1, config.resolution / min(holes.shape[1:]))
+    scale = min(1, Crop.of(*holes.shape[1:], config.resolution).scale.min())
     height, width = (round(side * scale) for side in holes.shape[1:])
     frames, holes = resize(frames, dilate(holes, MASK_DILATIONS), height, width)
     synthetic = draw_holes(len(frames), height, width, config, number)

@@ -1,6 +1,7 @@
 """The validation loss: training's own loss on fixed clips of the validation videos (the log's "held-out loss").
 
-Crops, masks, timesteps and noises are fixed, so that it compares from step to step; nothing of it is trained on.
+Clips are drawn as in training; they, timesteps and noises are fixed, so that it compares from step to step, and all
+errors count alike. Nothing of it is trained on. Beside it stands the mean squared error in the holes alone.
 """
 
 from copy import copy
@@ -9,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 
 from common.errors import first_line
@@ -16,7 +18,7 @@ from common.run_files import HELD_OUT_FILE, append_row
 from dataset.folders import scan_video
 from dataset.loader import TrainingClips
 from libs.training.log import log
-from libs.training.loss import inpainting_loss
+from libs.training.loss import encode_batch, predict, weighted_mse
 
 FIXED_EPOCH = 2**31  # an epoch that no run reaches: the fixed clips' crops and masks are not trained on
 # What may go wrong: CUDA's out of memory is a RuntimeError, an InputError a ValueError.
@@ -35,8 +37,9 @@ class ValidationLoss:
         self.accelerator, self.base = accelerator, base
         self.file = Path(config.output_dir, config.logging_dir, HELD_OUT_FILE)
         videos = [scan_video(Path(folder)) for folder in config.validation_image] if config.validation_steps else []
-        self.dataset = copy(dataset)  # its crops and masks, of other videos
-        self.dataset.videos = [video for video in videos if len(video.frames) >= config.nframes]
+        self.dataset = copy(dataset)  # its crops and masks, of other videos, and no pairs
+        self.dataset.videos = [video for video in videos if len(video.frames) >= dataset.span]
+        self.dataset.pairs = []
         self.clips = config.probe_clips if self.dataset.videos else 0
         self.step = self.value = None  # where it was measured last, and what was found
 
@@ -47,10 +50,10 @@ class ValidationLoss:
             return
         if step and self.accelerator.is_main_process:  # the losses so far are of other clips
             attempt(step, self.accelerator.device, set_aside, self.file, step)
-        state.probe_start, _ = self.measure(model, step)
+        state.probe_start, in_hole, _ = self.measure(model, step)
         if state.probe_start is not None:
-            log.info("held-out loss %.4f at step %d, on %d fixed clips of %d video(s)", state.probe_start, step,
-                     self.clips, len(self.dataset.videos))  # fmt: skip
+            log.info("held-out loss %.4f at step %d, on %d fixed clips of %d video(s)%s", state.probe_start, step,
+                     self.clips, len(self.dataset.videos), hole_words(in_hole))  # fmt: skip
 
     def at(self, model, state):
         """Its value at the current step, measured unless it was just now; None: there is none."""
@@ -61,19 +64,21 @@ class ValidationLoss:
     def report(self, model, state):
         """Measure and log it: {video's folder: loss}."""
         step = state.global_step
-        loss, by_video = self.measure(model, step) if self.clips else (None, {})
+        loss, in_hole, by_video = self.measure(model, step) if self.clips else (None, None, {})
         if loss is not None:
             share = f", {loss / state.probe_start:.3f} of its start" if state.probe_start else ""
-            log.info("held-out loss %.4f at step %d%s", loss, step, share)
-            self.accelerator.log({"held_out_loss": loss}, step=step)
+            log.info("held-out loss %.4f at step %d%s%s", loss, step, share, hole_words(in_hole))
+            scalars = {"held_out_loss": loss, "held_out_loss_hole": in_hole}
+            self.accelerator.log({name: value for name, value in scalars.items() if value is not None}, step=step)
         return by_video
 
     @torch.compiler.set_stance("force_eager")  # used too rarely to compile variants of the models for it
     @torch.no_grad()
     def measure(self, model, step):
-        """Its mean and {video's folder: mean}, or None and {} where it could not be measured.
+        """Its mean, that in the hole, and {video's folder: mean}; None, None and {} where it could not be measured.
 
-        Timesteps are spread evenly over the clips.
+        Timesteps are spread evenly over the clips. In the hole: the mean over the clips that have one at the latents'
+        size, None where no clip has.
         """
         n, videos, device = self.clips, self.dataset.videos, self.accelerator.device
         total = self.base.noise_scheduler.config.num_train_timesteps
@@ -81,22 +86,33 @@ class ValidationLoss:
         def measure_clip(i):
             batch = TrainingClips(self.dataset).collate([self.dataset.clip(i % len(videos), FIXED_EPOCH + i)])
             timesteps = torch.tensor([(2 * i + 1) * total // (2 * n)], device=device)
-            return inpainting_loss(model, self.base, batch, timesteps).item()
+            encoded = encode_batch(self.base, batch, timesteps=timesteps)
+            prediction, target = predict(model, self.base.noise_scheduler, encoded)
+            hole = (encoded.masks == 0).float()
+            in_hole = weighted_mse(prediction, target, hole, clips=1).item() if hole.any() else None
+            return F.mse_loss(prediction, target).item(), in_hole
 
         model.eval()
         # Clip by clip and averaged in one order: any number of processes finds the same bits.
         losses = spread(self.accelerator, n, lambda i: attempt(step, device, measure_clip, i))
         self.step, self.value = step, None
         if None in losses.values():
-            return None, {}
+            return None, None, {}
         by_video = {
-            video.folder: float(np.mean([losses[i] for i in range(k, n, len(videos))]))
+            video.folder: float(np.mean([losses[i][0] for i in range(k, n, len(videos))]))
             for k, video in enumerate(videos[:n])
         }
-        self.value = float(np.mean([losses[i] for i in range(n)]))
+        self.value = float(np.mean([losses[i][0] for i in range(n)]))
+        in_holes = [losses[i][1] for i in range(n) if losses[i][1] is not None]
+        in_hole = float(np.mean(in_holes)) if in_holes else None
         if self.accelerator.is_main_process:
-            attempt(step, device, append_row, self.file, {"step": step, "held_out_loss": self.value})
-        return self.value, by_video
+            row = {"step": step, "held_out_loss": self.value, "held_out_loss_hole": in_hole}
+            attempt(step, device, append_row, self.file, row)
+        return self.value, in_hole, by_video
+
+
+def hole_words(in_hole):
+    return "" if in_hole is None else f", in the hole {in_hole:.4f}"
 
 
 def set_aside(path, step):

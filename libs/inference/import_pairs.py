@@ -1,0 +1,177 @@
+"""Unpack a published dataset of pairs, videos with and without an object, into the folders that --paired_root reads.
+
+python -m libs.inference.import_pairs ROSE-Dataset my-pairs
+
+Each pair becomes my-pairs/<name>/with, without (JPEGs of quality 95) and masks (PNGs, 255 = hole). Nothing is
+overwritten: what is there already is kept, so that the same command goes on where it was interrupted. Layouts:
+docs/data.md.
+"""
+
+import argparse
+import functools
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from common.command_line import Parser, at_least
+from common.errors import InputError, one_line_errors
+from common.files import check_writable
+from common.threads import in_threads
+from dataset.images import describe_content, is_hidden
+from dataset.pairs import FOLDERS
+from libs.inference.video import open_video
+
+JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95]
+LIGHT = 127  # above it, masks that mark the object in white
+DARK = 95  # up to it, masks that mark the object in black (0, or 63 where more than the object changes)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The three videos of a pair, as published."""
+
+    name: str
+    with_object: Path
+    without: Path
+    mask: Path
+    is_hole: Callable  # a mask's grey values (h, w) -> bool (h, w)
+
+
+def is_light(grey):
+    return grey > LIGHT
+
+
+def is_dark(grey):
+    return grey <= DARK
+
+
+def find_rose(source):
+    """Env1/Env1_Unedited/CineCameraSequence_0.mp4, the same in Env1_Edited and, white = object, in Env1_Masked.
+
+    https://huggingface.co/datasets/Kunbyte/ROSE-Dataset; its Benchmark/ is for evaluation and left out.
+    """
+    for folder in (*source.glob("*_Unedited"), *source.glob("*/*_Unedited")):
+        scene = folder.name.removesuffix("_Unedited")
+        folders = (folder.with_name(f"{scene}_{kind}") for kind in ("Unedited", "Edited", "Masked"))
+        yield from match(*folders, prefix=f"{scene}_")
+
+
+def find_vor(source):
+    """FG_BG/REAL_ENV105_00001_001_03.mp4, the same in BG and, white = object, in MASK, as the archives are unpacked.
+
+    https://huggingface.co/datasets/FudanCVL/EffectErase; its VOR-Eval is for evaluation and left out.
+    """
+    found = {}
+    for name in ("FG_BG", "BG", "MASK"):
+        paths = (path for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}{name}"))
+        found[name] = [path for path in paths if "VOR-Eval" not in path.relative_to(source).parts]
+    if all(found.values()):
+        yield from match(*(paths[0] for paths in found.values()))
+
+
+def find_tuples(source):
+    """A folder per pair with rgb_full.mp4, rgb_removed.mp4 and mask.mp4, black = object.
+
+    GenOmnimatte: 0 = object, 128 = background, 255 = objects that stay, as its datasets/ write them
+    (https://github.com/gen-omnimatte/gen-omnimatte-public). VOID: 0 = object, 63 = object where something else changes
+    too, 127 = that change elsewhere, 255 = the rest; its second generator has rgb_altered_physics.mp4 in place of
+    rgb_removed.mp4 (https://github.com/Netflix/void-model/tree/main/data_generation).
+    """
+    for full in (path for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}rgb_full.mp4")):
+        folder = full.parent
+        removed = next((folder / name for name in ("rgb_removed.mp4", "rgb_altered_physics.mp4")
+                        if (folder / name).is_file()), folder / "rgb_removed.mp4")  # fmt: skip
+        name = "_".join(folder.relative_to(source).parts) or folder.resolve().name
+        yield Pair(name, full, removed, folder / "mask.mp4", is_dark)
+
+
+LAYOUTS = (find_rose, find_vor, find_tuples)
+
+
+def match(with_object, without, masks, prefix=""):
+    """Pairs of videos of one name in three folders; where one lacks it, opening it says so."""
+    for path in with_object.glob("*.mp4"):
+        if not is_hidden(path.name):
+            yield Pair(prefix + path.stem, path, without / path.name, masks / path.name, is_light)
+
+
+def unpack(pair, target):
+    """Write a pair's frames and masks to target/<name>, which is there as a whole or not at all; returns their number.
+
+    Raises: InputError where the videos cannot be read, differ in length or size, or have no hole.
+    """
+    videos = [open_video(path) for path in (pair.with_object, pair.without, pair.mask)]
+    looks = [f"{len(video)} frames of {video.width}x{video.height}" for video in videos]
+    if len(set(looks)) > 1:
+        found = ", ".join(f"{video.path} has {look}" for video, look in zip(videos, looks, strict=True))
+        raise InputError(f"{found}: equal ones were needed")
+    partial = target / f".{pair.name}.partial"  # hidden: a killed run's is no pair
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, video in zip(FOLDERS, videos, strict=True):
+        folder = partial / name
+        folder.mkdir(parents=True)
+        write = functools.partial(write_hole, pair.is_hole) if name == "masks" else write_frame
+        hole = any([*in_threads(write, ((folder / f"{i:05d}", frame) for i, frame in enumerate(video.frames())))])
+    if not hole:  # of the masks, which come last
+        shutil.rmtree(partial)
+        raise InputError(f"{pair.mask} has no hole in any frame")
+    partial.rename(target / pair.name)
+    return len(videos[0])
+
+
+def write_frame(path, frame):
+    """(h, w, 3) uint8 RGB. The videos have lost more already, and PNGs would take several times the space."""
+    path.with_suffix(".jpg").write_bytes(cv2.imencode(".jpg", frame[..., ::-1], JPEG)[1])
+
+
+def write_hole(is_hole, path, frame):
+    """255 = hole, of a frame (h, w, 3) of a mask's video; whether there is one."""
+    hole = np.where(is_hole(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)), 255, 0).astype(np.uint8)
+    path.with_suffix(".png").write_bytes(cv2.imencode(".png", hole)[1])
+    return hole.any()
+
+
+@one_line_errors
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("source", type=Path, help="the dataset's folder, as it was downloaded and unpacked")
+    parser.add_argument("target", type=Path, help="the folder to write to: --paired_root")
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N pairs by name only")
+    args = parser.parse_args(argv)
+    at_least(1, args, "limit")
+    pairs = next(filter(None, (sorted(find(args.source), key=lambda pair: pair.name) for find in LAYOUTS)), [])
+    if not pairs:
+        raise InputError(
+            f"{args.source} holds no pairs in a known layout ({describe_content(args.source)}): docs/data.md shows them"
+            if args.source.is_dir() else f"{args.source} is no folder: a dataset's folder was needed"
+        )  # fmt: skip
+    check_writable(args.target, "target")
+    import_pairs(pairs[: args.limit], args.target)
+
+
+def import_pairs(pairs, target):
+    """Unpack those that are not there, with a line on each; one that is no pair is named and left out."""
+    left_out = 0
+    for number, pair in enumerate(pairs, start=1):
+        if (target / pair.name).exists():
+            said = "is there already"
+        else:
+            try:
+                said = f"{unpack(pair, target)} frames"
+            except InputError as error:
+                left_out += 1
+                print(f"left out: {pair.name}: {error}", file=sys.stderr, flush=True)
+                continue
+        print(f"{number}/{len(pairs)}  {pair.name}  {said}", flush=True)
+    if left_out == len(pairs):
+        raise InputError(f"none of {len(pairs)} pairs could be unpacked: see the lines above")
+    print(f"{len(pairs) - left_out} of {len(pairs)} pairs are in {target}: train with PAIRED_ROOT={target}")
+
+
+if __name__ == "__main__":
+    main()
