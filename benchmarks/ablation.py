@@ -43,19 +43,21 @@ from toy.join_videos import join_videos
 from toy.make_videos import make_videos
 from toy.make_weights import make_weights
 
-MIX, GROWTH, PASTE = "--mask_mix=blob=0.4,object=0.3,box=0.1,stroke=0.1,text=0.1", "--mask_growth=-1,2", "--paste=0.3"
-LOSS, EMA = "--loss_weights=1,0.5,0.05", "--ema_decay=0.98"
-BORDER = "--mask_border=0.3"
+MIX = ["--mask_mix=blob=0.4,object=0.3,box=0.1,stroke=0.1,text=0.1"]
+BORDER = ["--mask_border=0.3", "--mask_growth=-1,2"]  # pixels of 64: at 512 from -8 to 16
+PASTE = ["--paste=0.3"]
+LOSS = ["--loss_weights=1,0.5,0.05", "--loss_rim=1"]  # of 16 latents: at 512 four
+EMA = ["--ema_decay=0.98"]
 ARMS = {  # stage: {arm: flags of the trainer}; the first arm is what the others are compared with
     1: {
         "guide": [],
-        "mix": [MIX],
-        "border": [BORDER, GROWTH],  # pixels of 64: at 512 from -8 to 16
-        "paste": [PASTE],
-        "weights": [LOSS],
-        "ema": [EMA],
+        "mix": MIX,
+        "border": BORDER,
+        "paste": PASTE,
+        "weights": LOSS,
+        "ema": EMA,
         "averaging": None,  # the guide's last checkpoints, averaged
-        "all": [MIX, BORDER, GROWTH, PASTE, LOSS, EMA],
+        "all": [*MIX, *BORDER, *PASTE, *LOSS, *EMA],
     },
     2: {"stage1": None, "guide": [], "known": ["--known_frames=0.3"]},  # stage1: the start itself, frame by frame
 }
@@ -83,7 +85,11 @@ class Lab:
         self.steps = options.steps or self.size[self.stage]["steps"]
         self.root = Path(options.output_dir)
         self.data, self.weights, self.start = self.root / "data", self.root / "weights", self.root / "start"
-        self.runs = self.root / f"stage{self.stage}"
+        self.runs, made = self.root / f"stage{self.stage}", self.root / "start.json"
+        size = json.loads(made.read_text())["size"] if made.is_file() else options.size
+        require(
+            size == options.size, f"{self.root} has {size} models, not {options.size} ones: --size={size} was needed"
+        )
         self.deadline = time.monotonic() + 60 * options.minutes
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         self.gpus = visible.split(",") if torch.cuda.is_available() else [""]
@@ -286,8 +292,10 @@ def run_jobs(lab, jobs, is_done):
 
     def run(name):
         gpu = free.get()
-        run_command(jobs[name], gpu, lab.runs / f"{name}.log", lab.deadline)
-        free.put(gpu)
+        try:
+            run_command(jobs[name], gpu, lab.runs / f"{name}.log", lab.deadline)
+        finally:
+            free.put(gpu)
         print(f"{name}: {'done' if is_done(name) else 'not done'} after {time.monotonic() - begun:.0f} s", flush=True)
 
     with ThreadPoolExecutor(free.qsize()) as pool:

@@ -2,16 +2,31 @@
 
 import csv
 import importlib
+import itertools
+import runpy
 import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import error_line, reset_accelerate
+from conftest import equal_files, error_line, reset_accelerate
 
 from benchmarks import ablation
 from dataset.folders import scan_video
 from libs.evaluation.cases import SCORES, TASKS, Case, make_cases, rim_error
+
+
+class InTurn:
+    """A ThreadPoolExecutor's `map` without threads: the trainer takes signals, which the main thread alone can."""
+
+    def __init__(self, workers):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
 
 @pytest.fixture
@@ -25,34 +40,39 @@ def here(monkeypatch):
             reset_accelerate()
             script = command[1].replace("finetune", "train_DiffuEraser").removesuffix(".sh")
             importlib.import_module(script).main(command[2:])
-        else:
-            assert command[:3] == [sys.executable, "-m", "benchmarks.ablation"]
+        elif command[1] == "-m":
+            assert command[2] == "benchmarks.ablation"
             ablation.main(command[3:])
+        else:
+            monkeypatch.setattr(sys, "argv", command[1:])
+            runpy.run_path(command[1], run_name="__main__")
 
     monkeypatch.setattr(ablation, "run_command", run)
+    monkeypatch.setattr(ablation, "ThreadPoolExecutor", InTurn)
     yield commands
     reset_accelerate()
 
 
 def test_all_steps_and_what_is_done_is_not_done_again(here, tmp_path, capsys):
-    flags = ["--size=tiny", f"--output_dir={tmp_path}", "--frames=2", "--seeds", "0", "--arms", "guide", "paste"]
-    ablation.main(["start", "train", "score", "table", *flags])
-    assert here == ["start", "guide-0", "paste-0", "guide-0", "paste-0"]
-    rows = list(csv.DictReader((tmp_path / "stage1/paste-0.csv").read_text().splitlines()))
+    flags = ["--size=tiny", f"--output_dir={tmp_path}", "--frames=2", "--seeds", "0"]
+    arms = ["--arms", "guide", "all", "averaging", "--steps=3"]
+    ablation.main(["start", "train", "score", "table", *flags, *arms])
+    assert here == ["start", "guide-0", "all-0", "averaging-0", "guide-0", "all-0", "averaging-0"]
+    rows = list(csv.DictReader((tmp_path / "stage1/all-0.csv").read_text().splitlines()))
     assert [(row["task"], row["video"]) for row in rows] == [(t, v) for t in TASKS for v in ("buoy", "lantern")]
     assert all(np.isfinite(float(row[name])) for row in rows for name in ("psnr_hole", "warp_hole", "rim"))
+    files = [tmp_path / f"stage1/{arm}-0/unet_main/diffusion_pytorch_model.safetensors" for arm in arms[1:4]]
+    assert not any(equal_files(*pair) for pair in itertools.combinations(files, 2))
     text = (tmp_path / "table-stage1.md").read_text()
-    assert text in capsys.readouterr().out and "| paste | " in text
+    assert text in capsys.readouterr().out and "| all | " in text and "| averaging | " in text
     assert "removal, PSNR around it (guide: " in text and "other holes, PSNR around it" not in text
 
     here.clear()
-    ablation.main(flags)
+    ablation.main([*flags, *arms])
     assert here == [] and (tmp_path / "table-stage1.md").read_text() == text
-    assert "{'steps': 2, 'flags': []}, not {'steps': 3, 'flags': []}" in error_line(
-        capsys, ablation.main, ["train", *flags, "--steps=3"]
-    )
-    here.clear()
-    ablation.main(["train", "score", "table", *flags[:3], "--stage=2", "--seeds", "0", "--arms", "stage1", "known"])
+    line = error_line(capsys, ablation.main, ["train", *flags, "--arms", "guide", "--steps=4"])
+    assert "{'steps': 3, 'flags': []}, not {'steps': 4, 'flags': []}" in line
+    ablation.main(["train", "score", "table", *flags, "--stage=2", "--arms", "stage1", "known"])
     assert here == ["known-0", "stage1-0", "known-0"] and "| known | " in capsys.readouterr().out
 
 
