@@ -27,7 +27,6 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common.command_line import Parser, at_least, require
@@ -36,7 +35,7 @@ from common.files import write_json, written_whole
 from common.run_files import write_rows
 from dataset.folders import read_names, scan_video
 from libs.evaluation.cases import SCORES, TASKS, make_cases
-from libs.evaluation.intervals import compare
+from libs.evaluation.intervals import compare_all, markdown
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline
 from toy import train_vae
 from toy.join_videos import join_videos
@@ -244,41 +243,12 @@ def table(lab):
         for row in csv.DictReader(path.read_text().splitlines()) if path.is_file() else ():
             for name in SCORES:
                 values[arm, row["task"], name][row["video"], seed] = float(row[name])
-    rows = compare_arms(values, first, others)
+    rows = compare_all(values, first, others, TASKS, SCORES)
     require(rows, f"no arm is scored with the same seed as {first}: run `train score` with both first")
     write_rows(lab.root / f"table-stage{lab.stage}.csv", rows)
-    text = "\n".join(markdown(rows, first))
+    text = "\n".join(markdown(rows, first, SCORES))
     Path(lab.root, f"table-stage{lab.stage}.md").write_text(text + "\n")
     print(text)
-
-
-def compare_arms(values, first, others):
-    """[{arm, task, score, baseline: the first arm's mean, ...: Comparison}] of all that both arms have scored."""
-    rows = []
-    for task in TASKS:
-        for arm in others:
-            for name, (_, unit, higher) in SCORES.items():
-                one, other = values[first, task, name], values[arm, task, name]
-                videos, seeds = (sorted({key[i] for key in one.keys() & other.keys()}) for i in (0, 1))
-                grids = [np.array([[scores[v, s] for s in seeds] for v in videos]) for scores in (one, other)]
-                if len(videos) and np.isfinite(grids[0]).any():
-                    found = compare(grids[1] - grids[0], higher, unit)
-                    baseline = float(grids[0][np.isfinite(grids[0]).all(axis=1)].mean())
-                    rows.append({"task": task, "arm": arm, "score": name, "baseline": baseline, **found._asdict()})
-    return rows
-
-
-def markdown(rows, first):
-    """Lines: a table for every task and score."""
-    lines = [f"Difference from {first}: mean, 95 % interval over videos and seeds. Of so many intervals one in twenty "
-             "misses the truth."]  # fmt: skip
-    for task, name in dict.fromkeys((row["task"], row["score"]) for row in rows):
-        chosen = [row for row in rows if (row["task"], row["score"]) == (task, name)]
-        lines += ["", f"{task}, {SCORES[name][0]} ({first}: {chosen[0]['baseline']:.2f}{SCORES[name][1]})", "",
-                  "| arm | difference | interval | better in | |", "|---|---|---|---|---|"]  # fmt: skip
-        lines += [f"| {row['arm']} | {row['mean']:+.2f} | [{row['low']:+.2f}, {row['high']:+.2f}] | {row['wins']} of "
-                  f"{row['videos']} | {row['verdict']} |" for row in chosen]  # fmt: skip
-    return lines
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------
@@ -347,19 +317,16 @@ def main(argv=None):
     add("--jobs_per_gpu", type=int, default=1, help="arms that train at once on each GPU (default: 1)")
     add("--minutes", type=float, default=1e4, help="then everything saves and ends (default: never)")
     options = parser.parse_args(argv)
-    options.arms = options.arms or list(ARMS[options.stage])
-    for arm in options.arms:
-        require(
-            arm in ARMS[options.stage],
-            f"{arm!r} is no arm of stage {options.stage}: {', '.join(ARMS[options.stage])} are",
-        )
+    known, steps = ARMS[options.stage], {**STEPS, "score-one": score_one}
+    options.arms, options.step = options.arms or list(known), options.step or list(STEPS)
+    for name in options.arms:
+        require(name in known, f"{name!r} is no arm of stage {options.stage}: {', '.join(known)} are")
+    for name in options.step:
+        require(name in steps, f"{name!r} is no step: {', '.join(STEPS)} are")
     at_least(1, options, "steps", "start_steps", "frames", "jobs_per_gpu")
-    steps = {**STEPS, "score-one": score_one}
-    for step in options.step or STEPS:
-        require(step in steps, f"{step!r} is no step: {', '.join(STEPS)} are")
     lab = Lab(options)
-    for step in options.step or STEPS:
-        steps[step](lab)
+    for name in options.step:
+        steps[name](lab)
 
 
 if __name__ == "__main__":

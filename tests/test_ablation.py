@@ -14,6 +14,7 @@ from conftest import equal_files, error_line, reset_accelerate
 from benchmarks import ablation
 from dataset.folders import scan_video
 from libs.evaluation.cases import SCORES, TASKS, Case, make_cases, rim_error
+from libs.evaluation.intervals import compare
 
 
 class InTurn:
@@ -49,6 +50,7 @@ def here(monkeypatch):
 
     monkeypatch.setattr(ablation, "run_command", run)
     monkeypatch.setattr(ablation, "ThreadPoolExecutor", InTurn)
+    monkeypatch.setattr(ablation, "SAMPLER_STEPS", 1)
     yield commands
     reset_accelerate()
 
@@ -65,7 +67,7 @@ def test_all_steps_and_what_is_done_is_not_done_again(here, tmp_path, capsys):
     assert not any(equal_files(*pair) for pair in itertools.combinations(files, 2))
     text = (tmp_path / "table-stage1.md").read_text()
     assert text in capsys.readouterr().out and "| all | " in text and "| averaging | " in text
-    assert "removal, PSNR around it (guide: " in text and "other holes, PSNR around it" not in text
+    assert "| removal | PSNR around it: guide has " in text and "| other holes | PSNR around it" not in text
 
     here.clear()
     ablation.main([*flags, *arms])
@@ -96,10 +98,10 @@ def test_table_by_hand(tmp_path, capsys):
     psnr, warp = csv.DictReader((tmp_path / "table-stage1.csv").read_text().splitlines())
     assert (psnr["score"], float(psnr["baseline"]), float(psnr["mean"]), psnr["wins"]) == ("psnr_hole", 21, 1.5, "3")
     assert (warp["score"], float(warp["mean"]), warp["wins"], warp["seeds"]) == ("warp_hole", 1.5, "0", "2")
-    low, high = ablation.compare(np.array([[1.0, 2.0], [0.0, 1.0], [2.0, 3.0]]))[1:3]
+    low, high = compare(np.array([[1.0, 2.0], [0.0, 1.0], [2.0, 3.0]]))[1:3]
     assert (float(psnr["low"]), float(psnr["high"])) == (low, high)
-    assert f"| mix | +1.50 | [{low:+.2f}, {high:+.2f}] | 3 of 3 | " in printed
-    assert "removal, PSNR in the hole (guide: 21.00 dB)" in printed
+    assert f"| mix | better: +1.50 dB [{low:+.2f}, {high:+.2f}], better in 3 of 3 videos, seeds: 2 |" in printed
+    assert "| removal | PSNR in the hole: guide has 21.00 dB |" in printed
 
 
 def test_a_command_has_its_gpu_and_log_and_ends_in_time(tmp_path, capfd):

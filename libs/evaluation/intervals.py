@@ -4,6 +4,7 @@ Differences are (videos, seeds): a score of the one minus that of the other, on 
 runs with the same seed. Both videos and seeds are samples: another set of either would give another mean.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -31,11 +32,11 @@ def compare(differences, higher_is_better=True, unit="", decimals=2):
     mean = float(differences.mean()) if videos else float("nan")
     sign = 1 if higher_is_better else -1
     wins = int((sign * differences.mean(axis=1) > 0).sum())
+    found = f"no difference that {videos} videos can show"
     if low > 0 or high < 0:
-        word, interval = "better" if sign * mean > 0 else "worse", f"[{low:+.{decimals}f}, {high:+.{decimals}f}]"
-        verdict = f"{word}: {mean:+.{decimals}f}{unit} {interval}, {wins} of {videos} videos, seeds: {seeds}"
-    else:
-        verdict = f"no difference that {videos} videos can show, seeds: {seeds}"
+        found = "better" if sign * mean > 0 else "worse"
+    interval = f"[{low:+.{decimals}f}, {high:+.{decimals}f}]"
+    verdict = f"{found}: {mean:+.{decimals}f}{unit} {interval}, better in {wins} of {videos} videos, seeds: {seeds}"
     return Comparison(mean, low, high, wins, videos, seeds, verdict)
 
 
@@ -66,3 +67,37 @@ def paired_interval(differences, level=LEVEL):
         freedom = max(total**2 / parts if parts else 1, min(videos, seeds) - 1)
     half = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(total / (videos * seeds))
     return float(mean - half), float(mean + half)
+
+
+def compare_all(values, first, others, tasks, scores):
+    """[{task, method, score, baseline, and what a Comparison holds}] of what two methods have in common.
+
+    Args:
+        values: {(method, task, score): {(video, seed): value}}.
+        first, others: names of methods; others are compared with the first, whose mean is the baseline.
+        scores: {score: (heading, unit, whether more is better)}.
+    """
+    rows = []
+    for task, method, (name, (_, unit, higher)) in itertools.product(tasks, others, scores.items()):
+        one, other = values.get((first, task, name), {}), values.get((method, task, name), {})
+        videos, seeds = (sorted({key[i] for key in one.keys() & other.keys()}) for i in (0, 1))
+        pairs = np.array([[(one[v, s], other[v, s]) for s in seeds] for v in videos]).reshape(
+            len(videos), len(seeds), 2
+        )
+        pairs = pairs[np.isfinite(pairs).all(axis=(1, 2))]
+        if len(pairs):
+            found = compare(pairs[..., 1] - pairs[..., 0], higher, unit)
+            baseline = float(pairs[..., 0].mean())
+            rows.append({"task": task, "method": method, "score": name, "baseline": baseline, **found._asdict()})
+    return rows
+
+
+def markdown(rows, first, scores):
+    """Lines: a table for every task and score of `compare_all`."""
+    lines = [f"Differences from {first}, 95 % intervals over videos and seeds: one in twenty misses the truth."]
+    for task, name in dict.fromkeys((row["task"], row["score"]) for row in rows):
+        chosen = [row for row in rows if (row["task"], row["score"]) == (task, name)]
+        heading, unit, _ = scores[name]
+        lines += ["", f"| {task} | {heading}: {first} has {chosen[0]['baseline']:.2f}{unit} |", "|---|---|"]
+        lines += [f"| {row['method']} | {row['verdict']} |" for row in chosen]
+    return lines
