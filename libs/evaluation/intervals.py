@@ -81,9 +81,8 @@ def compare_all(values, first, others, tasks, scores):
     for task, method, (name, (_, unit, higher)) in itertools.product(tasks, others, scores.items()):
         one, other = values.get((first, task, name), {}), values.get((method, task, name), {})
         videos, seeds = (sorted({key[i] for key in one.keys() & other.keys()}) for i in (0, 1))
-        pairs = np.array([[(one[v, s], other[v, s]) for s in seeds] for v in videos]).reshape(
-            len(videos), len(seeds), 2
-        )
+        pairs = np.array([(one[key], other[key]) for key in itertools.product(videos, seeds)])
+        pairs = pairs.reshape(len(videos), len(seeds), 2)
         pairs = pairs[np.isfinite(pairs).all(axis=(1, 2))]
         if len(pairs):
             found = compare(pairs[..., 1] - pairs[..., 0], higher, unit)
