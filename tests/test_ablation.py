@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from conftest import equal_files, error_line, reset_accelerate
+from scipy import stats
 
 from benchmarks import ablation
 from dataset.folders import scan_video
@@ -100,7 +101,10 @@ def test_table_by_hand(tmp_path, capsys):
     assert (warp["score"], float(warp["mean"]), warp["wins"], warp["seeds"]) == ("warp_hole", 1.5, "0", "2")
     low, high = compare(np.array([[1.0, 2.0], [0.0, 1.0], [2.0, 3.0]]))[1:3]
     assert (float(psnr["low"]), float(psnr["high"])) == (low, high)
-    assert f"| mix | better: +1.50 dB [{low:+.2f}, {high:+.2f}], better in 3 of 3 videos, seeds: 2 |" in printed
+    half = stats.t.ppf(0.975, 3.5**2 / (2**2 / 2 + 1.5**2)) * (3.5 / 6) ** 0.5  # mean squares 2, 1.5 and 0
+    assert (low, high) == pytest.approx((1.5 - half, 1.5 + half))
+    line = f"| mix | no difference that 3 videos can show: +1.50 dB [{low:+.2f}, {high:+.2f}], better in 3 of 3 videos"
+    assert f"{line}, seeds: 2 |" in printed
     assert "| removal | PSNR in the hole: guide has 21.00 dB |" in printed
 
 

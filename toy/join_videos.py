@@ -6,6 +6,9 @@ python -m toy.join_videos --output_dir joined --davis_roots dataset/DAVIS toy/da
 import argparse
 from pathlib import Path
 
+from common.command_line import require
+from common.errors import one_line_errors
+
 KINDS = ("JPEGImages", "Annotations")
 LISTS = ("train.txt", "val.txt")
 
@@ -13,7 +16,7 @@ LISTS = ("train.txt", "val.txt")
 def join_videos(output_dir, davis_roots, ytvos_roots):
     """Write `output_dir`/DAVIS and /YTBV with links to the folders of all; names in the lists come in the roots' order.
 
-    Raises: FileExistsError where two roots have a video of one name.
+    Raises: InputError where two roots have a video of one name.
     """
     davis = Path(output_dir, "DAVIS")
     link_folders(davis, davis_roots, "480p")
@@ -30,15 +33,22 @@ def link_folders(output_dir, roots, size):
         folder.mkdir(parents=True, exist_ok=True)
         for root in roots:
             for video in sorted(Path(root, kind, size).glob("*/")):
-                link = folder / video.name
-                if link.resolve() != video.resolve():
-                    link.symlink_to(video.resolve())
+                link, target = folder / video.name, video.resolve()
+                if not link.is_symlink():
+                    link.symlink_to(target)
+                require(link.resolve() == target, f"{link} is {link.resolve()}, not {target}: another --output_dir or "
+                        "other names were needed")  # fmt: skip
 
 
-if __name__ == "__main__":
+@one_line_errors
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--davis_roots", nargs="+", required=True, metavar="DIR")
     parser.add_argument("--ytvos_roots", nargs="+", required=True, metavar="DIR")
     options = parser.parse_args()
     join_videos(options.output_dir, options.davis_roots, options.ytvos_roots)
+
+
+if __name__ == "__main__":
+    main()
