@@ -152,7 +152,7 @@ def test_a_checkpoint_s_settings_keep_their_names(stage):
 
 def another(name, value):
     other = {"mask_span": (0.1, 0.2), "validation_image": ["a"], "mixed_precision": "bf16", "lr_scheduler": "cosine"}
-    other |= {"prompt": "grass", "loss_weights": [4.0, 2.0, 1.0]}
+    other |= {"prompt": "grass", "loss_weights": [4.0, 2.0, 1.0], "mask_mix": "box=1", "mask_growth": "1,2"}
     if name in other:
         return other[name]
     return not value if isinstance(value, bool) else (value or 0) + 1

@@ -12,11 +12,8 @@ from common.errors import one_line_errors
 from common.files import locked_by_main_process
 from libs.training.checks import check_run
 from libs.training.config import parse_args
-from libs.training.cuda_graph import GraphedForwardBackward
 from libs.training.ema import Ema
 from libs.training.log import log, log_on_main_process, log_start, start_trackers
-from libs.training.loss import ForwardBackward
-from libs.training.loss_weights import LossWeights
 from libs.training.meter import BrokenVideos, Meter
 from libs.training.saving import Checkpoints
 from libs.training.setup import (
@@ -24,6 +21,7 @@ from libs.training.setup import (
     load_base,
     make_loader,
     make_optimizer_and_schedule,
+    make_passes,
     require_agreement,
     resume,
     seed_everything,
@@ -66,12 +64,10 @@ def train(config, stage, accelerator, found, stop):
     optimizer, schedule, last_step = make_optimizer_and_schedule(config, accelerator, model, found)
     loader = make_loader(config, accelerator, found, base.vae.cache, last_step)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    passes = GraphedForwardBackward if config.cuda_graph else ForwardBackward
-    forward_backward = passes(accelerator, model, base, LossWeights.of(config))
+    forward_backward = make_passes(config, accelerator, model, base)
     state, unwrapped = found.state, accelerator.unwrap_model(model)
     checkpoints = Checkpoints(config, stage, accelerator, state, found.checkpoint)
-    if found.checkpoint:
-        resume(config, accelerator, optimizer, schedule, found)
+    resume(config, accelerator, optimizer, schedule, found)
     ema = Ema(config.ema_decay, accelerator, unwrapped, found.checkpoint)
 
     broken_videos, meter = BrokenVideos(config.max_broken_share), Meter(accelerator, last_step)
@@ -112,10 +108,9 @@ def train(config, stage, accelerator, found, stop):
             break
         if saving or validating:
             with ema.in_use():
-                if validating:
-                    validation.run(unwrapped, state)
-                if saving:
-                    checkpoints.mark_best(validation.loss.at(unwrapped, state))
+                held_out_loss = validation.run(unwrapped, state, sample=validating)
+            if saving:
+                checkpoints.mark_best(held_out_loss)
             model.train()
             meter.restart()  # neither counts as time per step
     else:

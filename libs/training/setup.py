@@ -16,8 +16,11 @@ from libs.base_model import LoadedBase
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.checkpoints.resume import BATCH_SETTINGS
 from libs.training.config import settings_with
+from libs.training.cuda_graph import GraphedForwardBackward
 from libs.training.latent_cache import LatentCache
 from libs.training.log import log, log_compiling, log_parameters
+from libs.training.loss import ForwardBackward
+from libs.training.loss_weights import LossWeights
 from libs.training.optimizer import make_optimizer, match_layout
 
 SCALER_FILE = "scaler.pt"  # accelerate's, of fp16 runs
@@ -116,6 +119,12 @@ def make_loader(config, accelerator, found, cache, last_step):
     return accelerator.prepare(loader)
 
 
+def make_passes(config, accelerator, model, base):
+    """The ForwardBackward of a prepared model."""
+    passes = GraphedForwardBackward if config.cuda_graph else ForwardBackward
+    return passes(accelerator, model, base, LossWeights.of(config))
+
+
 def make_optimizer_and_schedule(config, accelerator, model, found):
     """(optimizer, learning rate schedule, the last step's number)."""
     learning_rate = config.learning_rate * (found.global_batch if config.scale_lr else 1)
@@ -141,12 +150,14 @@ def make_optimizer_and_schedule(config, accelerator, model, found):
 
 
 def resume(config, accelerator, optimizer, schedule, found):
-    """Load a checkpoint that the checks found fit; settings of the optimizer come from the flags, not from it.
+    """Load the checkpoint that the checks found fit, if any; the optimizer's settings come from the flags, not from it.
 
     Args:
         optimizer, schedule: as prepared.
     """
     checkpoint, state = found.checkpoint, found.state
+    if not checkpoint:
+        return
     settings = ("betas", "eps", "weight_decay")
     given = [{name: group[name] for name in settings} for group in optimizer.param_groups]
     base_lrs = list(schedule.scheduler.base_lrs)

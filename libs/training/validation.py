@@ -108,15 +108,16 @@ class Validation:
         ]
         self.loss = ValidationLoss(config, accelerator, found.dataset, base)
 
-    def run(self, model, state):
-        """Loss, scores and pictures at a step. A failure costs what it was about to find, not the run.
+    def run(self, model, state, sample):
+        """The held-out loss at a step, or None. A failure costs what it was about to find, not the run.
 
         Args:
             model: unwrapped: DDP's forward would wait for processes that have nothing left to do.
+            sample: fill holes too, for scores and pictures.
         """
         step, losses_by_video = state.global_step, self.loss.report(model, state)
         model.eval()
-        for form in self.forms if self.videos else ():
+        for form in self.forms if sample and self.videos else ():
             begin = time.perf_counter()
             found = attempt(step, self.device, self.sample_videos, model, step, form) or {}
             if self.accelerator.is_main_process:
@@ -126,6 +127,7 @@ class Validation:
             log.info("validation%s: %d videos in %s, %.0f s%s%s", form.replace("-", " "), len(found),
                      self.samples_folder(step), time.perf_counter() - begin,
                      f"; without {', '.join(left)}" if left else "", self.free_memory())  # fmt: skip
+        return self.loss.value
 
     def samples_folder(self, step):
         return self.folder / "samples" / f"sample-{step}"

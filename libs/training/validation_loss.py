@@ -41,7 +41,7 @@ class ValidationLoss:
         self.dataset.videos = [video for video in videos if len(video.frames) >= dataset.span]
         self.dataset.pairs = []
         self.clips = config.probe_clips if self.dataset.videos else 0
-        self.step = self.value = None  # where it was measured last, and what was found
+        self.value = None  # what was found last
 
     def start(self, model, state):
         """Measure it before the first step: later ones are compared with that."""
@@ -54,12 +54,6 @@ class ValidationLoss:
         if state.probe_start is not None:
             log.info("held-out loss %.4f at step %d, on %d fixed clips of %d video(s)%s", state.probe_start, step,
                      self.clips, len(self.dataset.videos), hole_words(in_hole))  # fmt: skip
-
-    def at(self, model, state):
-        """Its value at the current step, measured unless it was just now; None: there is none."""
-        if self.clips and self.step != state.global_step:
-            self.report(model, state)
-        return self.value
 
     def report(self, model, state):
         """Measure and log it: {video's folder: loss}."""
@@ -95,7 +89,7 @@ class ValidationLoss:
         model.eval()
         # Clip by clip and averaged in one order: any number of processes finds the same bits.
         losses = spread(self.accelerator, n, lambda i: attempt(step, device, measure_clip, i))
-        self.step, self.value = step, None
+        self.value = None
         if None in losses.values():
             return None, None, {}
         by_video = {
