@@ -3,10 +3,14 @@
 import json
 import re
 
+import pytest
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
+from common.errors import InputError
 from toy import train_vae
+from toy.join_videos import join_videos
+from toy.make_videos import DAVIS_TRAIN, DAVIS_VAL
 from toy.make_weights import make_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -34,3 +38,23 @@ def test_learning_from_scratch(train, videos, tmp_path, capsys):
     assert re.findall(r"step (\d)/2  loss \d", output) == ["1", "2"]
     trained, start = load_file(tmp_path / "run/unet_main" / WEIGHTS), load_file(base / "unet" / WEIGHTS)
     assert trained.keys() == start.keys() and sum(trained[key].equal(start[key]) for key in start) < 0.01 * len(start)
+
+
+def test_datasets_are_joined_by_links(videos, tmp_path):
+    """Twice, which changes nothing; a second video of a name is refused, as it would be lost."""
+    real = tmp_path / "real"
+    for folder in ("JPEGImages/480p/bear", "Annotations/480p/bear", "ImageSets/2017"):
+        (real / folder).mkdir(parents=True)
+    (real / "ImageSets/2017/train.txt").write_text("bear")
+    (real / "ImageSets/2017/val.txt").write_text("")
+    for _ in range(2):
+        join_videos(tmp_path / "joined", [real, videos / "DAVIS"], [videos / "YTBV"])
+    davis = tmp_path / "joined/DAVIS"
+    assert (davis / "ImageSets/2017/train.txt").read_text().split() == ["bear", *DAVIS_TRAIN]
+    assert (davis / "ImageSets/2017/val.txt").read_text().split() == list(DAVIS_VAL)
+    assert {path.name for path in (davis / "Annotations/480p").iterdir()} == {"bear", *DAVIS_TRAIN, *DAVIS_VAL}
+    assert (davis / "JPEGImages/480p/bear").resolve() == (real / "JPEGImages/480p/bear").resolve()
+    assert len(list((tmp_path / "joined/YTBV/Annotations").iterdir())) == 4
+    (real / "JPEGImages/480p/kites").mkdir()
+    with pytest.raises(InputError, match=r"kites is .*, not .*/DAVIS/JPEGImages/480p/kites"):
+        join_videos(tmp_path / "again", [real, videos / "DAVIS"], [videos / "YTBV"])

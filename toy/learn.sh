@@ -15,23 +15,13 @@ else
   : "${STAGE2_STEPS:=600}" "${STAGE2_CLIPS:=1}" "${STAGE2_FRAMES:=22}"
 fi
 run=${RUN:-toy/learn}
-mkdir -p "$run/data"
 "$PYTHON" -m toy.make_videos --output_dir "$run/drawn" --more "$DRAWN_VIDEOS" --seed 1
 "$PYTHON" -m toy.make_weights --output_dir "$run/weights" --size "$SIZE"
 
 # One dataset of both kinds: links to the drawn videos and, where they are given, to the real ones.
-data=$(realpath "$run/data")
-mkdir -p "$data/YTBV/JPEGImages" "$data/DAVIS/JPEGImages/480p" "$data/DAVIS/Annotations/480p" "$data/DAVIS/ImageSets/2017"
-: >"$data/DAVIS/ImageSets/2017/train.txt"
-: >"$data/DAVIS/ImageSets/2017/val.txt"
-for root in ${DAVIS_ROOT:+"$DAVIS_ROOT"} "$run/drawn/DAVIS"; do
-  ln -sfn "$(realpath "$root")"/JPEGImages/480p/* "$data/DAVIS/JPEGImages/480p/"
-  ln -sfn "$(realpath "$root")"/Annotations/480p/* "$data/DAVIS/Annotations/480p/"
-  for list in train val; do cat "$root/ImageSets/2017/$list.txt" >>"$data/DAVIS/ImageSets/2017/$list.txt"; done
-done
-for root in ${YTVOS_ROOT:+"$YTVOS_ROOT"} "$run/drawn/YTBV"; do
-  ln -sfn "$(realpath "$root")"/JPEGImages/* "$data/YTBV/JPEGImages/"
-done
+data=$run/data
+"$PYTHON" -m toy.join_videos --output_dir "$data" --davis_roots ${DAVIS_ROOT:+"$DAVIS_ROOT"} "$run/drawn/DAVIS" \
+  --ytvos_roots ${YTVOS_ROOT:+"$YTVOS_ROOT"} "$run/drawn/YTBV"
 
 export WEIGHTS=$run/weights DAVIS_ROOT=$data/DAVIS YTVOS_ROOT=$data/YTBV PRETRAINED_STAGE1_PATH=
 export RESOLUTION LEARNING_RATE RESUME_FROM_CHECKPOINT= CHECKPOINTING_STEPS=100000 COMPILE=0

@@ -18,21 +18,24 @@ YTVOS = ("0a1b2c3d4e", "1b2c3d4e5f", "2c3d4e5f6a", "3d4e5f6a7b")
 PALETTE = [0, 0, 0, 128, 0, 0]  # DAVIS's first two colours: background and the first object
 
 
-def make_videos(output_dir, seed=0, more=0):
-    """Write `output_dir`/DAVIS (4 training videos, 2 for validation with masks) and /YTBV (4 videos and `more`)."""
+def make_videos(output_dir, seed=0, more=0, held_out=0):
+    """Write `output_dir`/DAVIS (4 training videos, 2 and `held_out` for validation) and /YTBV (4 and `more`).
+
+    All have annotations: the nearest shape.
+    """
     rng = np.random.default_rng(seed)
     davis, ytvos = Path(output_dir, "DAVIS"), Path(output_dir, "YTBV")
+    in_ytvos, held_out = [f"{i:010x}" for i in range(more)], [f"held-out-{i}" for i in range(held_out)]
     for name in DAVIS_TRAIN + DAVIS_VAL:
-        frames, masks = make_scene(rng)
-        write_frames(davis / "JPEGImages/480p" / name, frames)
-        if name in DAVIS_VAL:
-            write_masks(davis / "Annotations/480p" / name, masks)
-    for name in (*YTVOS, *(f"{i:010x}" for i in range(more))):
-        write_frames(ytvos / "JPEGImages" / name, make_scene(rng)[0], name_step=5)
+        write_video(davis, "480p", name, *make_scene(rng))
+    for name in (*YTVOS, *in_ytvos):
+        write_video(ytvos, "", name, *make_scene(rng), name_step=5)
+    for name in held_out:  # last, so that the others are the same without them
+        write_video(davis, "480p", name, *make_scene(rng))
     lists = davis / "ImageSets/2017"
     lists.mkdir(parents=True, exist_ok=True)
     (lists / "train.txt").write_text("\n".join(DAVIS_TRAIN) + "\n")
-    (lists / "val.txt").write_text("\n".join(DAVIS_VAL) + "\n")
+    (lists / "val.txt").write_text("\n".join([*DAVIS_VAL, *held_out]) + "\n")
 
 
 def make_scene(rng):
@@ -69,19 +72,16 @@ def make_scene(rng):
     return frames, masks
 
 
-def write_frames(folder, frames, name_step=1):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, frame in enumerate(frames):
-        Image.fromarray(frame).save(folder / f"{i * name_step:05d}.jpg", quality=95)
-
-
-def write_masks(folder, masks):
-    """Palette PNGs as DAVIS has them: 0 = background, 1 = object (the hole)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, mask in enumerate(masks):
+def write_video(root, size, name, frames, masks, name_step=1):
+    """JPEGs, and palette PNGs as both datasets have them: 0 = background, 1 = object."""
+    pictures, annotations = root / "JPEGImages" / size / name, root / "Annotations" / size / name
+    pictures.mkdir(parents=True, exist_ok=True)
+    annotations.mkdir(parents=True, exist_ok=True)
+    for i, (frame, mask) in enumerate(zip(frames, masks, strict=True)):
+        Image.fromarray(frame).save(pictures / f"{i * name_step:05d}.jpg", quality=95)
         image = Image.fromarray(mask.astype(np.uint8), mode="P")
         image.putpalette(PALETTE)
-        image.save(folder / f"{i:05d}.png")
+        image.save(annotations / f"{i * name_step:05d}.png")
 
 
 if __name__ == "__main__":
@@ -89,5 +89,6 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", default="toy/data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--more", type=int, default=0, metavar="N", help="N more training videos in YTBV")
+    parser.add_argument("--held_out", type=int, default=0, metavar="N", help="N more validation videos in DAVIS")
     options = parser.parse_args()
-    make_videos(options.output_dir, options.seed, options.more)
+    make_videos(options.output_dir, options.seed, options.more, options.held_out)
