@@ -97,8 +97,10 @@ def test_checkpoints_that_make_no_mean(train, tmp_path, capsys):
         refused(f"checkpoint-1 and .*checkpoint-2 are of two runs: they differ in {what}; move one")
     file.write_text(json.dumps({**state, "files": {**state["files"], "ema.safetensors": 1}}))
     refused(r"checkpoint-2 has no ema\.safetensors, others have: add --no_ema")
+    # As another process writes it, of a run that was resumed.
+    state["configs"]["unet_main"]["_use_default_values"].reverse()
     file.write_text(json.dumps({**state, "weights": {name: ["moved", w[1]] for name, w in state["weights"].items()}}))
-    convert(1, run, tmp_path / "of two places", average=2)
+    convert(1, run, tmp_path / "of two starts", average=2)
     model = run / "checkpoint-1/model.safetensors"
     save_file({key.replace("conv_in.bias", "x"): tensor for key, tensor in load_file(model).items()}, model)
     refused(r"checkpoint-1 lacks unet_main\.conv_in\.bias")

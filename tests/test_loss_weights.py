@@ -34,7 +34,7 @@ def batch():
     """Two clips of two frames of 6x7 latents; other holes in each frame, and none in the last."""
     generator = torch.Generator().manual_seed(0)
     holes = torch.zeros((2, 2, 48, 56), dtype=torch.uint8)
-    holes[0, 0, 8:24, 16:32] = 255
+    holes[0, 0, 4:24, 16:32] = 255  # half of a latent that is known
     holes[0, 1, :8, :] = 255
     holes[1, 0, 40:, 48:] = 255
     frames = torch.randint(0, 256, (2, 2, 48, 56, 3), dtype=torch.uint8, generator=generator)

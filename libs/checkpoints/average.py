@@ -87,8 +87,13 @@ def refuse_another_run(folder, state, newest, newest_state):
     """The same stage, models and start weights, wherever these lie."""
 
     def facts(state):
+        # diffusers' own notes, _use_default_values, are in another order in every process.
+        models = {
+            name: {key: value for key, value in config.items() if not key.startswith("_")}
+            for name, config in state.configs.items()
+        }
         fingerprints = {name: fingerprint for name, (_, fingerprint) in state.weights.items()}
-        return {"stage": state.stage, "models": state.configs, "start weights": fingerprints}
+        return {"stage": state.stage, "models": models, "start weights": fingerprints}
 
     theirs = facts(newest_state)
     different = [name for name, value in facts(state).items() if value != theirs[name]]
