@@ -277,6 +277,7 @@ class Trainers:
 
     def run(self):
         """Wait for the end; returns the exit status."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it, and starts us so, leaves no status to read
         taken = [number for number in self.signals if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
         for number in taken:  # the new process ignores them from its first moment on
             signal.signal(number, signal.SIG_IGN)
