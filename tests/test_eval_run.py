@@ -175,12 +175,19 @@ def test_weights_lie_where_the_variable_says(monkeypatch):
     assert args.vae_path == "/elsewhere/sd-vae-ft-mse"
 
 
-def test_masks_of_all_videos_are_looked_for_first(videos, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def masks_of_buoy(videos, tmp_path):
+    """A folder of masks that has those of one video."""
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks/buoy").symlink_to(videos / "DAVIS/Annotations/480p/buoy")
+    return tmp_path / "masks"
+
+
+def test_masks_of_all_videos_are_looked_for_first(videos, masks_of_buoy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eval_DiffuEraser, "make_methods", None)
-    davis = videos / "DAVIS"
     with pytest.raises(SystemExit):
-        eval_DiffuEraser.main([f"--frames={davis / 'JPEGImages/480p'}", f"--masks={davis / 'Annotations/480p'}",
-                               "--videos", "buoy", "kites", f"--output_dir={tmp_path}"])  # fmt: skip
+        eval_DiffuEraser.main([f"--frames={videos / 'DAVIS/JPEGImages/480p'}", f"--masks={masks_of_buoy}",
+                               "--videos", "buoy", "kites", f"--output_dir={tmp_path / 'out'}"])  # fmt: skip
     assert "kites" in capsys.readouterr().err
 
 
@@ -277,14 +284,13 @@ def test_eval(weights, videos, models, tmp_path, capsys):
     assert (tmp_path / "first/lantern.png").is_file()
 
 
-def test_eval_on_given_masks_without_a_model(videos, tmp_path, capsys):
-    davis = videos / "DAVIS"
-    eval_DiffuEraser.main([f"--frames={davis / 'JPEGImages/480p'}", f"--masks={davis / 'Annotations/480p'}",
-                           "--videos", "buoy", "--no_model", f"--output_dir={tmp_path}"])  # fmt: skip
+def test_eval_on_given_masks_without_a_model(videos, masks_of_buoy, tmp_path, capsys):
+    flags = [f"--frames={videos / 'DAVIS/JPEGImages/480p'}", f"--masks={masks_of_buoy}", "--no_model",
+             f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
+    eval_DiffuEraser.main([*flags, "--videos", "buoy"])
     assert "temporal-median" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        eval_DiffuEraser.main([f"--frames={davis / 'JPEGImages/480p'}", f"--masks={davis / 'Annotations/480p'}",
-                               "--videos", "kites", "--no_model", f"--output_dir={tmp_path}"])  # fmt: skip
+        eval_DiffuEraser.main([*flags, "--videos", "kites"])
     assert capsys.readouterr().err.startswith("error: ")
 
 
