@@ -1,6 +1,6 @@
 """Convert a stage 2 checkpoint into unet_main/ (UNetMotion) and brushnet/ for inference.
 
-Edit the lines below, or give them as options of the same names.
+Edit the lines below, or give them as options of the same names; --help shows more.
 """
 
 input_dir = "finetune-stage2"  # a checkpoint such as "finetune-stage2/checkpoint-6000"; a run's folder: its newest
@@ -9,9 +9,6 @@ pretrained_stage1 = "converted_weights/finetuned-stage1"  # what the run started
 model_config = "weights/diffuEraser"  # only read for checkpoints of the original scripts
 variant = None  # of the files in pretrained_stage1, such as "fp16"
 export_motion_adapter = False  # also write motion_adapter/, which diffusers' MotionAdapter loads
-average = 1  # so many checkpoints of a run's folder: the mean of their weights
-average_by = "step"  # the last ones; "held_out_loss": those of the lowest
-no_ema = False  # of a run with --ema_decay, take the last step's weights and not the averaged ones
 
 if __name__ == "__main__":
     from libs.checkpoints.convert import main
@@ -24,7 +21,4 @@ if __name__ == "__main__":
         model_config=model_config,
         variant=variant,
         export_motion_adapter=export_motion_adapter,
-        average=average,
-        average_by=average_by,
-        no_ema=no_ema,
     )

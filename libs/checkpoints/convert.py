@@ -40,12 +40,8 @@ HELP = {
     "pretrained_stage1": "the converted stage 1 that the run started from",
     "model_config": "folder whose unet_main/config.json tells the attention heads of an original script's checkpoint",
     "variant": 'of the weight files in pretrained_stage1, such as "fp16"',
-    "average": "take the mean of so many checkpoints of the run's folder",
-    "average_by": "which ones: the last ones, or those of the lowest held-out loss",
-    "no_ema": "take the last step's weights where a run with --ema_decay has averaged ones",
     "export_motion_adapter": "also write the motion modules as motion_adapter/, which diffusers' MotionAdapter loads",
 }
-FORMS = {"average": {"type": int, "metavar": "N"}, "average_by": {"choices": ORDERS}}  # of options that are no paths
 CONVERTED, MOTION_ADAPTER = ("unet_main", "brushnet"), "motion_adapter"  # folders that a converter writes
 
 
@@ -276,7 +272,7 @@ def read_prompt(folder):
 
 @one_line_errors
 def main(stage, argv=None, **defaults):
-    """The command line of both converters: every constant is also an option of its name."""
+    """The command line of both converters: every constant is also an option of its name, and which weights to take."""
     parser = Parser(
         description=f"Convert a stage {stage} checkpoint into unet_main/ and brushnet/.",
         allow_abbrev=False,
@@ -284,5 +280,9 @@ def main(stage, argv=None, **defaults):
     )
     for name, value in defaults.items():
         form = {"action": "store_true"} if isinstance(value, bool) else {"metavar": "DIR" if value else "NAME"}
-        parser.add_argument(f"--{name}", default=value, help=HELP[name], **FORMS.get(name, form))
+        parser.add_argument(f"--{name}", default=value, help=HELP[name], **form)
+    add = parser.add_argument
+    add("--average", type=int, default=1, metavar="N", help="the mean of so many checkpoints of a run's folder")
+    add("--average_by", choices=ORDERS, default=LAST, help="the last ones, or those of the lowest held-out loss")
+    add("--no_ema", action="store_true", help="of a run with --ema_decay, the weights that were trained")
     convert(stage, **vars(parser.parse_args(argv)))
