@@ -31,6 +31,7 @@ from libs.inference.video import write_gif
 from libs.inpainter import FrameInpainter
 from libs.report.__main__ import write_report
 from libs.report.charts import ticks
+from libs.training.config import resume_policy, what_sets_clips
 from libs.unet_2d_condition import UNet2DConditionModel
 
 
@@ -193,6 +194,15 @@ def test_best_checkpoint(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-40"]
     prune(tmp_path, 40, 1)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-40"]
+
+
+def test_a_best_checkpoint_that_was_noted_before_a_setting_was_there(tmp_path):
+    """It was measured on the same clips where the setting is at its default."""
+    settings = json.loads(json.dumps(resume_policy().defaults))  # as a checkpoint has them
+    today = what_sets_clips(settings)
+    assert mark_best(tmp_path, 10, 0.5, {name: today[name] for name in today.keys() - {"mask_mix", "paste"}})
+    assert not mark_best(tmp_path, 20, 0.6, today, what_sets_clips)
+    assert mark_best(tmp_path, 30, 0.7, what_sets_clips({**settings, "paste": 0.3}), what_sets_clips)
 
 
 def test_other_validation_videos_start_the_held_out_loss_anew(validated, videos, tmp_path, capsys):

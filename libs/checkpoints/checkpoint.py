@@ -203,12 +203,12 @@ def read_best(run_dir):
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def mark_best(run_dir, step, held_out_loss, clips):
+def mark_best(run_dir, step, held_out_loss, clips, complete=lambda clips: clips):
     """Note checkpoint-<step> as the best one if its held-out loss is lower than that of the one noted so far, which
     counts only if it comes before (a run that was resumed from an earlier step has left it behind) and was measured on
-    the same `clips`, whatever tells them."""
+    the same `clips`, whatever tells them. `complete` makes of an older version's clips what they are called today."""
     best = read_best(run_dir)
-    counts = best and best["step"] < step and best.get("clips", clips) == clips
+    counts = best and best["step"] < step and complete(best.get("clips", clips)) == clips
     if not math.isfinite(held_out_loss) or (counts and best["held_out_loss"] <= held_out_loss):
         return False
     note = {"checkpoint": f"checkpoint-{step}", "step": step, "held_out_loss": held_out_loss, "clips": clips}

@@ -363,8 +363,12 @@ def resume_policy():
 
 
 def what_sets_clips(settings):
-    """The part of a run's recorded settings that the fixed clips of the validation loss follow from."""
-    return {name: settings[name] for name in settings_with("sets_clips")}
+    """The part of a run's recorded settings that the fixed clips of the validation loss follow from.
+
+    A setting that is newer than the record had its default.
+    """
+    defaults = resume_policy().defaults
+    return {name: settings.get(name, defaults[name]) for name in settings_with("sets_clips")}
 
 
 def flags_from_environment(stage_number, environ):

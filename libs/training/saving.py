@@ -62,8 +62,9 @@ class Checkpoints:
         saved = self.last is not None and self.last.name == f"checkpoint-{step}"
         if validation_loss is None or not saved or not self.accelerator.is_main_process:
             return
+        clips = what_sets_clips(self.state.settings)
         try:
-            if mark_best(self.config.output_dir, step, validation_loss, what_sets_clips(self.state.settings)):
+            if mark_best(self.config.output_dir, step, validation_loss, clips, what_sets_clips):
                 log.info("%s is the best checkpoint so far, by held-out loss", self.last.name)
         except (OSError, ValueError, LookupError, TypeError) as error:  # or the file noted before is not ours
             log.info("the best checkpoint could not be noted (%s)", error)
