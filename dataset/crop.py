@@ -77,6 +77,14 @@ class Crop:
         method = cv2.INTER_NEAREST_EXACT if nearest else cv2.INTER_LINEAR if self.scale.min() >= 1 else cv2.INTER_AREA
         cv2.resize(frame[y : y + height, x : x + width], self.size, dst=out, interpolation=method)
 
+    def resize_all(self, frames):
+        """(f, h, w, 3) uint8 of the crop's size, of whole frames."""
+        # Written in place: fresh memory for every frame, and its page faults, would cost as much as the resizing.
+        resized = np.empty((len(frames), *self.size[::-1], 3), np.uint8)
+        for frame, out in zip(frames, resized, strict=True):
+            self.resize(frame, out)
+        return resized
+
     def map_points(self, points):
         """Source pixel coordinates to the crop's; a pixel's centre is at its integer coordinates."""
         return (points - np.array(self.corner) + 0.5) * self.scale - 0.5

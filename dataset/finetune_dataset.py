@@ -16,7 +16,7 @@ from dataset.crop import Crop
 from dataset.folders import scan_davis, scan_ytvos
 from dataset.holes import Holes
 from dataset.images import read_frames
-from dataset.pairs import PairedVideo, draw_window, read_window, scan_pairs
+from dataset.pairs import DEFAULT_SHARE, PairedVideo, draw_window, read_window, scan_pairs
 
 PROMPT = "clean background"
 DAVIS_OVERSAMPLING = 10  # about 60 DAVIS videos beside 3,471 of YouTube-VOS: 15 % of an epoch instead of 2 %
@@ -49,7 +49,7 @@ class FinetuneDataset(Dataset):
             '512x288'); optional: frame_stride (1: every Nth frame of a video), random_crop (False: the centre), seed
             (42), prompt ("clean background"), proportion_empty_prompts (0), known_frames (0: share of clips with frames
             that have no hole), validation_image (folders of frames that are left out of training), paired_root (None)
-            and paired_share (of the clips; without davis_root and ytvos_root an epoch goes through the pairs), and
+            and paired_share (0.3 of the clips; without davis_root and ytvos_root an epoch goes through the pairs), and
             those of Holes.
         tokenizer: CLIP tokenizer for `input_ids`; may be None where only `clip` is used.
         broken: {folder: reason} of videos to leave out, as `scan_frames` finds them.
@@ -77,7 +77,7 @@ class FinetuneDataset(Dataset):
         held_out = {Path(folder).resolve() for folder in getattr(args, "validation_image", None) or []}
         beside = bool(pairs and (davis or ytvos))  # pairs alone are what an epoch goes through
         self.pairs = self.choose(pairs, "pair", held_out, broken) if beside else []
-        self.paired_share = args.paired_share if beside else 0
+        self.paired_share = getattr(args, "paired_share", DEFAULT_SHARE) if beside else 0
         chosen = self.choose(davis + ytvos or pairs, "video", held_out, broken)
         oversampled = {video.folder for video in davis}
         times = (DAVIS_OVERSAMPLING if video.folder in oversampled else 1 for video in chosen)
@@ -177,7 +177,7 @@ class FinetuneDataset(Dataset):
             paths = paths[::-1]
         source = read_frames(paths)
         crop = self.draw_crop(*source[0].shape[:2], epoch, index)
-        frames = self.resize(source, crop)
+        frames = crop.resize_all(source)
         hole_rng = np.random.default_rng([self.seed, epoch, index, 4])
         return paths, frames, *self.holes.draw(hole_rng, rng, crop, video, paths, frames)
 
@@ -185,7 +185,7 @@ class FinetuneDataset(Dataset):
         """The same of a pair: its masks are the holes, around which the frames with the object are shown."""
         crop = self.draw_crop(*video.shape, epoch, index)
         window, holes = draw_window(rng, video, self.span, self.stride, crop)
-        frames, shown = (self.resize(source, crop) for source in read_window(video, window))
+        frames, shown = map(crop.resize_all, read_window(video, window))
         hole_rng = np.random.default_rng([self.seed, epoch, index, 4])
         return [video.frames[i] for i in window], frames, self.holes.grown(hole_rng, holes), shown
 
@@ -194,14 +194,6 @@ class FinetuneDataset(Dataset):
         # A generator of its own: the window, and masks that need no redrawing, are those of the centre's crop.
         rng = np.random.default_rng([self.seed, epoch, index, 3]) if self.random_crop else None
         return Crop.of(height, width, self.resolution, rng)
-
-    def resize(self, source, crop):
-        """(nframes, h, w, 3) uint8 of whole frames."""
-        # Written in place: fresh memory for every frame, and its page faults, would cost as much as the resizing.
-        frames = np.empty((self.nframes, *crop.size[::-1], 3), np.uint8)
-        for image, frame in zip(source, frames, strict=True):
-            crop.resize(image, out=frame)
-        return frames
 
     def draw_known_frames(self, epoch, index):
         """Numbers of a clip's frames that have no hole: in a share of the clips a few, evenly spread.

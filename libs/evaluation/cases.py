@@ -74,10 +74,7 @@ def make_cases(task, davis_root, videos, resolution, length, seed=0):
         rng, paths = np.random.default_rng([seed, number]), video.frames[:length]
         source = read_frames(paths)
         crop = Crop.of(*source[0].shape[:2], resolution)
-        width, height = crop.size
-        truth = np.empty((len(paths), height, width, 3), np.uint8)
-        for frame, out in zip(source, truth, strict=True):
-            crop.resize(frame, out=out)
+        truth = crop.resize_all(source)
         drawn, shown = holes.draw(rng, rng, crop, video, paths, truth)
         yield Case(task, video.name, truth, truth if shown is None else shown, drawn)
 
