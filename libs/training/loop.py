@@ -51,13 +51,13 @@ def run(stage, argv=None):
         log_start(config, stage, accelerator, checks, found)
         require_agreement(accelerator, config, found)
         start_trackers(accelerator, config)
+        seed_everything(config)
         train(config, stage, accelerator, found, stop)
         accelerator.end_training()
 
 
 def train(config, stage, accelerator, found, stop):
     """Step until the last step, or until a signal asks to stop. `found`: RunInputs, what the checks have opened."""
-    seed_everything(config)
     base, validation_embeds = load_base(config, accelerator, found)
     validation = Validation(config, stage, accelerator, found, base, validation_embeds, stop)
     model = build_model(config, stage, accelerator, found)
