@@ -122,8 +122,8 @@ class TrainConfig:
         None, "a folder of masks per video, whose objects are borrowed beside those of the datasets' Annotations/",
         metavar="DIR", variable="MASK_ROOT", on_change=CONTENT, per_machine=True)
     masks_of_videos: str | None = setting(
-        None, "a folder of masks per training video: a video named there has these holes and no drawn ones",
-        metavar="DIR", variable="MASKS_OF_VIDEOS", on_change=CONTENT, per_machine=True)
+        None, "a folder of masks per training video: a video named there has these holes, or a drawn one where a "
+        "window has none", metavar="DIR", variable="MASKS_OF_VIDEOS", on_change=CONTENT, per_machine=True)
     paste: float = setting(
         0.0, "share of clips into which another annotated video's object is pasted, to be removed", metavar="P",
         check=share, variable="PASTE", on_change=LOGGED, on_card=True, sets_clips=True)
