@@ -15,6 +15,11 @@ def gpu_is_used():
     return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
+def accelerator_or_cpu():
+    """The torch.device that work outside a training run is done on."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 def compiling_lacks():
     """What torch.compile needs on a GPU and this machine has not, in words; None where nothing is missing."""
     if not gpu_is_used():

@@ -229,6 +229,33 @@ def load_bin(file, device):
         raise InputError(f"{file} is no complete file of tensors ({type(error).__name__}): fetch it again") from None
 
 
+def read_state_dict(path, shapes, needed, ignored=lambda key: False):
+    """The tensors of a published .pt or .pth file, of which every key and shape is checked.
+
+    Args:
+        shapes: {key: shape}.
+        needed: what an error says was needed.
+        ignored: whether a key counts neither there nor in the file.
+
+    Raises: InputError for anything else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): {needed}") from None
+    except Exception as error:  # those of pickle, zipfile and torch have no class in common
+        raise InputError(f"{path} is no file of tensors or is cut short ({type(error).__name__}): {needed}") from None
+    content = content if isinstance(content, dict) else {}
+    state_dict = {str(key): value for key, value in content.items() if not ignored(str(key))}
+    expected = {key: shape for key, shape in shapes.items() if not ignored(key)}
+    found = {key: tuple(getattr(value, "shape", ())) for key, value in state_dict.items()}
+    wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    if wrong:
+        differs = f"{found.get(wrong[0], 'missing')}, not {expected.get(wrong[0], 'there')}"
+        raise InputError(f"{path}: {wrong[0]}{and_more(wrong)} is {differs}: {needed}")
+    return state_dict
+
+
 def read_shapes(files):
     """{key: shape} of weight files; of safetensors only the headers are read."""
     shapes = {}

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 
 from common.errors import one_line_errors
+from common.hardware import accelerator_or_cpu
 from dataset.crop import RESOLUTION_HELP, Crop, resolution, sides
 from dataset.folders import list_videos
 from dataset.images import read_frame
@@ -42,7 +43,7 @@ def load_frames(args):
 
 def train(args):
     folder = Path(args.weights, "sd-vae-ft-mse")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = accelerator_or_cpu()
     torch.manual_seed(args.seed)
     with quiet_libraries():
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder)).to(device)

@@ -1,4 +1,4 @@
-"""How good a filled hole is, where the true content is known: PSNR, SSIM and flow-warping error.
+"""How good a filled hole is: PSNR, SSIM and flow-warping error, and what networks say of it (networks.py).
 
 Frames are (f, h, w, 3) uint8 RGB in 0..255; holes (f, h, w) uint8, non-zero = hole. PSNR and SSIM are scikit-image's,
 with the settings of the evaluation that ProPainter published (https://github.com/sczhou/ProPainter:
@@ -8,6 +8,7 @@ have a hole, of all videos; that evaluation takes all frames, which is the same 
 """
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -15,16 +16,34 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from common.threads import in_threads
 
+
+class Score(NamedTuple):
+    heading: str
+    unit: str
+    decimals: int
+    higher_is_better: bool
+
+
 SSIM_WINDOW = 65  # the largest odd number that fits in smaller frames
-SCORES = {  # name: (heading, decimals)
-    "psnr": ("PSNR", 2),
-    "ssim": ("SSIM", 4),
-    "warp": ("E_warp", 2),
-    "psnr_hole": ("PSNR hole", 2),
-    "ssim_hole": ("SSIM hole", 4),
-    "warp_hole": ("E_warp hole", 2),
+SCORES = {  # of a video
+    "psnr": Score("PSNR", " dB", 2, True),
+    "ssim": Score("SSIM", "", 4, True),
+    "warp": Score("E_warp", "", 2, False),
+    "psnr_hole": Score("PSNR hole", " dB", 2, True),
+    "ssim_hole": Score("SSIM hole", "", 4, True),
+    "warp_hole": Score("E_warp hole", "", 2, False),
+    "lpips": Score("LPIPS", "", 4, False),
+    "lpips_hole": Score("LPIPS hole", "", 4, False),
+    "tc": Score("TC", "", 4, True),
+    "rc_s": Score("RC-S", "", 4, True),
+    "rc_t": Score("RC-T", "", 4, False),
+    "psnr_background": Score("PSNR bg", " dB", 2, True),
+    "ssim_background": Score("SSIM bg", "", 4, True),
 }
-SET_SCORES = {"vfid": ("VFID", 3)}  # of a set of videos, not of one: vfid.py
+PLAIN = ("psnr", "ssim", "warp", "psnr_hole", "ssim_hole", "warp_hole")  # need no network
+BACKGROUND = ("psnr_background", "ssim_background")  # need the frames before known pixels are pasted back
+BY_VIDEO = ("tc", "rc_s", "rc_t")  # averaged over videos, as published; the others over frames
+SET_SCORES = {"vfid": Score("VFID", "", 3, False)}  # of a set of videos, not of one: vfid.py
 SMALLEST_FLOW = 16  # pixels: OpenCV's flow crashes in wide frames that are less high
 # Where the flow there and back differs by more than this, a pixel is hidden in the other frame (Sundaram, Brox and
 # Keutzer: Dense point trajectories by GPU-accelerated large displacement optical flow, ECCV 2010).
@@ -32,36 +51,59 @@ OCCLUSION_SLOPE, OCCLUSION_OFFSET = 0.01, 0.5
 
 
 class Reference:
-    """The true content of a video and its holes; its motion is found once for all results to be scored."""
+    """What results for one video are scored against; its motion is found once for all of them.
 
-    def __init__(self, frames, holes):
-        self.frames, self.holes = frames, holes
-        self.motions = list(in_threads(track, pairwise(frames)))
+    Args:
+        truth: the true frames; None where an object was removed and nobody knows what is behind it.
+        shown: the frames as the methods see them, around the hole; the truth where they are not given.
+        networks: of load_networks, whose scores are wanted too.
+    """
 
-    def score(self, result):
-        """{score: mean over the frames that have a hole}, the names as in SCORES; nan where there is no such frame."""
-        numbers = np.flatnonzero(self.holes.any(axis=(1, 2)))
-        frames = list(in_threads(lambda t: self.score_frame(result, t), zip(numbers, strict=True)))
-        return {name: mean_of_numbers([scores.get(name, np.nan) for scores in frames]) for name in SCORES}
+    def __init__(self, truth, holes, shown=None, networks=()):
+        self.truth, self.shown, self.holes, self.networks = truth, truth if shown is None else shown, holes, networks
+        self.numbers = np.flatnonzero(holes.any(axis=(1, 2)))  # of the frames that have a hole
+        self.motions = list(in_threads(track, pairwise(truth))) if truth is not None else []
 
-    def score_frame(self, result, t):
+    def score(self, result, raw=None):
+        """{score: mean over the frames that have a hole}, in the order of SCORES; nan where there is nothing to score.
+
+        Args:
+            result: the frames to score, known pixels pasted back where the task is to restore.
+            raw: the same before pasting; without it the background is not scored.
+        """
+        names = {*PLAIN, *(BACKGROUND if raw is not None else ())}
+        found = list(in_threads(lambda t: self.score_frame(result, raw, t), zip(self.numbers, strict=True)))
+        for network in self.networks:
+            names.update(network.columns)
+            found += network.score(self, result)
+        return {name: mean_of_numbers([row.get(name, np.nan) for row in found]) for name in SCORES if name in names}
+
+    def score_frame(self, result, raw, t):
         """{score: value} of frame `t`, which has a hole; the last frame has no warping error."""
-        hole, (mean, local) = self.holes[t] > 0, ssim(self.frames[t], result[t])
-        scores = {
-            "psnr": psnr(self.frames[t], result[t]),
-            "psnr_hole": psnr(self.frames[t][hole], result[t][hole]),
-            "ssim": mean,
-            "ssim_hole": local[hole].mean(),
-        }
+        hole, scores = self.holes[t] > 0, {}
+        if self.truth is not None:
+            truth, (mean, local) = self.truth[t], ssim(self.truth[t], result[t])
+            scores = {"psnr": psnr(truth, result[t]), "psnr_hole": psnr(truth[hole], result[t][hole])}
+            scores |= {"ssim": mean, "ssim_hole": local[hole].mean()}
         if t < len(self.motions):
             target, visible = self.motions[t]
             error = warping_error(result[t], result[t + 1], target)
             scores |= {"warp": mean_where(error, visible), "warp_hole": mean_where(error, visible & hole)}
+        if raw is not None and not hole.all():
+            known = self.shown[t] if self.truth is None else self.truth[t]
+            scores |= background(known, raw[t], ~hole)
         return scores
 
     @property
     def scored_frames(self):
-        return int(self.holes.any(axis=(1, 2)).sum())
+        return len(self.numbers)
+
+
+def background(frame, raw, known):
+    """{score: value} over the pixels (h, w) that are `known`; the hole is black in both frames, where SSIM's window
+    reaches into it."""
+    _, local = ssim(*(picture * known[..., None] for picture in (frame, raw)))
+    return {"psnr_background": psnr(frame[known], raw[known]), "ssim_background": local[known].mean()}
 
 
 def psnr(truth, result):
@@ -115,23 +157,25 @@ def mean_of_numbers(entries):
 
 
 def average(rows):
-    """One {score: value, "frames": n} of those of several videos, each frame of each video counting the same."""
-    frames = [row["frames"] for row in rows]
+    """One {score: value, "frames": n} of those of several videos, each frame of each video counting the same, or each
+    video (BY_VIDEO). Of scores that at least one of them has; a missing or empty one counts as nan."""
     means = {}
     for name in SCORES:
-        pairs = [(row[name], n) for row, n in zip(rows, frames, strict=True) if n and not np.isnan(row[name])]
-        total = sum(n for _, n in pairs)
-        means[name] = sum(value * n for value, n in pairs) / total if pairs else float("nan")
-    return {"frames": sum(frames), **means}
+        found = [(row[name], 1 if name in BY_VIDEO else row["frames"]) for row in rows if row.get(name, "") != ""]
+        pairs = [(value, weight) for value, weight in found if weight and not np.isnan(value)]
+        total = sum(weight for _, weight in pairs)
+        if found:
+            means[name] = sum(value * weight for value, weight in pairs) / total if pairs else float("nan")
+    return {"frames": sum(row["frames"] for row in rows), **means}
 
 
 def table(rows):
-    """Lines of a small table: `rows` is {name: {"frames": n, score: value}}, SET_SCORES among them or not."""
+    """Lines of a small table: `rows` is {name: {"frames": n, score: value}}, whose first one says which scores."""
     width = max(map(len, rows))
     first = next(iter(rows.values()))
-    columns = {score: column for score, column in (SCORES | SET_SCORES).items() if score in first}
-    lines = [" " * width + "  frames" + "".join(f"{heading:>13}" for heading, _ in columns.values())]
+    columns = {name: score for name, score in (SCORES | SET_SCORES).items() if name in first}
+    lines = [" " * width + "  frames" + "".join(f"{score.heading:>13}" for score in columns.values())]
     for name, row in rows.items():
-        cells = (f"{row[score]:>13.{decimals}f}" for score, (_, decimals) in columns.items())
+        cells = (f"{row[column]:>13.{score.decimals}f}" for column, score in columns.items())
         lines.append(f"{name:<{width}}{row['frames']:>8}" + "".join(cells))
     return lines

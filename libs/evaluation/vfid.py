@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import InputError
-from common.weights import and_more, shapes_of
+from common.hardware import accelerator_or_cpu
+from common.weights import read_state_dict, shapes_of
 
 MIXED = {  # channels of each Inception module's convolutions: 1x1; 1x1, 3x3; 1x1, 3x3; 1x1 after a pooling
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
@@ -133,25 +134,11 @@ def load_i3d(path):
 
     Raises: InputError for anything but the published state dict, of which every key and shape is checked.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): {NEEDED}") from None
-    except Exception as error:  # those of pickle, zipfile and torch have no class in common
-        raise InputError(f"{path} is no file of tensors or is cut short ({type(error).__name__}): {NEEDED}") from None
     with torch.device("meta"):
         model = I3D()
-    state_dict = content if isinstance(content, dict) else {}
-    state_dict = {str(key): value for key, value in state_dict.items() if not str(key).endswith(COUNTER)}
-    expected = {key: shape for key, shape in shapes_of(model).items() if not key.endswith(COUNTER)}
-    found = {key: tuple(getattr(value, "shape", ())) for key, value in state_dict.items()}
-    wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-    if wrong:
-        shapes = f"{found.get(wrong[0], 'missing')}, not {expected.get(wrong[0], 'there')}"
-        raise InputError(f"{path}: {wrong[0]}{and_more(wrong)} is {shapes}: {NEEDED}")
+    state_dict = read_state_dict(path, shapes_of(model), NEEDED, lambda key: key.endswith(COUNTER))
     model.load_state_dict(state_dict, assign=True)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device, torch.float32)
+    return model.to(accelerator_or_cpu(), torch.float32)
 
 
 def frechet_distance(first, second):

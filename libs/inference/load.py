@@ -10,6 +10,7 @@ import torch
 from common.command_line import at_least, require
 from common.distributed import DTYPES
 from common.errors import InputError
+from common.hardware import accelerator_or_cpu
 from common.weights import read_config, read_shapes
 from libs.base_model import BaseModel
 from libs.brushnet_CA import BrushNetModel
@@ -149,7 +150,7 @@ def load_pipeline(args, weights):
 
 
 def choose_device(args):
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = accelerator_or_cpu()
     dtype = DTYPES[args.mixed_precision or ("no" if device.type == "cpu" else "fp16")]
     if dtype == torch.float16 and device.type == "cpu":
         raise InputError("--mixed_precision=fp16 needs a GPU, and none was found: use --mixed_precision=no")

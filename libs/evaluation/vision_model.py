@@ -1,0 +1,38 @@
+"""Image models of transformers, read without torchvision, which its own image processors ask for."""
+
+import torch
+from transformers import AutoConfig
+
+from common.errors import InputError, first_line
+from libs.base_model import quiet_libraries
+
+
+def load_vision_model(cls, path, types, needed):
+    """A model of class `cls` on the CPU, in fp32, from a folder or by its name on the Hugging Face Hub.
+
+    Args:
+        types: the config's model_type has to be one of these.
+        needed: what an error says was needed.
+
+    Raises: InputError for anything else.
+    """
+    try:
+        with quiet_libraries():
+            found = AutoConfig.from_pretrained(path).model_type
+            if found not in types:
+                raise InputError(f"{path} holds a {found}: {needed}")
+            model, report = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # those of transformers, safetensors and the Hub's client have no class in common
+        raise InputError(f"{path} is of no use ({first_line(error)}): {needed}") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"{path} lacks {missing[0]} ({len(missing)} in all): {needed}")
+    return model.eval().requires_grad_(False)
+
+
+def normalize(picture, mean, std, device):
+    """(1, 3, h, w) float of a picture (h, w, 3) uint8."""
+    pixels = torch.from_numpy(picture.copy()).to(device).permute(2, 0, 1)[None].float() / 255
+    return (pixels - pixels.new_tensor(mean).view(3, 1, 1)) / pixels.new_tensor(std).view(3, 1, 1)
