@@ -12,7 +12,7 @@ import numpy as np
 from dataset.crop import Crop
 from dataset.holes import Holes
 from dataset.images import read_frames
-from libs.evaluation.metrics import Reference, psnr
+from libs.evaluation.metrics import Reference, Score, psnr
 
 TASKS = {  # settings of Holes; objects are those of the other videos that are scored, so that none was trained on
     # Pasted in, half of the time with a shadow. The hole falls short of the object, fits it or goes beyond it.
@@ -20,12 +20,12 @@ TASKS = {  # settings of Holes; objects are those of the other videos that are s
     "guide's holes": {},
     "other holes": {"mask_mix": "box=0.2,ellipse=0.1,stroke=0.2,text=0.2,several=0.1,object=0.2"},
 }
-SCORES = {  # name: (heading, unit, whether more is better)
-    "psnr_hole": ("PSNR in the hole", " dB", True),
-    "psnr_ring": ("PSNR around it", " dB", True),
-    "psnr_left": ("PSNR of outlines and shadows", " dB", True),
-    "warp_hole": ("warping error in the hole", "", False),
-    "rim": ("step across the rim", "", False),
+SCORES = {
+    "psnr_hole": Score("PSNR in the hole", " dB", 2, True),
+    "psnr_ring": Score("PSNR around it", " dB", 2, True),
+    "psnr_left": Score("PSNR of outlines and shadows", " dB", 2, True),
+    "warp_hole": Score("warping error in the hole", "", 2, False),
+    "rim": Score("step across the rim", "", 2, False),
 }
 RING = 48 / 512  # of the frame's shorter side: how far "around" the hole reaches
 CHANGED = 8  # of 255: what a pasted object changes by more, outside the hole, is left to be cleared

@@ -75,17 +75,17 @@ def compare_all(values, first, others, tasks, scores):
     Args:
         values: {(method, task, score): {(video, seed): value}}.
         first, others: names of methods; others are compared with the first, whose mean is the baseline.
-        scores: {score: (heading, unit, whether more is better)}.
+        scores: {score: metrics.Score}.
     """
     rows = []
-    for task, method, (name, (_, unit, higher)) in itertools.product(tasks, others, scores.items()):
+    for task, method, (name, score) in itertools.product(tasks, others, scores.items()):
         one, other = values.get((first, task, name), {}), values.get((method, task, name), {})
         videos, seeds = (sorted({key[i] for key in one.keys() & other.keys()}) for i in (0, 1))
         pairs = np.array([(one[key], other[key]) for key in itertools.product(videos, seeds)])
         pairs = pairs.reshape(len(videos), len(seeds), 2)
         pairs = pairs[np.isfinite(pairs).all(axis=(1, 2))]
         if len(pairs):
-            found = compare(pairs[..., 1] - pairs[..., 0], higher, unit)
+            found = compare(pairs[..., 1] - pairs[..., 0], score.higher_is_better, score.unit, score.decimals)
             baseline = float(pairs[..., 0].mean())
             rows.append({"task": task, "method": method, "score": name, "baseline": baseline, **found._asdict()})
     return rows
@@ -96,7 +96,8 @@ def markdown(rows, first, scores):
     lines = [f"Differences from {first}, 95 % intervals over videos and seeds: one in twenty misses the truth."]
     for task, name in dict.fromkeys((row["task"], row["score"]) for row in rows):
         chosen = [row for row in rows if (row["task"], row["score"]) == (task, name)]
-        heading, unit, _ = scores[name]
-        lines += ["", f"| {task} | {heading}: {first} has {chosen[0]['baseline']:.2f}{unit} |", "|---|---|"]
+        score = scores[name]
+        baseline = f"{chosen[0]['baseline']:.{score.decimals}f}{score.unit}"
+        lines += ["", f"| {task} | {score.heading}: {first} has {baseline} |", "|---|---|"]
         lines += [f"| {row['method']} | {row['verdict']} |" for row in chosen]
     return lines

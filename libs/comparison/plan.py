@@ -1,0 +1,186 @@
+"""What an evaluation is to do, what of it is done, and the files of its folder.
+
+evaluation.json says all that changes a number. Scores lie in scored/, a file for every video and seed that is whole or
+not there: the same command goes on after a kill, and other settings are refused.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import cv2
+import diffusers
+import torch
+
+from common.errors import InputError
+from common.files import check_writable, note_own, refuse_foreign, write_json
+from common.weights import fingerprint
+from dataset.folders import list_folders, size_and_time
+from libs.comparison.methods import TRUTH, list_methods
+from libs.comparison.protocols import choose_protocol, describe, follows_seed
+
+FPS = 24  # of clips to look at: folders of frames have no rate
+SETTINGS, SCORED = "evaluation.json", "scored"
+TABLES = ("scores.csv", "means.csv", "comparisons.csv")
+WITHOUT_EFFECT = ("output_dir", "overwrite", "num_processes", "seeds")  # flags that change no score of a video and seed
+
+
+@dataclass(frozen=True)
+class Plan:
+    args: object
+    protocol: object
+    folders: list  # of the videos, in order
+
+    @classmethod
+    def of(cls, args):
+        """Raises InputError for what can be told wrong before a picture or a weight is read."""
+        protocol = choose_protocol(args)
+        folders = protocol.find(args)
+        protocol.check(args, folders)
+        return cls(args, protocol, folders)
+
+    @cached_property
+    def methods(self):
+        return list_methods(self.args, self.protocol.has_truth)
+
+    @property
+    def seeds(self):
+        return [self.args.seed + i for i in range(self.args.seeds)]
+
+    @property
+    def output_dir(self):
+        return Path(self.args.output_dir)
+
+    @property
+    def jobs(self):
+        """(number of a video, seed), all of a video before the next."""
+        return [(number, seed) for number in range(len(self.folders)) for seed in self.seeds]
+
+    def varies(self, method):
+        """Whether a method's scores of a video follow from the seed; those of others are computed with the first."""
+        return method.kind == "weights" or follows_seed(self.protocol, self.args)
+
+    @property
+    def reference(self):
+        """The name of the method that the others are compared with: of --compare_with the first, else of all."""
+        real = [method for method in self.methods if method.name != TRUTH]
+        compared = [method for method in real if method.kind == "weights"]
+        return (compared if len(compared) > 1 else real)[0].name
+
+    @property
+    def scored_folder(self):
+        return self.output_dir / SCORED
+
+    def part(self, number, seed):
+        return self.scored_folder / f"{number:05d}-{seed}.json"
+
+    def sheet(self, number):
+        return self.output_dir / f"{self.folders[number].name}.png"
+
+    def key(self, number):
+        """A short hash of the names, sizes and times of the files that a video's scores follow from."""
+        folder, args = self.folders[number], self.args
+        roots = [folder, *(Path(root, folder.name) for root in (args.masks, args.prior) if root)]
+        if self.protocol.drawn:  # objects are those of other videos
+            masks = list_folders(args.masks)
+            roots += [*masks, *(Path(args.frames, folder.name) for folder in masks)]
+        files = [path for root in roots for path in sorted(root.rglob("*")) if path.is_file()]
+        stats = [(str(path), *size_and_time(path)) for path in files]
+        return hashlib.sha256(repr(stats).encode(errors="surrogateescape")).hexdigest()[:16]
+
+    def read_part(self, number, seed):
+        """What was scored of a video with a seed; None where nothing is, or where the video's files have changed."""
+        path = self.part(number, seed)
+        part = json.loads(path.read_bytes()) if path.is_file() else {}
+        sheet_is_there = seed != self.seeds[0] or self.sheet(number).is_file()
+        return part if part.get("key") == self.key(number) and ("broken" in part or sheet_is_there) else None
+
+    def content(self):
+        """evaluation.json, but for what is known at the end only."""
+        flags = {name: value for name, value in vars(self.args).items() if name not in WITHOUT_EFFECT}
+        files = {method.name: fingerprint(sorted(Path(method.path).rglob("*.safetensors")))
+                 for method in self.methods if method.kind == "weights"}  # fmt: skip
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "opencv": cv2.__version__}
+        names = [folder.name for folder in self.folders]
+        content = {
+            "protocol": describe(self.protocol, self.args),
+            "methods": [method._asdict() for method in self.methods if method.name != TRUTH],
+            "reference": self.reference,
+            "videos": names,
+            "seeds": self.seeds,
+            "settings": {**flags, "found": names, "device": str(device), "versions": versions, "files": files},
+            "fps": FPS,
+        }
+        return json.loads(json.dumps(content, default=str))
+
+    @property
+    def written(self):
+        """Names in the folder, of files and of one folder."""
+        return [SETTINGS, SCORED, *TABLES, *(self.sheet(number).name for number in range(len(self.folders)))]
+
+    def refuse(self):
+        """Raise InputError where the folder holds what is not to be replaced; nothing is written."""
+        check_writable(self.output_dir, "--output_dir")
+        refuse_foreign(self.output_dir, self.written, self.args.overwrite)
+        settings = self.output_dir / SETTINGS
+        if any(self.scored_folder.glob("*.json")) and settings.is_file() and not self.args.overwrite:
+            refuse_other_settings(json.loads(settings.read_bytes()), self.content(), self.output_dir)
+
+    def jobs_left(self):
+        """[(number of a video, seed)] that are not scored; broken videos are tried again."""
+        if self.args.overwrite:
+            return self.jobs
+        return [job for job in self.jobs if "rows" not in (self.read_part(*job) or ())]
+
+    def begin(self):
+        """Note what will be written, and start anew where that is asked for."""
+        if self.args.overwrite:
+            shutil.rmtree(self.scored_folder, ignore_errors=True)
+        self.scored_folder.mkdir(exist_ok=True)
+        note_own(self.output_dir, dict.fromkeys(self.written, 1))
+        for name in TABLES:  # of an earlier state
+            Path(self.output_dir, name).unlink(missing_ok=True)
+        write_json(self.output_dir / SETTINGS, self.content())
+
+    def describe_other_set(self):
+        """A line where the videos cannot be those that published numbers are of; or nothing."""
+        published, count = self.protocol.published, len(self.folders)
+        if published in (None, count):
+            return ""
+        return f"{count} videos: published numbers are of {published}, and compare with those of no other set"
+
+    def end(self, left_out, scores):
+        """Write down what was scored, and what was not.
+
+        Args:
+            left_out: {video: why}.
+            scores: {name: Score} of the columns.
+        """
+        content = self.content()
+        content["videos"] = [name for name in content["videos"] if name not in left_out]
+        content["scores"] = {name: score._asdict() for name, score in scores.items()}
+        write_json(self.output_dir / SETTINGS, {**content, "left_out": left_out})
+
+
+def refuse_other_settings(earlier, asked, output_dir):
+    """Raise InputError, naming the first difference, where a folder's evaluation was asked for something else."""
+    for name, value in flatten({name: asked[name] for name in ("protocol", "settings")}):
+        found = dict(flatten(earlier)).get(name)
+        if found != value:
+            raise InputError(
+                f"{output_dir} holds an evaluation with {name}={json.dumps(found)}, not {json.dumps(value)}: choose "
+                "another --output_dir, or add --overwrite to score anew"
+            )
+
+
+def flatten(content, prefix=""):
+    """Yield (name, value) of dictionaries in dictionaries, whose names are joined by dots."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,119 @@
+"""Protocols: all that changes a number beside the method, under a name. Without one the user's flags decide.
+
+A protocol says where clips come from, refuses flags that contradict it, and describes itself in the result.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.command_line import require
+from dataset.utils import FULL_SPAN
+from libs.comparison import clips
+
+AREA = "frames by area, masks by nearest"
+WITH_HOLE = "those that have a hole"
+RESTORATION = ("psnr_hole", "lpips_hole", "warp_hole")
+MASKS = ("needed", "optional", "refused")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    rules: dict  # what changes a number, in words
+    read: Callable = clips.read_restoration
+    find: Callable = clips.find_videos
+    check: Callable = clips.check_restoration
+    size: tuple | None = None  # (width, height) of all frames; None: see may_scale
+    may_scale: bool = True  # --size is the user's choice, and the frames' own without it
+    masks: str = "needed"  # of MASKS
+    drawn: bool = False  # something beside a model's noise follows from the seed, in every case
+    has_truth: bool = True
+    pasted: bool = True  # the known pixels are pasted back before anything is scored
+    takes_priors: bool = True  # of another method's frames
+    published: int | None = None  # videos of the set that published numbers are of
+    verdicts: tuple = field(default=RESTORATION)  # scores that are compared in words
+
+
+DEFAULT = Protocol({"scaling": AREA, "frames": WITH_HOLE}, masks="optional")
+PROPAINTER = {
+    "masks": "ProPainter's test masks: the mask of a frame's place, nearest by Pillow, above 0, dilated 4 times by a "
+    "cross of 3x3 pixels",
+    "scaling": "frames bilinear, without averaging",
+    "order": "videos and frames by their names, all frames of a video",
+    "frames": "all of them: every test mask has a hole",
+    "rounding": "results are whole numbers from 0 to 255; ProPainter's own script cuts fractions off, and scores the "
+    "unrounded mean where its windows overlap",
+    "means": "over the frames of all videos",
+}
+OBJECT = {
+    "frames": WITH_HOLE,
+    "scaling": AREA,
+    "known pixels": "as the method gives them, as shadows lie outside masks",
+}
+PROTOCOLS = {
+    "propainter-davis": Protocol(
+        PROPAINTER, clips.read_propainter, clips.find_propainter, clips.check_propainter, (432, 240), False,
+        published=50,
+    ),
+    "propainter-ytvos": Protocol(
+        PROPAINTER, clips.read_propainter, clips.find_propainter, clips.check_propainter, (432, 240), False,
+        published=508,
+    ),
+    "davis-removal": Protocol(
+        {"masks": "annotations, all objects, dilated 4 times by a cross of 3x3 pixels", "scaling": "none",
+         "frames": WITH_HOLE, "known pixels": "background scores: before they are pasted back; others after"},
+        clips.read_removal, may_scale=False, has_truth=False, verdicts=("rc_s", "rc_t", "tc", "psnr_background"),
+    ),
+    "pairs": Protocol(
+        {"masks": "of the pairs, above 0, not dilated", **OBJECT},
+        clips.read_pair, check=clips.check_pairs, masks="refused", pasted=False, takes_priors=False,
+        verdicts=("psnr", *RESTORATION),
+    ),
+    "pasted-objects": Protocol(
+        {"masks": "of an object of another video, which is pasted in; by seed and place in the list", **OBJECT},
+        clips.read_pasted, check=clips.check_pasted, drawn=True, pasted=False, takes_priors=False,
+        verdicts=("psnr", *RESTORATION),
+    ),
+}  # fmt: skip
+
+
+def choose_protocol(args):
+    """The protocol of --protocol; args.size becomes its size. Raises InputError for flags that contradict it."""
+    name, protocol = args.protocol, PROTOCOLS.get(args.protocol, DEFAULT)
+    wanted = protocol.size and "{}x{}".format(*protocol.size)
+    given = args.size and "{}x{}".format(*args.size)
+    require(protocol.may_scale or given in (None, wanted),
+            f"--size={given}: --protocol={name} takes {wanted or 'frames as they are'}; leave it out")  # fmt: skip
+    require(args.masks or protocol.masks != "needed",
+            f"--protocol={name} needs --masks, a folder with a folder of masks per video")  # fmt: skip
+    require(not args.masks or protocol.masks != "refused",
+            f"--masks: --protocol={name} takes the masks that lie in --frames; leave it out")  # fmt: skip
+    require(not args.masks or Path(args.masks).is_dir(),
+            f"{args.masks} is no folder: --masks needs a folder with a folder of masks per video")  # fmt: skip
+    require(args.mask_span == FULL_SPAN or protocol is DEFAULT,
+            f"--mask_span is about synthetic holes, which --protocol={name} does not have; leave it out")  # fmt: skip
+    args.size = protocol.size or args.size
+    return protocol
+
+
+def follows_seed(protocol, args):
+    """Whether more than a model's noise follows from the seed: then plain methods have a score for every seed."""
+    return protocol.drawn or (protocol is DEFAULT and not args.masks)
+
+
+def describe(protocol, args):
+    """{what changes a number: what it is}, of the protocol and of what it leaves to the flags."""
+    if protocol is DEFAULT:
+        span = ",".join(f"{share:.3g}" for share in args.mask_span)
+        drawn = f"drawn, by seed and place in the list, mask_span {span}"
+        chosen = {"masks": "of --masks, any value above 0" if args.masks else drawn}
+    else:
+        chosen = {}
+    return {
+        "name": args.protocol or "none",
+        "size": "{}x{}".format(*args.size) if args.size else "the frames' own",
+        **chosen,
+        "known pixels": "pasted back" if protocol.pasted else "as the method gives them",
+        "truth": "known" if protocol.has_truth else "not known",
+        **protocol.rules,
+    }
