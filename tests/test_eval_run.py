@@ -19,6 +19,7 @@ import run_diffueraser
 from common.errors import InputError
 from dataset.images import read_mask
 from libs.checkpoints.convert import convert
+from libs.comparison import methods
 
 
 @pytest.fixture
@@ -145,7 +146,7 @@ def test_no_result_is_lost(weights, models, clip, capsys, monkeypatch):
     ],
 )
 def test_bad_evaluations_are_one_line(videos, tmp_path, capsys, monkeypatch, arguments, expected):
-    monkeypatch.setattr(eval_DiffuEraser, "load_pipeline", None)
+    monkeypatch.setattr(methods, "load_pipeline", None)
     arguments = [f"--frames={videos / 'DAVIS/JPEGImages/480p'}", f"--output_dir={tmp_path}", *arguments]
     assert expected in error_line(capsys, eval_DiffuEraser.main, arguments)
 
@@ -184,7 +185,7 @@ def masks_of_buoy(videos, tmp_path):
 
 
 def test_masks_of_all_videos_are_looked_for_first(videos, masks_of_buoy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(eval_DiffuEraser, "make_methods", None)
+    monkeypatch.setattr(eval_DiffuEraser.Tools, "load", None)
     with pytest.raises(SystemExit):
         eval_DiffuEraser.main([f"--frames={videos / 'DAVIS/JPEGImages/480p'}", f"--masks={masks_of_buoy}",
                                "--videos", "buoy", "kites", f"--output_dir={tmp_path / 'out'}"])  # fmt: skip

@@ -12,6 +12,9 @@ import torch
 from conftest import DATA
 
 import eval_DiffuEraser
+from libs.comparison import scoring
+from libs.comparison.clips import find_videos, read_restoration
+from libs.comparison.methods import Method
 from libs.evaluation.baselines import BASELINES
 from libs.evaluation.vfid import I3D, frechet_distance, load_i3d, max_pool, same_padding
 from libs.inference.composition import paste
@@ -192,8 +195,8 @@ def test_eval(weights, videos, i3d_file, i3d, tmp_path, capsys):
     args = eval_DiffuEraser.build_parser().parse_args(arguments)
     eval_DiffuEraser.split_mask_span(args)
     features = []
-    for number, folder in enumerate(eval_DiffuEraser.find_videos(args)):
-        frames, holes, _ = eval_DiffuEraser.load_video(folder, number, args)
+    for number, folder in enumerate(find_videos(args)):
+        frames, holes, *_ = read_restoration(folder, number, args.seed, args)
         filled = paste(frames, BASELINES["telea"](frames, holes), holes)
         features.append([i3d.describe(video, folder.name) for video in (frames, filled)])
     expected = frechet_distance(*zip(*features, strict=True))
@@ -242,8 +245,8 @@ def test_wrong_files_are_one_line_before_anything_else(videos, i3d_file, tmp_pat
         path.write_bytes(i3d_file.read_bytes()[: 2 * 2**20])
     elif make:
         make(path)
-    for name in ("make_methods", "load_video"):
-        monkeypatch.setattr(eval_DiffuEraser, name, lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(Method, "load", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(scoring, "score_jobs", lambda *_: pytest.fail("too late"))
     with pytest.raises(SystemExit) as stop:
         eval_DiffuEraser.main([f"--frames={videos / 'DAVIS/JPEGImages/480p'}", f"--i3d_weights={path}",
                                f"--output_dir={tmp_path / 'out'}"])  # fmt: skip
