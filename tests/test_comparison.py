@@ -208,12 +208,13 @@ def test_many_folders_beside_the_first_one(weights, data, capsys):
     models = [f"--base_model_name_or_path={weights / 'stable-diffusion-v1-5'}", "--num_inference_steps=1",
               f"--vae_path={weights / 'sd-vae-ft-mse'}", f"--weights={folders[0]}"]  # fmt: skip
     others = ["--compare_with", *map(str, folders[1:])]
-    eval_DiffuEraser.main([f"--frames={data / 'frames'}", f"--masks={data / 'masks'}", "--baselines", "--seeds=2",
-                           *others, *models, f"--output_dir={data / 'out'}"])  # fmt: skip
+    eval_DiffuEraser.main([f"--frames={data / 'frames'}", f"--masks={data / 'masks'}", "--seeds=2",
+                           "--baselines", "telea", *others, *models, f"--output_dir={data / 'out'}"])  # fmt: skip
     written = json.loads((data / "out/evaluation.json").read_text())
-    assert written["reference"] == f"baseline {folders[1]}" and len(written["methods"]) == 3
-    assert [method["kind"] for method in written["methods"]] == ["weights"] * 3
+    assert written["reference"] == f"baseline {folders[1]}" and len(written["methods"]) == 4
+    assert [method["kind"] for method in written["methods"]] == ["baseline", *["weights"] * 3]
     rows = [row for row in read_table(data / "out/comparisons.csv") if row["score"] == "psnr_hole"]
+    assert rows.pop(0)["method"] == "telea"  # the best one, as these weights are random
     assert {row["method"] for row in rows} == {f"baseline {folders[2]}", str(folders[0])}
     assert all(float(row["mean"]) == 0 and row["wins"] == "0" and row["seeds"] == "2" for row in rows)
     scores = read_table(data / "out/scores.csv")
