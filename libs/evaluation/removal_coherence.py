@@ -153,7 +153,8 @@ def discrepancy(features, sets):
     kernel = torch.expm1(squared / (-2 * SIGMA**2))
     weights = np.zeros((len(sets), len(features)))
     for row, (one, other) in zip(weights, sets, strict=True):
-        row[one], row[other] = 1 / len(one), -1 / len(other)
+        row[one] += 1 / len(one)
+        row[other] -= 1 / len(other)
     weights = torch.from_numpy(weights).to(features.device)
     return MMD_SCALE * float(((weights @ kernel) * weights).sum(dim=1).mean())
 

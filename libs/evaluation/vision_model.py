@@ -18,10 +18,12 @@ def load_vision_model(cls, path, types, needed):
     """
     try:
         with quiet_libraries():
-            found = AutoConfig.from_pretrained(path).model_type
-            if found not in types:
-                raise InputError(f"{path} holds a {found}: {needed}")
-            model, report = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            config = AutoConfig.from_pretrained(path)
+            if config.model_type not in types:
+                raise InputError(f"{path} holds a {config.model_type}: {needed}")
+            if hasattr(config, "vision_config"):  # some published CLIPs tell its projection's size outside of it only
+                config.vision_config.projection_dim, config = config.projection_dim, config.vision_config
+            model, report = cls.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     except (InputError, MemoryError):
         raise
     except Exception as error:  # those of transformers, safetensors and the Hub's client have no class in common
