@@ -13,7 +13,7 @@ from conftest import DATA
 
 import eval_DiffuEraser
 from libs.comparison import scoring
-from libs.comparison.clips import find_videos, read_restoration
+from libs.comparison.videos import find_videos, read_restoration
 from libs.comparison.methods import Method
 from libs.evaluation.baselines import BASELINES
 from libs.evaluation.vfid import I3D, frechet_distance, load_i3d, max_pool, same_padding

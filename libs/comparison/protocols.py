@@ -1,6 +1,6 @@
 """Protocols: all that changes a number beside the method, under a name. Without one the user's flags decide.
 
-A protocol says where clips come from, refuses flags that contradict it, and describes itself in the result.
+A protocol says what is shown and hidden, refuses flags that contradict it, and describes itself in the result.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.command_line import require
 from dataset.utils import FULL_SPAN
-from libs.comparison import clips
+from libs.comparison import videos
 
 AREA = "frames by area, masks by nearest"
 WITH_HOLE = "those that have a hole"
@@ -20,9 +20,9 @@ MASKS = ("needed", "optional", "refused")
 @dataclass(frozen=True)
 class Protocol:
     rules: dict  # what changes a number, in words
-    read: Callable = clips.read_restoration
-    find: Callable = clips.find_videos
-    check: Callable = clips.check_restoration
+    read: Callable = videos.read_restoration
+    find: Callable = videos.find_videos
+    check: Callable = videos.check_restoration
     size: tuple | None = None  # (width, height) of all frames; None: see may_scale
     may_scale: bool = True  # --size is the user's choice, and the frames' own without it
     masks: str = "needed"  # of MASKS
@@ -52,26 +52,26 @@ OBJECT = {
 }
 PROTOCOLS = {
     "propainter-davis": Protocol(
-        PROPAINTER, clips.read_propainter, clips.find_propainter, clips.check_propainter, (432, 240), False,
+        PROPAINTER, videos.read_propainter, videos.find_propainter, videos.check_propainter, (432, 240), False,
         published=50,
     ),
     "propainter-ytvos": Protocol(
-        PROPAINTER, clips.read_propainter, clips.find_propainter, clips.check_propainter, (432, 240), False,
+        PROPAINTER, videos.read_propainter, videos.find_propainter, videos.check_propainter, (432, 240), False,
         published=508,
     ),
     "davis-removal": Protocol(
         {"masks": "annotations, all objects, dilated 4 times by a cross of 3x3 pixels", "scaling": "none",
          "frames": WITH_HOLE, "known pixels": "background scores: before they are pasted back; others after"},
-        clips.read_removal, may_scale=False, has_truth=False, verdicts=("rc_s", "rc_t", "tc", "psnr_background"),
+        videos.read_removal, may_scale=False, has_truth=False, verdicts=("rc_s", "rc_t", "tc", "psnr_background"),
     ),
     "pairs": Protocol(
         {"masks": "of the pairs, above 0, not dilated", **OBJECT},
-        clips.read_pair, check=clips.check_pairs, masks="refused", pasted=False, takes_priors=False,
+        videos.read_pair, check=videos.check_pairs, masks="refused", pasted=False, takes_priors=False,
         verdicts=("psnr", *RESTORATION),
     ),
     "pasted-objects": Protocol(
         {"masks": "of an object of another video, which is pasted in; by seed and place in the list", **OBJECT},
-        clips.read_pasted, check=clips.check_pasted, drawn=True, pasted=False, takes_priors=False,
+        videos.read_pasted, check=videos.check_pasted, drawn=True, pasted=False, takes_priors=False,
         verdicts=("psnr", *RESTORATION),
     ),
 }  # fmt: skip
