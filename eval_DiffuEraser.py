@@ -78,7 +78,7 @@ def check(args):
             f"--prior={args.prior}: --protocol={args.protocol} takes one of {', '.join(ON_THE_SPOT)}")  # fmt: skip
     if plan.protocol.takes_priors:
         for folder in plan.folders:
-            check_prior(args.prior, folder, list_frames(folder))
+            check_prior(args.prior, folder, list_frames(folder), plan.size)
     require(not args.i3d_weights or plan.protocol.has_truth, f"--i3d_weights: VFID needs true videos, which "
             f"--protocol={args.protocol} does not have; leave it out")  # fmt: skip
     require(not args.i3d_weights or len(plan.folders) > 1,

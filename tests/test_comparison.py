@@ -125,6 +125,23 @@ def test_contradictions_are_one_line_before_anything_is_written(evaluate, data, 
     assert not (data / "out").exists()
 
 
+def test_frames_that_another_method_made_are_scored_in_the_protocols_size(data, capsys):
+    """As ProPainter's evaluation saves them: 432x240, from frames that are larger."""
+    write_frames(data / "frames/large", cv2.resize(moving_video(2, 32, 40)[0][0], (864, 480))[None])
+    masks = np.zeros((1, 480, 864, 3), np.uint8)
+    masks[:, 200:300, 300:500] = 255
+    write_frames(data / "masks/large", masks)
+    flags = [f"--frames={data / 'frames'}", f"--masks={data / 'masks'}", "--videos", "large", "--no_model",
+             f"--prior={data / 'prior'}", "--baselines", "telea"]  # fmt: skip
+    truth = read_clip(0, *flags[:4], "--protocol=propainter-davis").truth
+    write_frames(data / "prior/large", truth)
+    eval_DiffuEraser.main([*flags, f"--output_dir={data / 'out'}", "--protocol=propainter-davis"])
+    rows = {row["method"]: row for row in read_table(data / "out/scores.csv")}
+    assert rows[f"prior {data / 'prior'}"]["psnr"] == "inf" != rows["telea"]["psnr"]
+    capsys.readouterr()
+    assert "needs frames of the video's size" in error_line(capsys, eval_DiffuEraser.main, flags)
+
+
 def test_removal_without_truth(evaluate, capsys):
     """Nothing is compared with what nobody knows: the background alone is scored, and the hole has grown."""
     folder = evaluate("out", "--protocol=davis-removal")

@@ -20,6 +20,16 @@ def test_one_seed_and_many_videos_agree_with_scipys_bootstrap():
     assert paired_interval(differences) == pytest.approx(found, abs=0.05 * (found.high - found.low))
 
 
+def test_seeds_that_agree_but_for_chance_come_to_scipys_bootstrap_of_their_means():
+    """Plain methods under holes that follow from the seed: nothing is the same in all videos of a seed."""
+    differences = simulate(np.random.default_rng(4), 1, 60, seed_spread=0)[0] + 0.2
+    found = stats.bootstrap((differences.mean(axis=1),), np.mean, method="BCa", rng=1).confidence_interval
+    low, high = paired_interval(differences)
+    assert (low, high) == pytest.approx(found, abs=0.08 * (found.high - found.low))
+    once = paired_interval(np.repeat(differences[:, :1], 3, axis=1))  # the same for every seed: as of one
+    assert once == pytest.approx(paired_interval(differences[:, :1]))
+
+
 def test_two_videos_and_two_seeds_by_hand():
     """Mean 2.5; mean squares: videos 4, seeds 1, rest 0; variance (4 + 1) / 4; 25 / 17 degrees of freedom."""
     half = stats.t.ppf(0.975, 25 / 17) * 1.25**0.5
@@ -54,4 +64,6 @@ def test_verdicts():
     assert compare(-gain, higher_is_better=False).verdict.startswith("better: -0.20 [")
     unclear = compare(np.array([[1.0], [-0.8], [0.3]]))
     assert unclear.verdict.startswith("no difference that 3 videos can show: +0.17 [-") and unclear.wins == 2
+    finer = compare(gain / 100, decimals=4)
+    assert finer.verdict.startswith(f"better: +0.0020 [{finer.low:+.4f}, {finer.high:+.4f}], better in 4 of 4")
     assert np.isnan(compare(np.array([[1.0, 2.0]])).low)

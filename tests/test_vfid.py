@@ -13,8 +13,8 @@ from conftest import DATA
 
 import eval_DiffuEraser
 from libs.comparison import scoring
-from libs.comparison.videos import find_videos, read_restoration
 from libs.comparison.methods import Method
+from libs.comparison.videos import find_videos, read_restoration
 from libs.evaluation.baselines import BASELINES
 from libs.evaluation.vfid import I3D, frechet_distance, load_i3d, max_pool, same_padding
 from libs.inference.composition import paste

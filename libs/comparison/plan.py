@@ -47,6 +47,11 @@ class Plan:
         return list_methods(self.args, self.protocol.has_truth)
 
     @property
+    def size(self):
+        """Such as "432x240", of all frames; None: their own."""
+        return self.args.size and "{}x{}".format(*self.args.size)
+
+    @property
     def seeds(self):
         return [self.args.seed + i for i in range(self.args.seeds)]
 
@@ -101,8 +106,8 @@ class Plan:
     def content(self):
         """evaluation.json, but for what is known at the end only."""
         flags = {name: value for name, value in vars(self.args).items() if name not in WITHOUT_EFFECT}
-        files = {method.name: fingerprint(sorted(Path(method.path).rglob("*.safetensors")))
-                 for method in self.methods if method.kind == "weights"}  # fmt: skip
+        files = {method.name: fingerprint(weight_files(method.path)) for method in self.methods
+                 if method.kind == "weights"}  # fmt: skip
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "opencv": cv2.__version__}
         names = [folder.name for folder in self.folders]
@@ -164,6 +169,10 @@ class Plan:
         content["videos"] = [name for name in content["videos"] if name not in left_out]
         content["scores"] = {name: score._asdict() for name, score in scores.items()}
         write_json(self.output_dir / SETTINGS, {**content, "left_out": left_out})
+
+
+def weight_files(folder):
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".bin"))
 
 
 def refuse_other_settings(earlier, asked, output_dir):

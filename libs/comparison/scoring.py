@@ -95,7 +95,7 @@ def read_prior(plan, number, clip):
     folder = plan.folders[number]
     if not plan.protocol.takes_priors:
         return None
-    prior = open_prior(plan.args.prior, folder, list_frames(folder))
+    prior = open_prior(plan.args.prior, folder, list_frames(folder), plan.size)
     return prior if prior is None else np.stack([resize_picture(frame, *clip.holes.shape[1:]) for frame in prior])
 
 

@@ -111,7 +111,7 @@ def read_masked(folder, args):
     if holes.shape != frames.shape[:3]:
         raise InputError(f"{masks} and {folder} hold pictures of different sizes: masks of the frames' were needed")
     if not holes.any():
-        raise InputError(f"{masks} marks nothing: any value above 0 is hole; leave --masks out for synthetic holes")
+        raise InputError(f"{masks} marks nothing: any value above 0 is hole; mend them, or leave the video out")
     return frames, holes, next((f"{name} has {note}" for name, _, note in found if note), "")
 
 

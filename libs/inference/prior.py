@@ -13,18 +13,18 @@ ON_THE_SPOT = ("telea", "median", "none")  # what else --prior takes beside a pa
 MEDIAN_FRAMES = 100  # of a clip, spread over it, that a median is taken of: 123 MB at 854x480
 
 
-def open_prior(name, folder, paths):
+def open_prior(name, folder, paths, size=None):
     """The video in `folder`, whose frames lie at `paths`, as another method filled it: (f, h, w, 3); None where `name`
     is no folder. Raises InputError as `check_prior` does, and where a frame cannot be read."""
     if name in ON_THE_SPOT:
         return None
-    check_prior(name, folder, paths)
+    check_prior(name, folder, paths, size)
     return np.stack(read_frames(list_frames(Path(name, folder.name))[: len(paths)]))
 
 
-def check_prior(name, folder, paths):
-    """Raises InputError where --prior is a folder, and not of as many frames of a video's size; `paths` may be the
-    video's first frames, which will do then."""
+def check_prior(name, folder, paths, size=None):
+    """Raises InputError where --prior is a folder, and not of as many frames of a video's size, or of `size`, a text
+    such as 432x240; `paths` may be the video's first frames, which will do then."""
     if name in ON_THE_SPOT:
         return
     prior = Path(name, folder.name)
@@ -33,7 +33,7 @@ def check_prior(name, folder, paths):
         raise InputError(f"{prior} holds {len(found)} frames, {folder} {len(paths)}: --prior needs a folder of as many "
                          f"frames for every video, or one of {', '.join(ON_THE_SPOT)}")  # fmt: skip
     sizes = [image_size(pictures[0]) for pictures in (found, paths)]
-    if sizes[0] != sizes[1]:
+    if sizes[0] not in (sizes[1], size):
         raise InputError(f"{prior} is {sizes[0]}, {folder} is {sizes[1]}: --prior needs frames of the video's size")
 
 
