@@ -25,6 +25,8 @@ from libs.evaluation.networks import add_network_flags, missing_networks
 from libs.inference.load import add_inference_flags, check_inference_flags
 from libs.inference.prior import ON_THE_SPOT, check_prior
 
+MOST_SEEDS = 1000  # beyond, videos would share their noise; see noise_seed
+
 
 def build_parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -71,6 +73,7 @@ def check(args):
     split_mask_span(args)
     check_inference_flags(args)
     at_least(1, args, "seeds", "num_processes")
+    require(args.seeds <= MOST_SEEDS, f"--seeds={args.seeds}: at most {MOST_SEEDS} were needed")
     require(args.baselines or not args.no_model,
             "--no_model and an empty --baselines leave nothing to score: leave one of them out")  # fmt: skip
     plan = Plan.of(args)

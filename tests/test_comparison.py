@@ -13,7 +13,7 @@ from PIL import Image
 
 import eval_DiffuEraser
 from common.errors import InputError
-from libs.comparison import scoring
+from libs.comparison import methods, scoring
 from libs.comparison.plan import Plan
 from libs.comparison.protocols import PROTOCOLS
 from libs.comparison.results import Results
@@ -115,6 +115,7 @@ def test_bilinear_without_averaging_is_what_moves_the_score(tmp_path):
         (["--protocol=pasted-objects", "--prior=frames"], "--prior=frames: --protocol=pasted-objects takes one of"),
         (["--protocol=davis-removal", "--i3d_weights=x.pt"], "--i3d_weights: VFID needs true videos"),
         (["--seeds=0"], "--seeds=0: 1 or more"),
+        (["--seeds=1001"], "--seeds=1001: at most 1000"),
         (["--num_processes=0"], "--num_processes=0: 1 or more"),
         (["--masks=nowhere"], "nowhere is no folder: --masks needs"),
         (["--protocol=best"], "invalid choice"),
@@ -238,6 +239,18 @@ def test_many_folders_beside_the_first_one(weights, data, capsys):
     of_pond = {row["psnr_hole"] for row in scores if (row["method"], row["video"]) == (str(folders[0]), "pond")}
     assert len(of_pond) == 2  # the noise follows from the seed
     assert f"Beside baseline {folders[1]}, with 95 % intervals" in capsys.readouterr().out
+
+
+def test_every_video_has_a_noise_of_its_own(weights, data, monkeypatch):
+    seen = []
+
+    def fill_with(args, weights):
+        return lambda clip, prior, seed: seen.append(seed) or clip.shown
+
+    monkeypatch.setattr(methods, "fill_with", fill_with)
+    eval_DiffuEraser.main([f"--frames={data / 'frames'}", f"--masks={data / 'masks'}", "--baselines", "--seeds=2",
+                           f"--weights={weights / 'diffuEraser'}", f"--output_dir={data / 'out'}"])  # fmt: skip
+    assert seen == [42, 43, 1042, 1043, 2042, 2043]
 
 
 def test_the_same_command_goes_on_where_it_was_killed(evaluate, data, monkeypatch, capsys):

@@ -17,7 +17,7 @@ class Method(NamedTuple):
     path: str | None = None
 
     def load(self, args):
-        """A function of (clip, prior (f, h, w, 3) or None, seed) that returns whole frames (f, h, w, 3) uint8."""
+        """A function of (clip, prior (f, h, w, 3) or None, noise's seed) that returns whole frames (f, h, w, 3)."""
         if self.kind == "truth":
             return lambda clip, prior, seed: clip.truth
         if self.kind == "prior":

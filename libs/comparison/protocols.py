@@ -114,6 +114,7 @@ def describe(protocol, args):
         "size": "{}x{}".format(*args.size) if args.size else "the frames' own",
         **chosen,
         "known pixels": "pasted back" if protocol.pasted else "as the method gives them",
+        "noise": "of its own for every video: seed + 1000 times its place in the list",
         "truth": "known" if protocol.has_truth else "not known",
         **protocol.rules,
     }

@@ -12,6 +12,7 @@ from common.files import write_json
 from dataset.images import list_frames
 from libs.comparison.methods import TRUTH
 from libs.comparison.plan import Plan
+from libs.evaluation.cases import noise_seed
 from libs.evaluation.contact_sheet import contact_sheet, stack_sheets
 from libs.evaluation.metrics import Reference
 from libs.evaluation.networks import load_networks
@@ -110,7 +111,7 @@ def score_clip(plan, tools, number, seed, clip, prior):
     for method in plan.methods:
         if not first and not plan.varies(method):
             continue
-        raw = tools.fills[method.name](clip, prior, seed)
+        raw = tools.fills[method.name](clip, prior, noise_seed(seed, number))
         result = paste(clip.shown, raw, clip.holes) if plan.protocol.pasted else raw
         rows[method.name] = {"frames": reference.scored_frames, **reference.score(result, raw)}
         if tools.i3d and clip.truth is not None:

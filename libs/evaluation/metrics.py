@@ -102,6 +102,8 @@ class Reference:
 def background(frame, raw, known):
     """{score: value} over the pixels (h, w) that are `known`; the hole is black in both frames, where SSIM's window
     reaches into it."""
+    if np.array_equal(frame[known], raw[known]):  # as plain methods leave it: SSIM would double the time of a score
+        return {"psnr_background": float("inf"), "ssim_background": 1.0}
     _, local = ssim(*(picture * known[..., None] for picture in (frame, raw)))
     return {"psnr_background": psnr(frame[known], raw[known]), "ssim_background": local[known].mean()}
 
