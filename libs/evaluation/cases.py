@@ -79,6 +79,12 @@ def make_cases(task, davis_root, videos, resolution, length, seed=0):
         yield Case(task, video.name, truth, truth if shown is None else shown, drawn)
 
 
+def noise_seed(seed, number):
+    """The seed of a video's noise. Stage 1 starts all frames from one noise: were it all videos' too, each seed would be
+    a sample of one."""
+    return seed + 1000 * number
+
+
 def ring(holes):
     """(f, h, w) bool: the holes and what lies within RING of them."""
     pixels = max(1, round(RING * min(holes.shape[1:])))
