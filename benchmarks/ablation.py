@@ -34,7 +34,7 @@ from common.errors import one_line_errors
 from common.files import write_json, written_whole
 from common.run_files import write_rows
 from dataset.folders import read_names, scan_video
-from libs.evaluation.cases import SCORES, TASKS, make_cases
+from libs.evaluation.cases import SCORES, TASKS, make_cases, noise_seed
 from libs.evaluation.intervals import compare_all, markdown
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline
 from toy import train_vae
@@ -50,6 +50,7 @@ EMA = ["--ema_decay=0.98"]
 ARMS = {  # stage: {arm: flags of the trainer}; the first arm is what the others are compared with
     1: {
         "guide": [],
+        "start": None,  # where all arms begin, to tell what training on brings at all
         "mix": MIX,
         "border": BORDER,
         "paste": PASTE,
@@ -58,7 +59,7 @@ ARMS = {  # stage: {arm: flags of the trainer}; the first arm is what the others
         "averaging": None,  # the guide's last checkpoints, averaged
         "all": [*MIX, *BORDER, *PASTE, *LOSS, *EMA],
     },
-    2: {"stage1": None, "guide": [], "known": ["--known_frames=0.3"]},  # stage1: the start itself, frame by frame
+    2: {"start": None, "guide": [], "known": ["--known_frames=0.3"]},  # the start: stage 1 itself, frame by frame
 }
 AVERAGED = 3  # checkpoints, the last of CHECKPOINTS that a run of the guide's recipe saves
 CHECKPOINTS = 10
@@ -96,7 +97,7 @@ class Lab:
 
     def folder(self, arm, seed):
         """Converted weights of a finished arm."""
-        return self.start if arm == "stage1" else self.runs / f"{arm}-{seed}"
+        return self.start if arm == "start" else self.runs / f"{arm}-{seed}"
 
     def scores(self, arm, seed):
         return self.runs / f"{arm}-{seed}.csv"
@@ -191,7 +192,7 @@ def train(lab):
         jobs = {}
         for arm, seed in lab.pairs:
             folder = lab.folder(arm, seed)
-            if (arm == "averaging") == averaged and arm != "stage1":
+            if (arm == "averaging") == averaged and arm != "start":
                 settings = {"steps": lab.steps, "flags": ARMS[lab.stage][arm]}
                 refuse_change(folder.with_name(f"{folder.name}.json"), settings)
                 if not finished(folder):
@@ -219,7 +220,7 @@ def score_one(lab):
     ((arm, seed),) = lab.pairs
     parser, side = Parser(), lab.size["resolution"]
     add_inference_flags(parser)
-    window = lab.size[2]["frames"] if lab.stage == 2 and arm != "stage1" else lab.options.frames
+    window = lab.size[2]["frames"] if lab.stage == 2 and arm != "start" else lab.options.frames
     args = parser.parse_args([*lab.base_flags(), f"--nframes={window}", f"--num_inference_steps={SAMPLER_STEPS}"])
     check_inference_flags(args)
     pipeline, prompt_embeds, _ = load_pipeline(args, lab.folder(arm, seed))
@@ -227,8 +228,9 @@ def score_one(lab):
     frames = davis / "JPEGImages/480p"
     videos = [scan_video(frames / name) for name in read_names(davis / "ImageSets/2017/val.txt", frames)]
     for task in TASKS:
-        for case in make_cases(task, davis, videos, f"{side * 7 // 4 // 8 * 8}x{side}", lab.options.frames):
-            filled = pipeline.fill(case.shown, case.holes, prompt_embeds, seed)
+        cases = make_cases(task, davis, videos, f"{side * 7 // 4 // 8 * 8}x{side}", lab.options.frames)
+        for number, case in enumerate(cases):
+            filled = pipeline.fill(case.shown, case.holes, prompt_embeds, noise_seed(seed, number))
             rows.append({"arm": arm, "seed": seed, "task": task, "video": case.video, **case.score(filled)})
     with written_whole(lab.scores(arm, seed)) as partial:
         write_rows(partial, rows)
@@ -280,6 +282,8 @@ def run_command(command, gpu, log, deadline, variables=None):
         return
     log.parent.mkdir(parents=True, exist_ok=True)
     chosen = {"CUDA_VISIBLE_DEVICES": gpu, "PYTHON": sys.executable, "LOG": str(log), "COMPILE": "0"}
+    # Twenty-four processes with 64 threads each took more than four times as long to score as with two.
+    chosen["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "2")
     environment = {**os.environ, "NUM_PROCESSES": "1", **chosen, **(variables or {})}
     with open(log, "ab") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
