@@ -80,8 +80,8 @@ def make_cases(task, davis_root, videos, resolution, length, seed=0):
 
 
 def noise_seed(seed, number):
-    """The seed of a video's noise. Stage 1 starts all frames from one noise: were it all videos' too, each seed would be
-    a sample of one."""
+    """The seed of a video's noise. Stage 1 starts all frames from one noise: were it all videos' too, each seed would
+    be a sample of one."""
     return seed + 1000 * number
 
 
