@@ -87,9 +87,9 @@ def test_variables_set_their_flags_and_no_other(stage):
     assert len(names) > 15
     for variable in {meta["variable"] for meta in names.values()}:
         own = {name for name, meta in names.items() if meta["variable"] == variable and not meta["launcher"]}
-        given = values(stage, {variable: {"LOSS_WEIGHTS": "4,2,1"}.get(variable, "1")})
+        given = values(stage, {variable: {"LOSS_WEIGHTS": "4,2,1", "BEST_BY": "psnr_hole"}.get(variable, "1")})
         assert {name for name in given if given[name] != default[name]} <= own
-        assert all(str(given[name]) in ("1", "1.0", "True", "[4.0, 2.0, 1.0]") for name in own)
+        assert all(str(given[name]) in ("1", "1.0", "True", "[4.0, 2.0, 1.0]", "psnr_hole") for name in own)
         emptied = values(stage, {variable: ""})
         may = {name for name in own if names[name]["may_be_empty"]}
         assert {name: emptied[name] for name in may} == dict.fromkeys(may, "")
@@ -122,6 +122,7 @@ def test_what_machines_may_differ_in():
         "dataloader_num_workers",
         "pcm_weights",
         "prior",
+        "clip_weights",
     }
 
 
@@ -146,13 +147,19 @@ def test_a_checkpoint_s_settings_keep_their_names(stage):
         "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "mixed_precision",
         "gradient_checkpointing", "compile", "cuda_graph", "proportion_empty_prompts", "use_8bit_adam",
         "prompt", "known_frames", "random_crop", "frame_stride", "loss_weights", "loss_rim", "ema_decay",
-        "mask_mix", "mask_growth", "mask_border", "paste", "paired_share",  # since 2026-11-26
+        "mask_mix", "mask_growth", "mask_border", "paste", "paired_share", "best_by",  # since 2026-11-26
     }  # fmt: skip
 
 
 def another(name, value):
     other = {"mask_span": (0.1, 0.2), "validation_image": ["a"], "mixed_precision": "bf16", "lr_scheduler": "cosine"}
-    other |= {"prompt": "grass", "loss_weights": [4.0, 2.0, 1.0], "mask_mix": "box=1", "mask_growth": "1,2"}
+    other |= {
+        "prompt": "grass",
+        "loss_weights": [4.0, 2.0, 1.0],
+        "mask_mix": "box=1",
+        "mask_growth": "1,2",
+        "best_by": "psnr_hole",
+    }
     if name in other:
         return other[name]
     return not value if isinstance(value, bool) else (value or 0) + 1

@@ -18,6 +18,7 @@ from conftest import equal_files, error_line
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_deployed import write_lora
+from test_networks import lpips_weights
 
 import libs.report.__main__
 import libs.training.validation
@@ -25,6 +26,7 @@ import libs.training.validation_loss
 from common.errors import InputError
 from common.run_files import append_row, read_rows
 from libs.checkpoints.checkpoint import mark_best, prune, read_best
+from libs.checkpoints.rank import main as rank_checkpoints
 from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers
 from libs.inference.pipeline import Pipeline
 from libs.inference.video import write_gif
@@ -194,6 +196,17 @@ def test_best_checkpoint(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-40"]
     prune(tmp_path, 40, 1)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-40"]
+
+
+def test_best_checkpoint_by_a_score(tmp_path):
+    """More dB is better; what was noted by another measure does not count."""
+
+    def mark(step, value):
+        return mark_best(tmp_path, step, value, "these", measure="psnr_hole", higher_is_better=True)
+
+    assert mark_best(tmp_path, 10, 0.5, "these") and mark(20, 25.0) and not mark(30, 24.0) and mark(40, 26.0)
+    assert read_best(tmp_path) == {"checkpoint": "checkpoint-40", "step": 40, "psnr_hole": 26.0, "clips": "these"}
+    assert mark_best(tmp_path, 50, 0.7, "these")
 
 
 def test_a_best_checkpoint_that_was_noted_before_a_setting_was_there(tmp_path):
@@ -404,3 +417,62 @@ def test_priors_of_validation_videos(validated, weights, tmp_path, capsys):
     validated(**settings)
     assert "prior " + str(tmp_path / "priors") in capsys.readouterr().out
     assert (tmp_path / "run/logs-finetune-stage1/samples/sample-1/2-as-deployed.gif").is_file()
+
+
+def test_the_best_checkpoint_by_lpips(validated, tmp_path, capsys):
+    """Every checkpoint is scored then, LPIPS among the scores in table, CSV and page; and ranked."""
+    weights = lpips_weights(tmp_path / "lpips")
+    validated(
+        max_train_steps=3, checkpointing_steps=2, validation_steps=100, best_by="lpips_hole", lpips_weights=weights,
+        resolution=64,
+    )  # fmt: skip
+    output, run = capsys.readouterr().out, tmp_path / "run"
+    rows = read(run / "logs-finetune-stage1/scores.csv")
+    means = {step: np.mean([float(row["lpips_hole"]) for row in rows if row["step"] == step]) for step in "123"}
+    best = read_best(run)
+    assert best["lpips_hole"] == pytest.approx(min(means["2"], means["3"])) == pytest.approx(means[str(best["step"])])
+    assert f"checkpoint-{best['step']} is the best checkpoint so far, by LPIPS hole" in output
+    tables = [lines for lines in output.split("PSNR hole")[1:] if "LPIPS hole" in lines.splitlines()[0]]
+    assert len(tables) == 3 and all(float(row["lpips"]) < float(row["lpips_hole"]) for row in rows)
+    assert "LPIPS hole" in write_report(run).read_text() and "by LPIPS hole" in write_report(run).read_text()
+
+    rank_checkpoints([str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "by LPIPS hole, mean of 2 video(s); differences from the best"
+    assert lines[1].split() == [f"checkpoint-{best['step']}", f"{best['lpips_hole']:.4f}", "the", "best"]
+    assert " of 2 videos, seeds: 1" in lines[2] and len(lines) == 3
+
+
+def test_ranking(tmp_path, capsys):
+    """The mean over videos decides; intervals are those of the pairs; what was scored on other videos is named."""
+    (tmp_path / "config.json").write_text(json.dumps([{"command": [], "settings": {"logging_dir": "logs"}}]))
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    values = {1: [20, 30, 25, 22], 2: [21, 31, 26.2, 23], 3: [21.1, 30.9, 26.2, 23], 4: [21]}
+    for step, scores in values.items():
+        for i, value in enumerate(scores):
+            row = {"step": step, "number": i, "video": f"v{i}", "held_out_loss": 0.1 * step + i, "psnr_hole": value}
+            append_row(tmp_path / "logs/scores.csv", row)
+    (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-0")  # never scored
+    rank_checkpoints([str(tmp_path), "--by=psnr_hole"])
+    _, *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [[f"checkpoint-{step}", value] for step, value in
+                                                    ((2, "25.30"), (3, "25.30"), (1, "24.25"))]  # fmt: skip
+    assert "no difference that 4 videos can show: +0.00 dB" in lines[1] and "worse: -1.05 dB [-1.21, -0.89]" in lines[2]
+    assert "better in 0 of 4" in lines[2] and last == "not scored on all of these videos: checkpoint-0"
+    rank_checkpoints([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[1].startswith("checkpoint-1  1.6000  the best")
+    assert "has no LPIPS of a checkpoint's step" in error_line(capsys, rank_checkpoints, [str(tmp_path), "--by=lpips"])
+    assert "no config.json of a training run" in error_line(capsys, rank_checkpoints, [str(tmp_path / "logs")])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"best_by": "psnr_hole", "validation_steps": 0}, "--best_by=psnr_hole needs validation videos to score"),
+     ({"best_by": "lpips_hole"}, "--best_by=lpips_hole needs --lpips_weights"),
+     ({"lpips_weights": "nowhere"}, "nowhere: --lpips_weights needs a folder with two published files"),
+     ({"clip_weights": "nowhere"}, "nowhere is of no use")]
+)  # fmt: skip
+def test_scores_that_cannot_be_had(validated, capsys, settings, expected):
+    """In a line, before any weights load."""
+    assert expected in error_line(capsys, validated, **settings)

@@ -10,6 +10,7 @@ from common.run_files import HELD_OUT_FILE, read_rows, read_starts
 from common.weights import compare_shapes, open_weights, read_shapes
 from libs.checkpoints.checkpoint import (
     EMA_FILE,
+    HELD_OUT,
     MODEL_FILE,
     TrainerState,
     is_checkpoint,
@@ -17,7 +18,8 @@ from libs.checkpoints.checkpoint import (
     list_checkpoints,
 )
 
-LAST, HELD_OUT = ORDERS = ("step", "held_out_loss")  # the last checkpoints, or those of the lowest held-out loss
+LAST = "step"
+ORDERS = LAST, HELD_OUT  # the last checkpoints, or those of the lowest held-out loss
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"  # the same keys, of runs with --ema_decay
 STATE_FILE = "trainer_state.json"
 BEST_FILE = "best_checkpoint.json"  # in the run's folder
+HELD_OUT = "held_out_loss"  # a measure of checkpoints; the others are scores of the validation videos
 PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".replaced"  # no names that users give to copies of their own, as ".old"
 
 
@@ -198,20 +199,27 @@ def replace_folder(partial, folder):
 
 
 def read_best(run_dir):
-    """{"checkpoint": name, "step": n, "held_out_loss": x, "clips": ...} of the best checkpoint, or None."""
+    """{"checkpoint": name, "step": n, measure: value, "clips": ...} of the best checkpoint, or None."""
     path = Path(run_dir, BEST_FILE)
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def mark_best(run_dir, step, held_out_loss, clips, complete=lambda clips: clips):
-    """Note checkpoint-<step> as the best one if its held-out loss is lower than that of the one noted so far, which
-    counts only if it comes before (a run that was resumed from an earlier step has left it behind) and was measured on
-    the same `clips`, whatever tells them. `complete` makes of an older version's clips what they are called today."""
+def measure_of(best):
+    """(measure, value) by which a checkpoint was noted as the best."""
+    return next((name, value) for name, value in best.items() if name not in ("checkpoint", "step", "clips"))
+
+
+def mark_best(run_dir, step, value, clips, complete=lambda clips: clips, measure=HELD_OUT, higher_is_better=False):
+    """Note checkpoint-<step> as the best one if its value of a measure is better than that of the one noted so far,
+    which counts only if it comes before (a run that was resumed from an earlier step has left it behind) and has the
+    same measure on the same `clips`, whatever tells them. `complete` makes of an older version's clips what they are
+    called today."""
     best = read_best(run_dir)
-    counts = best and best["step"] < step and complete(best.get("clips", clips)) == clips
-    if not math.isfinite(held_out_loss) or (counts and best["held_out_loss"] <= held_out_loss):
+    counts = best and measure in best and best["step"] < step and complete(best.get("clips", clips)) == clips
+    sign = 1 if higher_is_better else -1
+    if not math.isfinite(value) or (counts and sign * best[measure] >= sign * value):
         return False
-    note = {"checkpoint": f"checkpoint-{step}", "step": step, "held_out_loss": held_out_loss, "clips": clips}
+    note = {"checkpoint": f"checkpoint-{step}", "step": step, measure: value, "clips": clips}
     write_json(Path(run_dir, BEST_FILE), note)
     return True
 

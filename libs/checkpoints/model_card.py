@@ -56,8 +56,9 @@ def score_lines(folder, step):
     if step in losses:
         lines.append(f"- held-out loss: {losses[step]:.4f} (at the run's start {next(iter(losses.values())):.4f})")
     if videos:
-        means = average([{name: float(row[name]) for name in ("frames", *SCORES)} for row in videos])
-        scores = ", ".join(f"{heading} {means[name]:.{decimals}f}" for name, (heading, decimals) in SCORES.items())
+        names = [name for name in ("frames", *SCORES) if videos[0].get(name)]
+        means = average([{name: float(row[name]) for name in names} for row in videos])
+        scores = ", ".join(f"{SCORES[name].heading} {means[name]:.{SCORES[name].decimals}f}" for name in names[1:])
         how = "filled as deployed, " if form else ""
         lines.append(f"- {len(videos)} held-out video(s), synthetic holes, {how}known pixels pasted back: {scores}")
     return lines

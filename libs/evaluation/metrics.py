@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from common.run_files import AS_DEPLOYED
 from common.threads import in_threads
 
 
@@ -156,6 +157,12 @@ def mean_of_numbers(entries):
     """The mean of what is not nan; nan where nothing is."""
     entries = [entry for entry in entries if not np.isnan(entry)]
     return float(np.mean(entries)) if entries else float("nan")
+
+
+def measure_words(measure):
+    """A score's heading, with how holes were filled, or "held-out loss", of a checkpoint's measure."""
+    name, form, _ = measure.partition(AS_DEPLOYED)
+    return (SCORES[name].heading if name in SCORES else name.replace("held_out_", "held-out ")) + form.replace("-", " ")
 
 
 def average(rows):

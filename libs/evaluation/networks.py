@@ -1,5 +1,6 @@
 """The networks that score a video, each by the flag that names its weights; without it the columns are left out."""
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from common.hardware import accelerator_or_cpu
@@ -43,6 +44,18 @@ def load_networks(args, device=None):
     for network in networks:
         network.to(device or accelerator_or_cpu())
     return networks
+
+
+@contextmanager
+def on_device(networks, device):
+    """For as long as they score: between validations they take none of a GPU's memory."""
+    try:
+        for network in networks:
+            network.to(device)
+        yield
+    finally:
+        for network in networks:
+            network.to("cpu")
 
 
 def missing_networks(args):

@@ -21,8 +21,8 @@ from common.run_files import (
     read_starts,
     validation_form,
 )
-from libs.checkpoints.checkpoint import list_checkpoints, read_best
-from libs.evaluation.metrics import SCORES, average
+from libs.checkpoints.checkpoint import HELD_OUT, list_checkpoints, measure_of, read_best
+from libs.evaluation.metrics import SCORES, average, measure_words
 from libs.report.charts import Chart, Line, smooth
 
 SAMPLES, SCORE_ROWS = 6, 12  # validations shown, spread evenly over the run
@@ -52,7 +52,7 @@ def gather(run_dir):
             Chart("seconds per step", Line(column(history, "seconds_per_step"))),
             Chart("peak memory, GiB", Line(column(history, "peak_gib"))),
         ],
-        "score_names": SCORES,
+        "scored_by": {name: score for name, score in SCORES.items() if any(name in row for row in scores.values())},
         "scores": evenly(list(scores.items()), SCORE_ROWS),
         "samples": samples(folder / "samples", videos, form),
         "checkpoints": checkpoints(run_dir, held_out, best),
@@ -102,7 +102,8 @@ def facts(history, held_out, best):
         start, now = held_out[0]["held_out_loss"], held_out[-1]["held_out_loss"]
         entries.append(("held-out loss", f"{now:.4f} ({now / start:.3f} of its start)"))
     if best:
-        entries.append(("best by held-out loss", f"{best['checkpoint']} ({best['held_out_loss']:.4f})"))
+        measure, value = measure_of(best)
+        entries.append((f"best by {measure_words(measure)}", f"{best['checkpoint']} ({value:.4f})"))
     return [*entries, ("s/step", f"{last['seconds_per_step']:.2f}"), ("peak memory", f"{last['peak_gib']:.1f} GiB")]
 
 
@@ -113,7 +114,7 @@ def curves(history, held_out, scores):
 
     def score(name, meaning):
         line = Line([(step, means[name]) for step, means in scores.items()], "green")
-        return Chart(f"{SCORES[name][0]}: {meaning}", line, from_zero=False)
+        return Chart(f"{SCORES[name].heading}: {meaning}", line, from_zero=False)
 
     return [
         Chart(
@@ -185,5 +186,5 @@ def checkpoints(run_dir, held_out, best):
         is_best = bool(best) and best["checkpoint"] == folder.name
         rows.append({"name": folder.name, "size": size, "loss": losses.get(step), "best": is_best})
     if best and not Path(run_dir, best["checkpoint"]).is_dir():
-        rows.append({"name": best["checkpoint"], "size": None, "loss": best["held_out_loss"], "best": True})
+        rows.append({"name": best["checkpoint"], "size": None, "loss": best.get(HELD_OUT), "best": True})
     return rows

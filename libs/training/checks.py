@@ -24,6 +24,8 @@ from libs.base_model import BaseModel
 from libs.checkpoints.checkpoint import BEST_FILE, TrainerState, find_latest, list_checkpoints
 from libs.checkpoints.convert import refuse_source_weights
 from libs.checkpoints.resume import describe_run, global_batch, go_on_from
+from libs.evaluation.metrics import SCORES
+from libs.evaluation.networks import load_networks
 from libs.inference.few_step import FewStepWeights
 from libs.inference.prior import check_prior
 from libs.training.config import resume_policy
@@ -78,6 +80,7 @@ class RunInputs:
     state: TrainerState  # where the run starts or goes on
     checkpoint: Path | None  # to resume from
     notes: list[str]  # newer checkpoints passed over, and what has changed since
+    networks: list  # that score the validation videos, on the CPU
 
     @property
     def global_batch(self):
@@ -99,12 +102,13 @@ def check_run(args, stage):
         checks.check("few-step weights", check_few_step, args, opened)
     dataset = checks.open("training data", open_dataset, args)
     checks.check("validation", check_validation_videos, args)
+    networks = checks.open("scores", open_networks, args) or []
     start = describe_run(args, stage, opened, dataset, resume_policy()) if opened and dataset else None
     state, checkpoint, notes = checks.open("checkpoints", find_start, args, stage, start) or (start, None, [])
     if opened:
         checks.check("disk space", check_disk_space, args, stage, opened)
         checks.check("memory", check_memory, args, stage, opened)
-    return checks, RunInputs(base, opened, dataset, state, checkpoint, notes)
+    return checks, RunInputs(base, opened, dataset, state, checkpoint, notes, networks)
 
 
 def check_flags(args):
@@ -242,6 +246,13 @@ def check_validation_videos(args):
     short = sum(count < span for count in counts)
     note = f"; {short} shorter than {span} frames: sampled, but not in the held-out loss" if short else ""
     return f"{len(counts)} videos of {', '.join(map(str, counts))} frames with masks{note}"
+
+
+def open_networks(args):
+    """The networks that score validation videos, where there are any."""
+    networks = load_networks(args, "cpu") if args.validation_steps and args.validation_image else []
+    names = [SCORES[name].heading for network in networks for name in network.columns]
+    return networks, ", ".join(["PSNR, SSIM, E_warp", *names])
 
 
 def find_start(args, stage, start):

@@ -17,6 +17,7 @@ from common.command_line import (
     parses,
     positive,
     python_list,
+    require,
     seed_range,
     share,
     zero_or_more,
@@ -29,6 +30,7 @@ from dataset.images import pair_by_name
 from dataset.mask_kinds import GUIDES_MIX, MIX_HELP, NO_GROWTH, parse_growth, parse_mix
 from dataset.pairs import settle_paired_share
 from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, mask_span, split_mask_span
+from libs.checkpoints.checkpoint import HELD_OUT
 from libs.checkpoints.resume import BATCH, CONTENT, LOGGED, OPTIMIZER, REFUSED, ResumePolicy
 from libs.training.loss_weights import loss_weights
 
@@ -185,7 +187,11 @@ class TrainConfig:
         2000, "save every N optimizer steps", group="checkpoints", check=one_or_more, variable="CHECKPOINTING_STEPS")
     checkpoints_total_limit: int | None = setting(
         None, "keep the newest N only", check=one_or_more, default_text="all", variable="CHECKPOINTS_TOTAL_LIMIT")
-    keep_best_checkpoint: bool = setting(False, "keep the one with the lowest held-out loss too")
+    keep_best_checkpoint: bool = setting(False, "keep the best one too, by --best_by")
+    best_by: str = setting(
+        HELD_OUT, "what the best checkpoint is chosen by: the held-out loss, or a score of the validation videos, as "
+        "deployed with --pcm_weights; these are then scored for every checkpoint",
+        choices=(HELD_OUT, "psnr_hole", "lpips_hole"), variable="BEST_BY", on_change=LOGGED)
     resume_from_checkpoint: str | None = setting(
         None, 'a checkpoint folder, or "latest": the newest in --output_dir, a fresh start if there is none',
         metavar="DIR", variable="RESUME_FROM_CHECKPOINT", shell_default="latest", may_be_empty=True, per_machine=True)
@@ -255,6 +261,12 @@ class TrainConfig:
         "telea", "what that starts from: telea, median or none, made on the spot, or a folder with a folder of frames "
         "per validation video", metavar="NAME|DIR", per_machine=True)
     validate_as_trained: bool = setting(False, "with --pcm_weights: also fill holes as without them")
+    lpips_weights: str | None = setting(
+        None, "score LPIPS too: folder with alexnet-owt-7be5be79.pth of torchvision and alex.pth of lpips 0.1",
+        metavar="DIR", variable="LPIPS_WEIGHTS", per_machine=True)
+    clip_weights: str | None = setting(
+        None, "score TC too, the cosine of neighbouring frames' CLIP features: a CLIP model's folder or Hub name",
+        metavar="DIR|NAME", variable="CLIP_WEIGHTS", per_machine=True)
 
 
 @dataclass
@@ -339,7 +351,7 @@ def parse_args(stage, argv=None):
 
 
 def check_validation(config):
-    """The three validation lists belong together, entry by entry, frame by frame."""
+    """The three validation lists belong together, entry by entry, frame by frame; --best_by's measure is measured."""
     if config.validation_prompt is None:
         config.validation_prompt = [config.prompt] * len(config.validation_image)
     lists = {name: getattr(config, name) for name in ("validation_image", "validation_mask", "validation_prompt")}
@@ -348,6 +360,14 @@ def check_validation(config):
         raise InputError(f"the validation lists differ in length: {lengths} entries; give one of each per video")
     for images, masks in zip(config.validation_image, config.validation_mask, strict=True):
         pair_by_name(images, masks)
+    if config.best_by != HELD_OUT:
+        require(
+            config.validation_steps and config.validation_image,
+            f"--best_by={config.best_by} needs validation videos to score: give --validation_image and "
+            f"--validation_mask, or use --best_by={HELD_OUT}",
+        )
+    if config.best_by.startswith("lpips"):
+        require(config.lpips_weights, f"--best_by={config.best_by} needs --lpips_weights")
 
 
 def settings_with(key):

@@ -6,8 +6,10 @@ from safetensors import SafetensorError
 
 from common.distributed import sum_over_processes
 from common.errors import InputError, first_line
+from common.run_files import AS_DEPLOYED
 from libs.checkpoints.checkpoint import mark_best, prune, save_checkpoint
 from libs.checkpoints.convert import convert
+from libs.evaluation.metrics import SCORES, measure_words
 from libs.training.config import what_sets_clips
 from libs.training.log import log
 
@@ -56,16 +58,22 @@ class Checkpoints:
             except OSError as error:
                 log.info("older checkpoints could not be deleted (%s)", error)
 
-    def mark_best(self, validation_loss):
-        """Note the checkpoint just written as the best one, if its held-out loss is the lowest so far."""
-        step = self.state.global_step
+    def mark_best(self, measured):
+        """Note the checkpoint just written as the best one, if it is the best so far by --best_by.
+
+        Args:
+            measured: what Validation.run has found. A score as deployed goes before one as trained.
+        """
+        step, by = self.state.global_step, self.config.best_by
         saved = self.last is not None and self.last.name == f"checkpoint-{step}"
-        if validation_loss is None or not saved or not self.accelerator.is_main_process:
+        measure = by + AS_DEPLOYED if by + AS_DEPLOYED in measured else by
+        value = measured.get(measure)
+        if value is None or not saved or not self.accelerator.is_main_process:
             return
-        clips = what_sets_clips(self.state.settings)
+        clips, higher = what_sets_clips(self.state.settings), by in SCORES and SCORES[by].higher_is_better
         try:
-            if mark_best(self.config.output_dir, step, validation_loss, clips, what_sets_clips):
-                log.info("%s is the best checkpoint so far, by held-out loss", self.last.name)
+            if mark_best(self.config.output_dir, step, value, clips, what_sets_clips, measure, higher):
+                log.info("%s is the best checkpoint so far, by %s", self.last.name, measure_words(measure))
         except (OSError, ValueError, LookupError, TypeError) as error:  # or the file noted before is not ours
             log.info("the best checkpoint could not be noted (%s)", error)
 

@@ -42,6 +42,7 @@ def what_must_agree(config, found):
         "the list of validation videos": found.state.settings["validation_image"],
         "the number of clips an epoch": len(found.dataset),
         "the number of pairs": len(found.dataset.pairs),
+        "the networks that score": [network.columns for network in found.networks],
         "the checkpoint to resume from": found.checkpoint.name if found.checkpoint else "none",
     }
 

@@ -19,9 +19,11 @@ from common.run_files import AS_DEPLOYED, CONTACT_SHEET, SCORES_FILE, append_row
 from dataset.crop import Crop
 from dataset.images import pair_by_name, read_frames, read_mask
 from dataset.utils import draw_holes
+from libs.checkpoints.checkpoint import HELD_OUT
 from libs.evaluation.baselines import telea
 from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers, stack_sheets
 from libs.evaluation.metrics import SCORES, Reference, average, table
+from libs.evaluation.networks import on_device
 from libs.inference.composition import MASK_DILATIONS, paste, resize_picture
 from libs.inference.few_step import FewStepWeights
 from libs.inference.pipeline import Pipeline, deployed_pipeline
@@ -41,6 +43,7 @@ class ValidationVideo:
     synthetic_holes: np.ndarray  # the same, a random shape over known content
     prompt_embeds: torch.Tensor  # (1, n, d)
     prior: np.ndarray | None  # of --prior's folder, like frames
+    networks: list  # that score it too
 
     @property
     def name(self):
@@ -48,7 +51,7 @@ class ValidationVideo:
 
     @cached_property
     def reference(self):
-        return Reference(self.frames, self.synthetic_holes)
+        return Reference(self.frames, self.synthetic_holes, networks=self.networks)
 
     @cached_property
     def telea_scores(self):
@@ -60,10 +63,11 @@ class ValidationVideo:
         return self.score(self.frames)
 
     def score(self, result):
-        return {"frames": self.reference.scored_frames, **self.reference.score(result)}
+        with on_device(self.networks, self.prompt_embeds.device):
+            return {"frames": self.reference.scored_frames, **self.reference.score(result)}
 
 
-def load_validation_video(images, masks, prompt_embeds, config, number):
+def load_validation_video(images, masks, prompt_embeds, config, number, networks):
     """The first `nframes` frames and their object masks, any value above 0 = hole, dilated 4 times by a 3x3 cross.
 
     Whatever the clips' shape and stride are, these are whole frames that follow each other, as in what users fill.
@@ -80,7 +84,7 @@ def load_validation_video(images, masks, prompt_embeds, config, number):
     prior = open_prior(config.prior, Path(images), [frame for frame, _ in pairs]) if config.pcm_weights else None
     if prior is not None:
         prior = np.stack([resize_picture(frame, height, width) for frame in prior])
-    return ValidationVideo(Path(images), frames, holes, synthetic, prompt_embeds, prior)
+    return ValidationVideo(Path(images), frames, holes, synthetic, prompt_embeds, prior, networks)
 
 
 class Validation:
@@ -103,31 +107,35 @@ class Validation:
         self.folder = Path(config.output_dir, config.logging_dir)
         pairs = zip(config.validation_image, config.validation_mask, strict=True) if config.validation_steps else ()
         self.videos = [
-            load_validation_video(images, masks, prompt_embeds[i : i + 1], config, i)
+            load_validation_video(images, masks, prompt_embeds[i : i + 1], config, i, found.networks)
             for i, (images, masks) in enumerate(pairs)
         ]
         self.loss = ValidationLoss(config, accelerator, found.dataset, base)
 
     def run(self, model, state, sample):
-        """The held-out loss at a step, or None. A failure costs what it was about to find, not the run.
+        """{measure: value} at a step, in the main process: the held-out loss, or None, and the means of scores, with
+        their form in their names, where all videos were scored. A failure costs what it was about to find, not the run.
 
         Args:
             model: unwrapped: DDP's forward would wait for processes that have nothing left to do.
             sample: fill holes too, for scores and pictures.
         """
         step, losses_by_video = state.global_step, self.loss.report(model, state)
+        measured = {HELD_OUT: self.loss.value}
         model.eval()
         for form in self.forms if sample and self.videos else ():
             begin = time.perf_counter()
             found = attempt(step, self.device, self.sample_videos, model, step, form) or {}
             if self.accelerator.is_main_process:
-                attempt(step, self.device, self.report, step, found, losses_by_video, form)
+                means = attempt(step, self.device, self.report, step, found, losses_by_video, form)
+                if means and len(found) == len(self.videos):
+                    measured |= {f"{score}{form}": value for score, value in means.items()}
             self.accelerator.wait_for_everyone()
             left = [video.name for i, video in enumerate(self.videos) if i not in found]
             log.info("validation%s: %d videos in %s, %.0f s%s%s", form.replace("-", " "), len(found),
                      self.samples_folder(step), time.perf_counter() - begin,
                      f"; without {', '.join(left)}" if left else "", self.free_memory())  # fmt: skip
-        return self.loss.value
+        return measured
 
     def samples_folder(self, step):
         return self.folder / "samples" / f"sample-{step}"
@@ -191,9 +199,9 @@ class Validation:
         return {i: result for i, result in sorted(found.items()) if result is not None}
 
     def report(self, step, found, losses_by_video, form):
-        """Table, CSV, contact sheet and trackers (main process)."""
+        """Table, CSV, contact sheet and trackers (main process). Returns the mean scores; None without a video."""
         if not found:
-            return
+            return None
         scores = {self.videos[i]: result[0] for i, result in found.items()}
         name = f"step {step}" + form.replace("-", " ").replace(" as", ", as", 1)
         rows = {
@@ -210,10 +218,11 @@ class Validation:
             append_row(self.folder / of_form(SCORES_FILE, form), row)
         path = self.samples_folder(step) / of_form(CONTACT_SHEET, form)
         write_image(path, stack_sheets([sheet for _, sheet in found.values()]))
-        means = rows[name]
-        self.accelerator.log({f"validation{form}/{score}": means[score] for score in SCORES}, step=step)
+        means = {score: value for score, value in rows[name].items() if score in SCORES}
+        self.accelerator.log({f"validation{form}/{score}": value for score, value in means.items()}, step=step)
         gifs = {f"{i + 1}-{self.videos[i].name}{form}": self.samples_folder(step) / f"{i + 1}{form}.gif" for i in found}
         show_in_trackers(self.accelerator.trackers, step, gifs, path)
+        return means
 
     def free_memory(self):
         """Give back what only validation needed; says in words what is held afterwards."""
