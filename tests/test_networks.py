@@ -33,6 +33,7 @@ LPIPS = {
 RC = {
     "pieces": ([0.743167, 0.7433973, 0.7544217], [0.1495498, 0.1491409]),
     "large": ([0.8194784, 0.8267012, 0.8587066], [0.066969, 0.0705413]),
+    "edges": ([0.8143242, 0.564561, 0.7633396], [0.8132733, 1.165707]),
 }
 
 
@@ -60,6 +61,15 @@ def two_frames(height, width):
     return truth.astype(np.uint8), (0.7 * truth + 0.3 * other).astype(np.uint8), hole
 
 
+def clip_weights(folder):
+    """A tiny CLIP, with text and all, whose config tells the projection's size where published ones do."""
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    text = {**vision, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).save_pretrained(folder)
+    return folder
+
+
 def random_dinov2():
     torch.manual_seed(1)
     model = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)).eval()
@@ -70,14 +80,16 @@ def random_dinov2():
 
 
 def removal(name):
-    """(result, holes) of a few frames: a moving hole with noise in it, alone or with a smaller and a tiny one."""
-    (height, width), count = {"pieces": (150, 200), "large": (120, 90)}[name], 3
-    frames, holes = moving_video(count, height, width)[0], np.zeros((count, height, width), np.uint8)
-    for t in range(count):
-        if name == "large":  # wider than the square around it may be, and windows within it
+    """(result, holes) of three frames: a hole that moves, with noise in it."""
+    height, width = {"pieces": (150, 200), "large": (120, 90), "edges": (90, 100)}[name]
+    frames, holes = moving_video(3, height, width)[0], np.zeros((3, height, width), np.uint8)
+    for t in range(3):
+        if name == "large":  # wider than the square around it may be, with windows that lie in it
             holes[t, 10 + t : -10, 5:-5] = 255
-        else:
+        elif name == "pieces":  # with a smaller one, and one too small to count
             holes[t, 40:90, 10 + 3 * t : 60 + 3 * t] = holes[t, -30:-5, -50 - t : -20] = holes[t, 3:6, 100:104] = 255
+    if name == "edges":  # two that touch at a corner, in squares of 55; then windows in which 5 patches are hole
+        holes[0, 12:45, 20:53] = holes[0, 45:78, 53:86] = holes[1, 26:30, 41:46] = holes[2, 27:31, 39:44] = 255
     frames[holes > 0] = np.random.default_rng(5).integers(0, 256, (np.count_nonzero(holes), 3))
     return frames, holes
 
@@ -86,13 +98,9 @@ def removal(name):
 def folders(tmp_path_factory):
     """Random weights of all three, as users have them."""
     root = tmp_path_factory.mktemp("networks")
-    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    text = {**vision, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).save_pretrained(root / "clip")
     random_dinov2().save_pretrained(root / "dinov2")
-    lpips_weights(root / "lpips")
-    return {"lpips_weights": root / "lpips", "clip_weights": root / "clip", "dinov2_weights": root / "dinov2"}
+    lpips, clip = lpips_weights(root / "lpips"), clip_weights(root / "clip")
+    return {"lpips_weights": lpips, "clip_weights": clip, "dinov2_weights": root / "dinov2"}
 
 
 @pytest.fixture(scope="module")
