@@ -145,10 +145,10 @@ def test_tc_is_that_of_transformers(folders, size):
 def test_rc_is_that_of_its_authors(networks, name):
     frames, holes = removal(name)
     found = networks[2].score(Reference(None, holes, frames), frames)
-    assert [row["rc_s"] for row in found if "rc_s" in row] == pytest.approx(RC[name][0], abs=2e-5)
-    assert [row["rc_t"] for row in found if "rc_t" in row] == pytest.approx(RC[name][1], abs=2e-5)
+    assert [row["rc_s"] for row in found if "rc_s" in row] == pytest.approx(RC[name][0], abs=1e-6)
+    assert [row["rc_t"] for row in found if "rc_t" in row] == pytest.approx(RC[name][1], abs=1e-6)
     means = Reference(None, holes, frames, networks[2:]).score(frames)
-    assert means["rc_s"] == pytest.approx(np.mean(RC[name][0]), abs=2e-5)
+    assert means["rc_s"] == pytest.approx(np.mean(RC[name][0]), abs=1e-6)
 
 
 def test_rc_t_of_frames_that_share_no_hole(networks):
@@ -206,6 +206,36 @@ def test_background_is_of_known_pixels_before_pasting():
     behind = Reference(raw, holes, frames).score(frames, raw)  # a truth that differs from what was shown
     assert behind["psnr_background"] == np.inf
     assert "psnr_background" not in Reference(frames, holes).score(frames)
+
+
+@pytest.fixture
+def backends():
+    """Those that may take TF32, which is allowed."""
+    both = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in both]
+    for backend in both:
+        backend.allow_tf32 = True
+    yield both
+    for backend, value in zip(both, before, strict=True):
+        backend.allow_tf32 = value
+
+
+def test_networks_score_without_tf32(networks, backends, monkeypatch):
+    """Convolutions have it by default, matrix products with --allow_tf32; afterwards both are as before."""
+    seen = []
+
+    def forward(*args, **kwargs):
+        seen.extend(backend.allow_tf32 for backend in backends)
+        raise InterruptedError
+
+    frame = np.zeros((40, 40, 3), np.uint8)
+    for model, call in zip((networks[0], networks[1].model, networks[2].model),
+                           (lambda: networks[0].compare(frame, frame), lambda: networks[1].describe(frame),
+                            lambda: networks[2].describe(frame)), strict=True):  # fmt: skip
+        monkeypatch.setattr(model, "forward", forward)
+        with pytest.raises(InterruptedError):
+            call()
+    assert seen == [False] * 6 and all(backend.allow_tf32 for backend in backends)
 
 
 def test_flags_and_columns(folders, networks):
