@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +19,20 @@ def gpu_is_used():
 def accelerator_or_cpu():
     """The torch.device that work outside a training run is done on."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def full_precision():
+    """Without TF32, which convolutions have by default and which costs a GPU's scores their last digits."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    allowed = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, value in zip(backends, allowed, strict=True):
+            backend.allow_tf32 = value
 
 
 def compiling_lacks():

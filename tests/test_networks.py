@@ -33,6 +33,7 @@ LPIPS = {
 RC = {
     "pieces": ([0.743167, 0.7433973, 0.7544217], [0.1495498, 0.1491409]),
     "large": ([0.8194784, 0.8267012, 0.8587066], [0.066969, 0.0705413]),
+    "edges": ([0.8143242, 0.564561, 0.7633396], [0.8132733, 1.165707]),
 }
 
 
@@ -60,6 +61,15 @@ def two_frames(height, width):
     return truth.astype(np.uint8), (0.7 * truth + 0.3 * other).astype(np.uint8), hole
 
 
+def clip_weights(folder):
+    """A tiny CLIP, with text and all, whose config tells the projection's size where published ones do."""
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    text = {**vision, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).save_pretrained(folder)
+    return folder
+
+
 def random_dinov2():
     torch.manual_seed(1)
     model = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)).eval()
@@ -70,14 +80,16 @@ def random_dinov2():
 
 
 def removal(name):
-    """(result, holes) of a few frames: a moving hole with noise in it, alone or with a smaller and a tiny one."""
-    (height, width), count = {"pieces": (150, 200), "large": (120, 90)}[name], 3
-    frames, holes = moving_video(count, height, width)[0], np.zeros((count, height, width), np.uint8)
-    for t in range(count):
-        if name == "large":  # wider than the square around it may be, and windows within it
+    """(result, holes) of three frames: a hole that moves, with noise in it."""
+    height, width = {"pieces": (150, 200), "large": (120, 90), "edges": (90, 100)}[name]
+    frames, holes = moving_video(3, height, width)[0], np.zeros((3, height, width), np.uint8)
+    for t in range(3):
+        if name == "large":  # wider than the square around it may be, with windows that lie in it
             holes[t, 10 + t : -10, 5:-5] = 255
-        else:
+        elif name == "pieces":  # with a smaller one, and one too small to count
             holes[t, 40:90, 10 + 3 * t : 60 + 3 * t] = holes[t, -30:-5, -50 - t : -20] = holes[t, 3:6, 100:104] = 255
+    if name == "edges":  # two that touch at a corner, in squares of 55; then windows in which 5 patches are hole
+        holes[0, 12:45, 20:53] = holes[0, 45:78, 53:86] = holes[1, 26:30, 41:46] = holes[2, 27:31, 39:44] = 255
     frames[holes > 0] = np.random.default_rng(5).integers(0, 256, (np.count_nonzero(holes), 3))
     return frames, holes
 
@@ -86,13 +98,9 @@ def removal(name):
 def folders(tmp_path_factory):
     """Random weights of all three, as users have them."""
     root = tmp_path_factory.mktemp("networks")
-    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    text = {**vision, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).save_pretrained(root / "clip")
     random_dinov2().save_pretrained(root / "dinov2")
-    lpips_weights(root / "lpips")
-    return {"lpips_weights": root / "lpips", "clip_weights": root / "clip", "dinov2_weights": root / "dinov2"}
+    lpips, clip = lpips_weights(root / "lpips"), clip_weights(root / "clip")
+    return {"lpips_weights": lpips, "clip_weights": clip, "dinov2_weights": root / "dinov2"}
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +145,10 @@ def test_tc_is_that_of_transformers(folders, size):
 def test_rc_is_that_of_its_authors(networks, name):
     frames, holes = removal(name)
     found = networks[2].score(Reference(None, holes, frames), frames)
-    assert [row["rc_s"] for row in found if "rc_s" in row] == pytest.approx(RC[name][0], abs=2e-5)
-    assert [row["rc_t"] for row in found if "rc_t" in row] == pytest.approx(RC[name][1], abs=2e-5)
+    assert [row["rc_s"] for row in found if "rc_s" in row] == pytest.approx(RC[name][0], abs=1e-6)
+    assert [row["rc_t"] for row in found if "rc_t" in row] == pytest.approx(RC[name][1], abs=1e-6)
     means = Reference(None, holes, frames, networks[2:]).score(frames)
-    assert means["rc_s"] == pytest.approx(np.mean(RC[name][0]), abs=2e-5)
+    assert means["rc_s"] == pytest.approx(np.mean(RC[name][0]), abs=1e-6)
 
 
 def test_rc_t_of_frames_that_share_no_hole(networks):
@@ -198,6 +206,36 @@ def test_background_is_of_known_pixels_before_pasting():
     behind = Reference(raw, holes, frames).score(frames, raw)  # a truth that differs from what was shown
     assert behind["psnr_background"] == np.inf
     assert "psnr_background" not in Reference(frames, holes).score(frames)
+
+
+@pytest.fixture
+def backends():
+    """Those that may take TF32, which is allowed."""
+    both = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in both]
+    for backend in both:
+        backend.allow_tf32 = True
+    yield both
+    for backend, value in zip(both, before, strict=True):
+        backend.allow_tf32 = value
+
+
+def test_networks_score_without_tf32(networks, backends, monkeypatch):
+    """Convolutions have it by default, matrix products with --allow_tf32; afterwards both are as before."""
+    seen = []
+
+    def forward(*args, **kwargs):
+        seen.extend(backend.allow_tf32 for backend in backends)
+        raise InterruptedError
+
+    frame = np.zeros((40, 40, 3), np.uint8)
+    for model, call in zip((networks[0], networks[1].model, networks[2].model),
+                           (lambda: networks[0].compare(frame, frame), lambda: networks[1].describe(frame),
+                            lambda: networks[2].describe(frame)), strict=True):  # fmt: skip
+        monkeypatch.setattr(model, "forward", forward)
+        with pytest.raises(InterruptedError):
+            call()
+    assert seen == [False] * 6 and all(backend.allow_tf32 for backend in backends)
 
 
 def test_flags_and_columns(folders, networks):

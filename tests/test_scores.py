@@ -88,6 +88,14 @@ def test_average_counts_frames():
     assert "PSNR hole" in head and line.split()[:4] == ["step", "5", "40", "1.75"]
 
 
+def test_average_of_scores_of_which_some_are_missing():
+    """TC and RC count videos, as published; a score that only some have is theirs, one that none has is left out."""
+    rows = [{"frames": 10, "psnr": 1.0, "tc": 0.9, "lpips": 0.5}, {"frames": 30, "psnr": 2.0, "tc": 0.8, "lpips": ""}]
+    assert average(rows) == pytest.approx({"frames": 40, "psnr": 1.75, "lpips": 0.5, "tc": 0.85})
+    head, _ = table({"step 5": average(rows)})
+    assert head.split() == ["frames", "PSNR", "LPIPS", "TC"]
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_rivals_keep_known_pixels_and_never_look_into_the_hole(video, name):
     frames, holes = video

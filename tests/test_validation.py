@@ -18,7 +18,7 @@ from conftest import equal_files, error_line
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_deployed import write_lora
-from test_networks import lpips_weights
+from test_networks import clip_weights, lpips_weights
 
 import libs.report.__main__
 import libs.training.validation
@@ -420,11 +420,10 @@ def test_priors_of_validation_videos(validated, weights, tmp_path, capsys):
 
 
 def test_the_best_checkpoint_by_lpips(validated, tmp_path, capsys):
-    """Every checkpoint is scored then, LPIPS among the scores in table, CSV and page; and ranked."""
-    weights = lpips_weights(tmp_path / "lpips")
+    """Every checkpoint is scored then, LPIPS and TC among the scores in table, CSV and page; and ranked."""
+    weights = {"lpips_weights": lpips_weights(tmp_path / "lpips"), "clip_weights": clip_weights(tmp_path / "clip")}
     validated(
-        max_train_steps=3, checkpointing_steps=2, validation_steps=100, best_by="lpips_hole", lpips_weights=weights,
-        resolution=64,
+        max_train_steps=3, checkpointing_steps=2, validation_steps=100, best_by="lpips_hole", resolution=64, **weights,
     )  # fmt: skip
     output, run = capsys.readouterr().out, tmp_path / "run"
     rows = read(run / "logs-finetune-stage1/scores.csv")
@@ -434,6 +433,7 @@ def test_the_best_checkpoint_by_lpips(validated, tmp_path, capsys):
     assert f"checkpoint-{best['step']} is the best checkpoint so far, by LPIPS hole" in output
     tables = [lines for lines in output.split("PSNR hole")[1:] if "LPIPS hole" in lines.splitlines()[0]]
     assert len(tables) == 3 and all(float(row["lpips"]) < float(row["lpips_hole"]) for row in rows)
+    assert all(0 < float(row["tc"]) < 1 for row in rows) and "LPIPS hole           TC" in output
     assert "LPIPS hole" in write_report(run).read_text() and "by LPIPS hole" in write_report(run).read_text()
 
     rank_checkpoints([str(run)])

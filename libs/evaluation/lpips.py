@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import InputError
+from common.hardware import full_precision
 from common.weights import read_state_dict
 
 ALEXNET, LINEAR = "alexnet-owt-*.pth", "alex.pth"
@@ -55,6 +56,7 @@ class Lpips(nn.Module):
             if i in TAPS:
                 yield x / (x.norm(dim=1, keepdim=True) + EPSILON)
 
+    @full_precision()
     @torch.inference_mode()
     def compare(self, truth, result):
         """(LPIPS of a frame, its map (h, w)) of two frames (h, w, 3) uint8 RGB; less is better, 0 is equal.

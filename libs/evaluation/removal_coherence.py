@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Dinov2Model
 
+from common.hardware import full_precision
 from libs.evaluation.vision_model import load_vision_model, normalize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
@@ -37,6 +38,7 @@ class RemovalCoherence:
     def to(self, device):
         self.model.to(device)
 
+    @full_precision()
     @torch.inference_mode()
     def describe(self, picture):
         """The features (n², d), of length 1, of n x n patches of a square picture (s, s, 3) uint8."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
+from common.hardware import full_precision
 from libs.evaluation.vision_model import load_vision_model, normalize
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of RGB in 0..1
@@ -35,6 +36,7 @@ class TemporalConsistency:
         top, left = ((side - self.side) // 2 for side in picture.shape[:2])
         return picture[top : top + self.side, left : left + self.side]
 
+    @full_precision()
     @torch.inference_mode()
     def describe(self, frame):
         """The (d,) image feature, of length 1."""
