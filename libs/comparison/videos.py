@@ -144,7 +144,7 @@ def propainter_masks(args, folder):
 
 def read_propainter(folder, number, seed, args):
     """As core/dataset.py of https://github.com/sczhou/ProPainter reads its test sets: frames in the order of their
-    names, scaled bilinearly (without averaging, which would be smoother: it moves PSNR by tenths of a dB), masks by
+    names, scaled bilinearly (without averaging, with which plain methods have 0.02 to 0.28 dB more), masks by
     their place, scaled by Pillow's nearest, whatever is above 0, dilated 4 times by a cross of 3x3 pixels."""
     paths = sorted(list_frames(folder), key=lambda path: path.name)
     frames = [cv2.resize(frame, args.size, interpolation=cv2.INTER_LINEAR) for frame in read_frames(paths)]
