@@ -6,7 +6,8 @@
 
     start   videos, weights, a VAE, and stage 1 by the guide's recipe: where all arms begin
     train   every arm with every seed, through the shell scripts, several at once on each GPU
-    score   held-out videos: an object to remove whose truth is known, and known content to restore
+    score   held-out videos: an object to remove whose truth is known, and known content to restore; of sampled results,
+            and of the noise that a model predicts, which tells arms apart with fewer videos and seeds
     table   each arm beside the first one, with 95 % intervals over videos and seeds
 
 What is done is not done again, and what --minutes stops goes on where it was. DAVIS_ROOT and YTVOS_ROOT may name real
@@ -27,16 +28,21 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
+from diffusers import DDPMScheduler
 
 from common.command_line import Parser, at_least, require
 from common.errors import one_line_errors
 from common.files import write_json, written_whole
 from common.run_files import write_rows
 from dataset.folders import read_names, scan_video
-from libs.evaluation.cases import SCORES, TASKS, make_cases, noise_seed
+from libs.evaluation import cases
+from libs.evaluation.cases import TASKS, make_cases, noise_seed
 from libs.evaluation.intervals import compare_all, markdown
+from libs.evaluation.metrics import Score
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline
+from libs.training.loss import EncodedBatch, predict, weighted_mse
 from toy import train_vae
 from toy.join_videos import join_videos
 from toy.make_videos import make_videos
@@ -73,6 +79,8 @@ SIZES = {  # of the models; drawn videos to train on beside 8, and held out besi
                "rates": (5e-4, 1e-4), 1: {"clips": 64, "frames": 4, "steps": 200},
                2: {"clips": 4, "frames": 22, "steps": 400}},
 }  # fmt: skip
+SCORES = {**cases.SCORES, "noise": Score("error of the predicted noise in the hole", "", 4, False)}
+TIMESTEPS = (100, 300, 500, 700, 900)  # at which it is predicted
 LEAST_SECONDS = 45  # before the end of --minutes nothing begins: it would be loading then
 SAMPLER_STEPS = 20
 
@@ -228,12 +236,35 @@ def score_one(lab):
     frames = davis / "JPEGImages/480p"
     videos = [scan_video(frames / name) for name in read_names(davis / "ImageSets/2017/val.txt", frames)]
     for task in TASKS:
-        cases = make_cases(task, davis, videos, f"{side * 7 // 4 // 8 * 8}x{side}", lab.options.frames)
-        for number, case in enumerate(cases):
+        resolution = f"{side * 7 // 4 // 8 * 8}x{side}"
+        for number, case in enumerate(make_cases(task, davis, videos, resolution, lab.options.frames)):
             filled = pipeline.fill(case.shown, case.holes, prompt_embeds, noise_seed(seed, number))
-            rows.append({"arm": arm, "seed": seed, "task": task, "video": case.video, **case.score(filled)})
+            scores = {**case.score(filled), "noise": noise_error(pipeline, case, prompt_embeds, noise_seed(0, number))}
+            rows.append({"arm": arm, "seed": seed, "task": task, "video": case.video, **scores})
     with written_whole(lab.scores(arm, seed)) as partial:
         write_rows(partial, rows)
+
+
+@torch.no_grad()
+def noise_error(pipeline, case, prompt_embeds, seed):
+    """Mean squared error in the hole of the noise that the model predicts: training's loss on a case's first window.
+    Timesteps and noises are those of all arms; nan where no hole is as large as a pixel of the latents."""
+    window = slice(pipeline.nframes)
+    truth, shown, holes = case.truth[window], case.shown[window], case.holes[window]
+    conditioning = pipeline.encode_clip(shown, holes, None, seed, lambda frames: None).conditioning
+    generator = torch.Generator(pipeline.device).manual_seed(seed)
+    shape = (2, len(truth), *conditioning[0, :-1].shape)
+    posterior, noise = torch.randn(shape, generator=generator, device=pipeline.device)
+    latents, hole = pipeline.encode_whole(truth, posterior), (conditioning[:, -1:] == 0).float()
+    scheduler = DDPMScheduler.from_config(pipeline.sampler.config)
+    errors = []
+    for timestep in TIMESTEPS:
+        timesteps = torch.tensor([timestep], device=pipeline.device)
+        encoded = EncodedBatch(latents, noise, conditioning, timesteps, prompt_embeds)
+        with torch.autocast(pipeline.device.type, pipeline.dtype, enabled=pipeline.dtype != torch.float32):
+            prediction, target = predict(pipeline.model, scheduler, encoded)
+        errors.append(weighted_mse(prediction, target, hole, clips=1).item())
+    return float(np.mean(errors)) if hole.any() else float("nan")
 
 
 def table(lab):

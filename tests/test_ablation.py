@@ -6,15 +6,18 @@ import itertools
 import runpy
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import equal_files, error_line, reset_accelerate
+from diffusers import DDPMScheduler
 from scipy import stats
 
 from benchmarks import ablation
 from dataset.folders import scan_video
-from libs.evaluation.cases import SCORES, TASKS, Case, make_cases, rim_error
+from libs.evaluation.cases import TASKS, Case, make_cases, rim_error
 from libs.evaluation.intervals import compare
 
 
@@ -56,6 +59,35 @@ def here(monkeypatch):
     reset_accelerate()
 
 
+def test_the_predicted_noise_is_scored_alike_for_all_arms():
+    """0 for a model that knows the noise, its mean square for one that predicts none; in the hole alone."""
+    masks = torch.ones(2, 1, 4, 4)
+    masks[:, :, :2] = 0
+    frames = np.zeros((3, 32, 32, 3), np.uint8)
+    case = Case("removal", "v", frames, frames, np.zeros((3, 32, 32), np.uint8))
+    seen, answers = [], [lambda noisy: torch.cat([noisy[:, :, :2], 100 + noisy[:, :, 2:]], dim=2)]
+
+    def model(noisy, conditioning, timesteps, prompt_embeds):
+        seen.append(noisy)
+        return answers[-1](noisy)
+
+    pipeline = SimpleNamespace(
+        nframes=2, device=torch.device("cpu"), dtype=torch.float32, model=model,
+        sampler=DDPMScheduler(beta_start=0.5, beta_end=0.999),  # so noisy latents are noise alone, but for 1e-4
+        encode_clip=lambda *_: SimpleNamespace(conditioning=torch.cat([torch.zeros(2, 4, 4, 4), masks], dim=1)),
+        encode_whole=lambda frames, noise: torch.zeros(2, 4, 4, 4),
+    )  # fmt: skip
+
+    assert ablation.noise_error(pipeline, case, None, seed=3) < 1e-3
+
+    answers.append(torch.zeros_like)
+    expected = seen[0][:, :, :2].square().mean().item()
+    assert ablation.noise_error(pipeline, case, None, seed=3) == pytest.approx(expected, rel=1e-3)
+    assert torch.equal(seen[0], seen[len(ablation.TIMESTEPS)])
+    masks.fill_(1)
+    assert np.isnan(ablation.noise_error(pipeline, case, None, seed=3))
+
+
 def test_all_steps_and_what_is_done_is_not_done_again(here, tmp_path, capsys):
     flags = ["--size=tiny", f"--output_dir={tmp_path}", "--frames=2", "--seeds", "0"]
     arms = ["--arms", "guide", "all", "averaging", "--steps=3"]
@@ -64,6 +96,7 @@ def test_all_steps_and_what_is_done_is_not_done_again(here, tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "stage1/all-0.csv").read_text().splitlines()))
     assert [(row["task"], row["video"]) for row in rows] == [(t, v) for t in TASKS for v in ("buoy", "lantern")]
     assert all(np.isfinite(float(row[name])) for row in rows for name in ("psnr_hole", "warp_hole", "rim"))
+    assert 0.5 < np.nanmean([float(row["noise"]) for row in rows]) < 5  # a hole may be smaller than a latents' pixel
     files = [tmp_path / f"stage1/{arm}-0/unet_main/diffusion_pytorch_model.safetensors" for arm in arms[1:4]]
     assert not any(equal_files(*pair) for pair in itertools.combinations(files, 2))
     text = (tmp_path / "table-stage1.md").read_text()
@@ -89,7 +122,7 @@ def test_table_by_hand(tmp_path, capsys):
     }
     for (arm, seed), scores in values.items():
         rows = [
-            {"arm": arm, "seed": seed, "task": "removal", "video": f"v{i}", **dict.fromkeys(SCORES, "nan"),
+            {"arm": arm, "seed": seed, "task": "removal", "video": f"v{i}", **dict.fromkeys(ablation.SCORES, "nan"),
              "psnr_hole": score, "warp_hole": score} for i, score in enumerate(scores)
         ]  # fmt: skip
         (tmp_path / "stage1").mkdir(exist_ok=True)
