@@ -31,7 +31,9 @@ def evaluation(tmp_path):
     methods = [{"name": "old <i>", "kind": "baseline", "path": None}, {"name": "new", "kind": "weights", "path": "w/n"}]
     for video in VIDEOS[:2]:
         frames, holes = moving_video(3, 32, 48)
-        save_clips(tmp_path, video, frames, holes, {"old <i>": frames, "new": 255 - frames}, ["old <i>", "new"], 10.0)
+        save_clips(
+            tmp_path, video, frames, holes, {"old <i>": frames // 2, "new": 255 - frames}, ["old <i>", "new"], 10.0
+        )
     rows = [
         {"method": method["name"], "seed": seed, "video": video, "frames": 3, "psnr": 20 + 5 * n + 2 * seed + i,
          "warp": "inf" if i else 3, "tc": "nan"}
@@ -84,8 +86,21 @@ def test_the_table_says_what_is_best_and_what_is_found(evaluation):
     )
     assert "<b>26.00</b>" in page and "<b>3.00</b>" in page
     assert "better: +5.00 dB [+4.50, +5.50], better in 3 of 3 videos, seeds: 2" in page
-    (evaluation / "comparisons.csv").unlink()  # of a single method
+    comparisons = evaluation / "comparisons.csv"
+    comparisons.write_text(comparisons.read_text().replace("4.5,5.5", "nan,nan"))  # of a single video
+    assert "+5.00 dB [–, –], better in" in write_page(evaluation).read_text()
+    comparisons.unlink()  # of a single method
     assert "▲" not in write_page(evaluation).read_text()
+
+
+def test_the_truth_can_be_chosen_where_a_clip_has_it(evaluation):
+    """Where an object was pasted in, or filmed, the truth is not what is shown."""
+    frames, holes = moving_video(3, 32, 48)
+    results = {"new": 255 - frames, "the video itself": frames // 2, "old <i>": frames}
+    save_clips(evaluation, VIDEOS[2], frames, holes, results, results, 10.0)
+    data = read_data(write_page(evaluation).read_text())
+    assert data["methods"] == ["old <i>", "new", "the video itself"] and data["values"]["psnr"][2] == [None] * 3
+    assert data["videos"][2]["clip"]["methods"] == ["new", "the video itself"]
 
 
 def test_clips_that_a_page_cannot_hold_lie_beside_it(evaluation, monkeypatch):
@@ -146,11 +161,12 @@ def test_a_clip_shows_the_input_and_every_result(tmp_path, monkeypatch, highest)
     filled = {
         "sharp": np.where(holes[..., None] > 0, 255 - frames, frames),
         "flat": np.where(holes[..., None] > 0, np.uint8(20), frames),
+        "truth": frames,
     }
-    save_clips(tmp_path, "bear", frames, holes, filled, ["flat", "none", "sharp"], 10.0)
+    save_clips(tmp_path, "bear", frames, holes, filled, ["flat", "truth", "sharp"], 10.0)
     about = json.loads((tmp_path / "clips/bear.json").read_bytes())
     pictures, fps = read_video(tmp_path / "clips/bear.mp4")
-    assert fps == 10 and about["methods"] == ["flat", "sharp"] and about["frames"] == 4 == len(about["path_of"])
+    assert fps == 10 and about["methods"] == ["flat", "sharp"] and about["frames"] == 4 == len(about["regions"])
     assert (about["width"], about["height"], about["tile"]) == (100, 40, [112, 48])
     assert pictures.shape[1:3] == ((144, 112) if highest == 4096 else (96, 224))
     for number, clip in enumerate([frames, filled["flat"], filled["sharp"]]):
@@ -168,8 +184,9 @@ def test_what_a_result_changed_outside_the_hole_is_shown(tmp_path):
     changed[:, 25:30, 55:60] = 0
     save_clips(tmp_path, "a", frames, holes, {"raw": changed}, ["raw"], 10.0)
     about = json.loads((tmp_path / "clips/a.json").read_bytes())
-    starts = [re.findall(r"M(\d+) (\d+)", about["paths"][i]) for i in about["path_of"]]
-    assert all(("52", "22") in found and len(found) == 2 for found in starts)  # three pixels before, and the hole
+    starts = [re.findall(r"M(\d+) (\d+)", path) for path in about["paths"]]
+    assert all(len(starts[i]) == 2 and ("52", "22") in starts[i] for i in about["regions"])  # three pixels before it
+    assert all(len(starts[i]) == 1 for i in about["outlines"])  # the hole alone
 
 
 def test_a_clip_keeps_to_its_bytes(tmp_path, monkeypatch):

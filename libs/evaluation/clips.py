@@ -29,31 +29,31 @@ def save_clips(output_dir, video, shown, holes, results, order, fps):
     """Write clips/<video>.mp4, and clips/<video>.json, which describes it, once that is whole.
 
     Args:
-        shown: (f, h, w, 3) uint8 RGB, what a method sees around the hole; inside it the truth, where it is known.
+        shown: (f, h, w, 3) uint8 RGB, what a method sees around the hole; inside it what was there, where it is known.
         holes: (f, h, w) uint8, non-zero = hole.
-        results: {method: (f, h, w, 3) uint8 RGB}, best with the known pixels pasted back.
-        order: methods' names in the order of their tiles; those without a result are left out.
+        results: {method: (f, h, w, 3) uint8 RGB}. Where known pixels are not pasted back, a clip of as many bytes is
+            worse. The truth may be among them, where it is not what is shown.
+        order: names of `results` in the order of their tiles. A result that is what is shown gets none.
     """
     folder = Path(output_dir, FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
-    methods = [name for name in order if name in results]
-    changed = np.stack([changes(t, shown, holes, [results[name] for name in methods]) for t in range(len(shown))])
+    methods = [name for name in order if (results[name] != shown).any()]
     height, width = small_size(*holes.shape[1:])
-    regions = [grow(shrink_mask(frame, height, width), BORDER) for frame in changed]
+    outlines, regions = [], []
+    for t, hole in enumerate(holes > 0):
+        changed = np.logical_or.reduce([hole, *((results[name][t] != shown[t]).any(axis=-1) for name in methods)])
+        outlines.append(grow(shrink_mask(hole, height, width), BORDER))
+        regions.append(grow(shrink_mask(changed, height, width), BORDER))
     tiles = Tiles(height, width, [shown, *(results[name] for name in methods)], regions)
     with written_whole(folder / f"{video}.mp4") as partial:
         encode(partial, tiles, fps)
-    paths = [outline(region) for region in regions]
-    unique = list(dict.fromkeys(paths))
+    holes_paths, region_paths = ([outline(mask) for mask in masks] for masks in (outlines, regions))
+    unique = list(dict.fromkeys(holes_paths + region_paths))
     write_json(folder / f"{video}.json", {
         "width": width, "height": height, "frames": len(shown), "fps": fps, "methods": methods, "tile": tiles.size,
-        "rows": tiles.rows, "paths": unique, "path_of": [unique.index(path) for path in paths],
+        "rows": tiles.rows, "paths": unique, "outlines": [unique.index(path) for path in holes_paths],
+        "regions": [unique.index(path) for path in region_paths],
     })  # fmt: skip
-
-
-def changes(t, shown, holes, results):
-    """(h, w) bool: the hole of frame t, and every pixel outside it that a result has not as it is shown."""
-    return np.logical_or.reduce([holes[t] > 0, *((result[t] != shown[t]).any(axis=-1) for result in results)])
 
 
 def small_size(height, width):

@@ -219,8 +219,7 @@ function drawView() {
 
 // The input, and over it, inside the region, a method.
 function drawSide(target, number, x, width, height, outline = $("outline").checked) {
-  const {width: across, height: down, tile, rows, paths, path_of: pathOf} = clip();
-  const path = new Path2D(paths[pathOf[state.frame]]);
+  const {width: across, height: down, tile, rows} = clip();
   const place = (index) => [Math.floor(index / rows) * tile[0], (index % rows) * tile[1]];
   target.save();
   target.translate(x, 0);
@@ -230,21 +229,23 @@ function drawSide(target, number, x, width, height, outline = $("outline").check
   if (index >= 0) {
     target.save();
     target.translate(0.5, 0.5); // a path runs through the middles of pixels
-    target.clip(path, "evenodd");
+    target.clip(pathOf("regions"), "evenodd");
     target.translate(-0.5, -0.5);
     target.drawImage(picture, ...place(index + 1), across, down, 0, 0, across, down);
     target.restore();
   }
-  if (outline) drawOutline(target, path, across / width);
+  if (outline) drawOutline(target, across / width);
   target.restore();
 }
 
-function drawOutline(target, path, pixel) {
+const pathOf = (kind) => new Path2D(clip().paths[clip()[kind][state.frame]]);
+
+function drawOutline(target, pixel) {
   target.translate(0.5, 0.5);
   for (const [colour, size] of [["rgb(0 0 0 / .5)", 3], ["#ffd83d", 1.2]]) {
     target.strokeStyle = colour;
     target.lineWidth = size * pixel * devicePixelRatio;
-    target.stroke(path);
+    target.stroke(pathOf("outlines"));
   }
 }
 
@@ -263,7 +264,7 @@ function drawDifference(left, right) {
   if ($("outline").checked) {
     context.save();
     context.scale(width / clip().width, height / clip().height);
-    drawOutline(context, new Path2D(clip().paths[clip().path_of[state.frame]]), clip().width / width);
+    drawOutline(context, clip().width / width);
     context.restore();
   }
 }

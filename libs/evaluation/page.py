@@ -54,6 +54,8 @@ def gather(folder):
     per_video = mean_of_seeds(read_table(folder / "scores.csv"), scores)
     verdicts = read_verdicts(folder / "comparisons.csv", scores)
     clips = read_clips(folder, made["videos"])
+    in_clips = [name for clip in clips if clip["about"] for name in clip["about"]["methods"]]
+    seen = list(dict.fromkeys([*names, *in_clips]))  # the truth may be among the latter
     return {
         "made": made,
         "texts": texts,
@@ -64,13 +66,13 @@ def gather(folder):
         "clips": [clip["inline"] for clip in clips],
         "beside": sum(clip["href"] is not None for clip in clips),
         "data": {
-            "methods": names,
+            "methods": seen,
             "reference": made["reference"],
             "right": shown_first(made),
             "scores": {name: scores[name] for name in per_video},
             "score": next((name for name in CHOSEN_FIRST if name in per_video), next(iter(per_video), None)),
             "values": {
-                score: [[by_video.get((method, video)) for video in made["videos"]] for method in names]
+                score: [[by_video.get((method, video)) for video in made["videos"]] for method in seen]
                 for score, by_video in per_video.items()
             },
             "verdicts": {score: {row["method"]: row for row in rows} for score, rows in verdicts.items()},
@@ -111,7 +113,7 @@ def read_verdicts(path, scores):
     verdicts = defaultdict(list)
     for row in read_table(path):
         about = scores[row["score"]]
-        mean, low, high = (f"{float(row[name]):+.{about['decimals']}f}" for name in ("mean", "low", "high"))
+        mean, low, high = (as_shown(as_number(row[name]), about, "+") for name in ("mean", "low", "high"))
         verdicts[row["score"]].append({
             "method": row["method"], "mean": mean, "unit": about["unit"], "interval": f"[{low}, {high}]",
             "wins": int(row["wins"]), "videos": int(row["videos"]), "seeds": int(row["seeds"]),
@@ -130,11 +132,13 @@ def scores_table(rows, scores, names):
         if numbers:
             best = max(numbers) if about["higher_is_better"] else min(numbers)
             table[score] = {
-                method: (f"{value:.{about['decimals']}f}".replace("inf", "∞") if not math.isnan(value) else "–",
-                         len(numbers) > 1 and value == best)
-                for method, value in values.items()
-            }  # fmt: skip
+                method: (as_shown(value, about), len(numbers) > 1 and value == best) for method, value in values.items()
+            }
     return table
+
+
+def as_shown(value, about, sign=""):
+    return "–" if math.isnan(value) else f"{value:{sign}.{about['decimals']}f}".replace("inf", "∞")
 
 
 def read_clips(folder, videos):
