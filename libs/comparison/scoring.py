@@ -118,11 +118,14 @@ def score_clip(plan, tools, number, seed, clip, prior):
         rows[method.name] = {"frames": reference.scored_frames, **reference.score(result, raw)}
         if tools.i3d and clip.truth is not None:
             features[method.name] = tools.i3d.describe(result, name).tolist()
-        if first and method.name != TRUTH:
+        if first:
             results[method.name] = result
     if first:
+        if clip.truth is clip.shown:
+            results.pop(TRUTH)
         save_clips(plan.output_dir, name, clip.shown, clip.holes, results, list(results), FPS)
-        sheets = [contact_sheet(f"{name}: {method}", clip.shown, clip.holes, results[method]) for method in results]
+        sheets = [contact_sheet(f"{name}: {method}", clip.shown, clip.holes, result)
+                  for method, result in results.items() if method != TRUTH]  # fmt: skip
         write_image(plan.sheet(number), stack_sheets(sheets))
         shares = [float(np.count_nonzero(hole) / hole.size) for hole in clip.holes]
         frames, height, width, _ = clip.shown.shape
