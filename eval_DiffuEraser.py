@@ -22,6 +22,7 @@ from libs.comparison.scoring import Tools, score
 from libs.evaluation.baselines import BASELINES
 from libs.evaluation.metrics import SMALLEST_FLOW
 from libs.evaluation.networks import add_network_flags, missing_networks
+from libs.evaluation.page import write_page
 from libs.inference.load import add_inference_flags, check_inference_flags
 from libs.inference.prior import ON_THE_SPOT, check_prior
 
@@ -103,7 +104,8 @@ def main(argv=None):
         score(plan, tools)
         results = Results(plan)
         print("\n".join(results.write()))
-    print(f"per video: {plan.output_dir / 'scores.csv'}; this table: means.csv; contact sheets: {plan.output_dir}")
+        page = write_page(plan.output_dir, args.overwrite)
+    print(f"per video: {plan.output_dir / 'scores.csv'}; this table: means.csv; to look at: {page}")
     results.refuse_gaps()
 
 

@@ -76,16 +76,20 @@ def write_rows(path, rows):
         append_row(path, row)
 
 
-def read_rows(path):
-    """[{column: text}] of such a file; what a resumed run did again replaces what was done before.
+def read_table(path):
+    """[{column: text}] of such a file, [] where there is none.
 
     Rows that are not whole are left out: one is being written, or its process was killed.
     """
+    content = Path(path).read_bytes().decode(**ENCODING) if Path(path).is_file() else ""
+    rows = csv.DictReader(io.StringIO(content[: content.rfind("\n") + 1]))
+    return [row for row in rows if None not in row and None not in row.values()]
+
+
+def read_rows(path):
+    """`read_table` of a run; what a resumed run did again replaces what was done before."""
     rows = []
-    content = Path(path).read_bytes().decode(errors="surrogateescape") if Path(path).is_file() else ""
-    for row in csv.DictReader(io.StringIO(content[: content.rfind("\n") + 1])):
-        if None in row or None in row.values():  # more values than columns, or fewer
-            continue
+    for row in read_table(path):
         if rows and int(row["step"]) < int(rows[-1]["step"]):
             rows = [earlier for earlier in rows if int(earlier["step"]) < int(row["step"])]
         rows.append(row)

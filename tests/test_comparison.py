@@ -21,7 +21,7 @@ from libs.comparison.results import Results
 from libs.evaluation.metrics import psnr
 
 NAMES = ("pond", "road", "tree")
-FILES = ("scores.csv", "means.csv", "comparisons.csv", "evaluation.json")
+FILES = ("scores.csv", "means.csv", "comparisons.csv", "evaluation.json", "report.html")
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from common.weights import fingerprint
 from dataset.folders import list_folders, size_and_time
 from libs.comparison.methods import TRUTH, list_methods
 from libs.comparison.protocols import choose_protocol, describe, follows_seed
+from libs.evaluation.clips import FOLDER as CLIPS
+from libs.evaluation.page import PAGE
 
 FPS = 24  # of clips to look at: folders of frames have no rate
 SETTINGS, SCORED = "evaluation.json", "scored"
@@ -100,8 +102,11 @@ class Plan:
         """What was scored of a video with a seed; None where nothing is, or where the video's files have changed."""
         path = self.part(number, seed)
         part = json.loads(path.read_bytes()) if path.is_file() else {}
-        sheet_is_there = seed != self.seeds[0] or self.sheet(number).is_file()
-        return part if part.get("key") == self.key(number) and ("broken" in part or sheet_is_there) else None
+        if part.get("key") != self.key(number):
+            return None
+        pictures = (self.sheet(number), self.output_dir / CLIPS / f"{self.folders[number].name}.json")
+        seen = seed != self.seeds[0] or all(path.is_file() for path in pictures)
+        return part if "broken" in part or seen else None
 
     def content(self):
         """evaluation.json, but for what is known at the end only."""
@@ -124,8 +129,8 @@ class Plan:
 
     @property
     def written(self):
-        """Names in the folder, of files and of one folder."""
-        return [SETTINGS, SCORED, *TABLES, *(self.sheet(number).name for number in range(len(self.folders)))]
+        """Names in the folder, of files and of folders."""
+        return [SETTINGS, SCORED, CLIPS, PAGE, *TABLES, *(f"{folder.name}.png" for folder in self.folders)]
 
     def refuse(self):
         """Raise InputError where the folder holds what is not to be replaced; nothing is written."""
@@ -147,7 +152,7 @@ class Plan:
             shutil.rmtree(self.scored_folder, ignore_errors=True)
         self.scored_folder.mkdir(exist_ok=True)
         note_own(self.output_dir, dict.fromkeys(self.written, 1))
-        for name in TABLES:  # of an earlier state
+        for name in (*TABLES, PAGE):  # of an earlier state
             Path(self.output_dir, name).unlink(missing_ok=True)
         write_json(self.output_dir / SETTINGS, self.content())
 

@@ -11,8 +11,9 @@ from common.errors import InputError, one_line_errors
 from common.files import write_json
 from dataset.images import list_frames
 from libs.comparison.methods import TRUTH
-from libs.comparison.plan import Plan
+from libs.comparison.plan import FPS, Plan
 from libs.evaluation.cases import noise_seed
+from libs.evaluation.clips import save_clips
 from libs.evaluation.contact_sheet import contact_sheet, stack_sheets
 from libs.evaluation.metrics import Reference
 from libs.evaluation.networks import load_networks
@@ -101,13 +102,14 @@ def read_prior(plan, number, clip):
 
 
 def score_clip(plan, tools, number, seed, clip, prior):
-    """{"rows": {method: {"frames": n, score: value}}, "features": {method: VFID's}} of a clip; writes its sheet too.
+    """{"rows": {method: {"frames": n, score: value}}, "features": {method: VFID's}} of a clip.
 
-    With a seed after the first, of the methods whose scores follow from it.
+    With the first seed it writes the clip's sheet, and what the page plays, too; with a later one it scores the methods
+    whose scores follow from the seed.
     """
     name, first = plan.folders[number].name, seed == plan.seeds[0]
     reference = Reference(clip.truth, clip.holes, clip.shown, tools.networks)
-    rows, features, sheets = {}, {}, []
+    rows, features, results = {}, {}, {}
     for method in plan.methods:
         if not first and not plan.varies(method):
             continue
@@ -116,9 +118,14 @@ def score_clip(plan, tools, number, seed, clip, prior):
         rows[method.name] = {"frames": reference.scored_frames, **reference.score(result, raw)}
         if tools.i3d and clip.truth is not None:
             features[method.name] = tools.i3d.describe(result, name).tolist()
-        if first and method.name != TRUTH:
-            sheets.append(contact_sheet(f"{name}: {method.name}", clip.shown, clip.holes, result))
+        if first:
+            results[method.name] = result
     if first:
+        if clip.truth is clip.shown:
+            results.pop(TRUTH)
+        save_clips(plan.output_dir, name, clip.shown, clip.holes, results, list(results), FPS)
+        sheets = [contact_sheet(f"{name}: {method}", clip.shown, clip.holes, result)
+                  for method, result in results.items() if method != TRUTH]  # fmt: skip
         write_image(plan.sheet(number), stack_sheets(sheets))
         shares = [float(np.count_nonzero(hole) / hole.size) for hole in clip.holes]
         frames, height, width, _ = clip.shown.shape

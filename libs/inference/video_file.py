@@ -34,8 +34,7 @@ AAC_RATES = av.Codec("aac", "w").audio_rates
 # Texts and lists that ffmpeg would play
 NO_VIDEOS = ("tty", "hls", "concat", "dash", "sdp", "bin", "xbin", "adf", "idf")
 DAMAGED = (av.FFmpegError, OSError)  # what reading raises; some of PyAV's errors are the system's
-# x264's quality: hardly a visible loss; chroma lies in the middle of four pixels, as swscale makes it
-X264 = {"crf": "10", "x264-params": "chromaloc=1"}
+CRF = 10  # x264's quality: hardly a visible loss
 
 
 class VideoFile:
@@ -205,11 +204,12 @@ class VideoWriter:
         writer.write(frame)
     """
 
-    def __init__(self, path, height, width, fps=None, source=None):
+    def __init__(self, path, height, width, fps=None, source=None, crf=CRF):
         """
         Args:
             fps: an even rate; None: the source's own times, or 24 without a source.
             source: the VideoFile that the frames come from; gives times, pixel aspect, and, at its own speed, sound.
+            crf: x264's constant rate factor: 6 more halve the file.
         """
         self.path, self.source, self.written, self.durations = path, source, 0, {}
         self.even = (-height % 2, -width % 2)  # 4:2:0 halves both sides
@@ -223,7 +223,9 @@ class VideoWriter:
         self.stream = self.container.add_stream("libx264", rate=rate)
         context = self.stream.codec_context
         context.height, context.width = height + self.even[0], width + self.even[1]
-        context.pix_fmt, context.time_base, context.options = "yuv420p", self.time_base, X264
+        context.pix_fmt, context.time_base = "yuv420p", self.time_base
+        # Chroma lies in the middle of four pixels, as swscale makes it.
+        context.options = {"crf": str(crf), "x264-params": "chromaloc=1"}
         context.sample_aspect_ratio = source.sample_aspect_ratio if source else Fraction(1)
         context.colorspace, context.color_range = BT709, LIMITED_RANGE
         context.color_primaries = source.primaries if source else BT709

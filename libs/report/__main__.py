@@ -6,11 +6,10 @@ python -m libs.report finetune-stage1
 import argparse
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from common.command_line import Parser
 from common.errors import InputError, one_line_errors
-from common.files import note_own, refuse_foreign
+from common.files import refuse_foreign
+from common.pages import render, save_page
 from libs.report.gather import gather
 
 
@@ -22,22 +21,14 @@ def write_report(run_dir, output=None, overwrite=False):
     """
     run_dir = Path(run_dir)
     output = Path(output) if output else run_dir / "report.html"
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
     refuse_foreign(output.parent, [output.name], overwrite, "--output")
     try:
-        page = environment.get_template("page.html").render(gather(run_dir))
+        page = render(Path(__file__).with_name("page.html"), gather(run_dir))
     except InputError:
         raise
     except (LookupError, ValueError, TypeError) as error:
         raise InputError(f"{run_dir} holds files that are not a training run's any more ({error!r})") from None
-    try:
-        output.write_text(page, encoding="utf-8", errors="backslashreplace")
-        note_own(output.parent, {output.name: 1})
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}): choose another place with --output") from None
+    save_page(page, output, "choose another place with --output")
     return output
 
 
