@@ -15,6 +15,7 @@ from common.errors import one_line_errors
 from common.files import locked
 from dataset.images import list_frames
 from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, mask_span, split_mask_span
+from libs.comparison.page import write_page
 from libs.comparison.plan import Plan
 from libs.comparison.protocols import PROTOCOLS
 from libs.comparison.results import Results
@@ -22,7 +23,6 @@ from libs.comparison.scoring import Tools, score
 from libs.evaluation.baselines import BASELINES
 from libs.evaluation.metrics import SMALLEST_FLOW
 from libs.evaluation.networks import add_network_flags, missing_networks
-from libs.evaluation.page import write_page
 from libs.inference.load import add_inference_flags, check_inference_flags
 from libs.inference.prior import ON_THE_SPOT, check_prior
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from clips import moving_video, read_video
 
-import libs.evaluation.page
+import libs.comparison.page
 from common.errors import InputError
 from common.run_files import write_rows
-from libs.evaluation import clips
-from libs.evaluation.clips import outline, save_clips, small_size
-from libs.evaluation.page import write_page
+from libs.comparison import clips
+from libs.comparison.clips import outline, save_clips, small_size
+from libs.comparison.page import write_page
 
-ROOM = Path(libs.evaluation.page.__file__).parent
+ROOM = Path(libs.comparison.page.__file__).parent
 VIDEOS = ["bear", "<b>&'\"", "caf\udce9"]
 TEXTS = json.loads((ROOM / "page_texts.json").read_bytes())
 SCORES = {
@@ -61,7 +61,7 @@ def read_data(page):
 
 
 def test_the_page_holds_everything_and_asks_for_nothing(evaluation, capsys):
-    libs.evaluation.page.main([str(evaluation)])
+    libs.comparison.page.main([str(evaluation)])
     assert capsys.readouterr().out.strip() == str(evaluation / "report.html")
     page = (evaluation / "report.html").read_text()
     assert "http" not in page and not re.search(r'(src|href)="', page) and "@import" not in page
@@ -105,7 +105,7 @@ def test_the_truth_can_be_chosen_where_a_clip_has_it(evaluation):
 
 def test_clips_that_a_page_cannot_hold_lie_beside_it(evaluation, monkeypatch):
     size = (evaluation / "clips/bear.mp4").stat().st_size
-    monkeypatch.setattr(libs.evaluation.page, "INLINE_BYTES", 2 * size)
+    monkeypatch.setattr(libs.comparison.page, "INLINE_BYTES", 2 * size)
     page = write_page(evaluation).read_text()
     assert 'id="clip-0"' in page and 'id="clip-1"' not in page and "1 of the clips lie beside this file" in page
     assert [video["href"] for video in read_data(page)["videos"]] == [None, "clips/%3Cb%3E%26%27%22.mp4", None]
@@ -201,7 +201,7 @@ def test_a_clip_keeps_to_its_bytes(tmp_path, monkeypatch):
 
 
 def test_fifty_clips_fit_into_a_page():
-    limit = libs.evaluation.page.INLINE_BYTES
+    limit = libs.comparison.page.INLINE_BYTES
     assert 50 * (clips.CLIP_BYTES * 4 / 3 + 15_000) < limit < 19_600_000
 
 

@@ -19,10 +19,10 @@ from common.errors import InputError
 from common.files import check_writable, note_own, refuse_foreign, write_json
 from common.weights import fingerprint
 from dataset.folders import list_folders, size_and_time
+from libs.comparison.clips import FOLDER as CLIPS
 from libs.comparison.methods import TRUTH, list_methods
+from libs.comparison.page import PAGE
 from libs.comparison.protocols import choose_protocol, describe, follows_seed
-from libs.evaluation.clips import FOLDER as CLIPS
-from libs.evaluation.page import PAGE
 
 FPS = 24  # of clips to look at: folders of frames have no rate
 SETTINGS, SCORED = "evaluation.json", "scored"

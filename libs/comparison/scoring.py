@@ -10,10 +10,10 @@ import torch
 from common.errors import InputError, one_line_errors
 from common.files import write_json
 from dataset.images import list_frames
+from libs.comparison.clips import save_clips
 from libs.comparison.methods import TRUTH
 from libs.comparison.plan import FPS, Plan
 from libs.evaluation.cases import noise_seed
-from libs.evaluation.clips import save_clips
 from libs.evaluation.contact_sheet import contact_sheet, stack_sheets
 from libs.evaluation.metrics import Reference
 from libs.evaluation.networks import load_networks

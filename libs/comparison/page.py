@@ -1,6 +1,6 @@
 """One self-contained HTML page of an evaluation: scores with intervals, and every video to play and compare.
 
-python -m libs.evaluation.page evaluation
+python -m libs.comparison.page evaluation
 """
 
 import argparse
@@ -17,7 +17,7 @@ from common.errors import InputError, one_line_errors
 from common.files import refuse_foreign
 from common.pages import render, save_page
 from common.run_files import read_table
-from libs.evaluation.clips import FOLDER
+from libs.comparison.clips import FOLDER
 
 PAGE = "report.html"
 INLINE_BYTES = 19_500_000  # of clips in base64, the rest of a page adds about 0.3 MB; further clips are links
