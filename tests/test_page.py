@@ -137,7 +137,8 @@ def test_every_text_is_there_in_both_languages():
     used += re.findall(r'(?:texts\.|data-(?:text|label|placeholder)=")(\w+)', page)
     used += [key for keys in re.findall(r'menu\("\w+", \[([^\]]*)\]', page) for key in re.findall(r"\w+", keys)]
     used += [*re.findall(r'menu\("(\w+)"', page), "better", "worse", "none", "weights", "baseline", "prior"]
-    used += [*re.findall(r'problem\("(\w+)"\)', script), "no_clip", "gain", "value", "higher", "lower"]
+    used += re.findall(r'problem\("(\w+)"\)', script)
+    used += ["title", "title_free", "no_clip", "gain", "value", "higher", "lower"]
     assert set(used) == set(TEXTS)
     for english, chinese in TEXTS.values():
         assert sorted(re.findall(r"{\w+}", english)) == sorted(re.findall(r"{\w+}", chinese))
