@@ -131,8 +131,9 @@ def scores_table(rows, scores, names):
         numbers = [value for value in values.values() if not math.isnan(value)]
         if numbers:
             best = max(numbers) if about["higher_is_better"] else min(numbers)
+            differ = len(set(numbers)) > 1
             table[score] = {
-                method: (as_shown(value, about), len(numbers) > 1 and value == best) for method, value in values.items()
+                method: (as_shown(value, about), differ and value == best) for method, value in values.items()
             }
     return table
 
