@@ -34,6 +34,7 @@ def evaluation(tmp_path):
         save_clips(
             tmp_path, video, frames, holes, {"old <i>": frames // 2, "new": 255 - frames}, ["old <i>", "new"], 10.0
         )
+    (tmp_path / f"{VIDEOS[2]}.png").write_bytes(b"a contact sheet")
     rows = [
         {"method": method["name"], "seed": seed, "video": video, "frames": 3, "psnr": 20 + 5 * n + 2 * seed + i,
          "warp": "inf" if i else 3, "tc": "nan"}
@@ -72,6 +73,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(evaluation, capsys):
     data = read_data(page)
     assert [video["name"] for video in data["videos"]] == VIDEOS
     assert [video["clip"] and video["clip"]["methods"] for video in data["videos"]] == [["old <i>", "new"]] * 2 + [None]
+    assert [video["sheet"] for video in data["videos"]] == [None, None, "caf%E9.png"]
     assert (data["reference"], data["right"], data["score"]) == ("old <i>", "new", "psnr")
     assert data["values"] == {"psnr": [[21, 22, 23], [26, 27, 28]], "warp": [[3, None, None]] * 2}  # means of seeds
     assert write_page(evaluation).read_text() == page

@@ -129,7 +129,7 @@ const clip = () => videos[state.video]?.clip;
 function open(number) {
   state.video = number;
   [state.frame, state.wanted] = [0, null];
-  if (state.url) URL.revokeObjectURL(state.url);
+  const before = state.url;
   state.url = null;
   const {href, clip: about, sheet} = videos[number];
   const inline = $(`clip-${number}`);
@@ -149,6 +149,7 @@ function open(number) {
     video.removeAttribute("src");
     video.load();
   }
+  if (before) URL.revokeObjectURL(before); // now that the player has let go of it
   $("sheet").hidden = !sheet;
   if (sheet) $("sheet").href = sheet;
   choose();
