@@ -10,7 +10,6 @@ import os
 from common.distributed import lost_processes_named, make_accelerator, sum_over_processes, unsharded
 from common.errors import one_line_errors
 from common.files import locked_by_main_process
-from libs.checkpoints.checkpoint import HELD_OUT
 from libs.training.checks import check_run
 from libs.training.config import parse_args
 from libs.training.ema import Ema
@@ -99,8 +98,7 @@ def train(config, stage, accelerator, found, stop):
         # A checkpoint first: validation takes minutes, in which much may happen.
         stopping = not last and must_stop(config, accelerator, step, stop)
         saving = step % config.checkpointing_steps == 0 or last or stopping
-        scoring = step == first_step or (saving and config.best_by != HELD_OUT)
-        validating = config.validation_steps and (step % config.validation_steps == 0 or scoring)
+        validating = validation.is_due(step, step == first_step, saving)
         if saving or validating:
             forward_backward.release()
         if saving:

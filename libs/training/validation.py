@@ -112,6 +112,12 @@ class Validation:
         ]
         self.loss = ValidationLoss(config, accelerator, found.dataset, base)
 
+    def is_due(self, step, first, saving):
+        """Whether holes are to be filled: every N steps, after a start's `first` step, and where their score chooses among
+        the checkpoints that are saved."""
+        every = self.config.validation_steps
+        return every > 0 and (step % every == 0 or first or (saving and self.config.best_by != HELD_OUT))
+
     def run(self, model, state, sample):
         """{measure: value} at a step, in the main process: the held-out loss, or None, and the means of scores, with
         their form in their names, where all videos were scored. A failure costs what it was about to find, not the run.
