@@ -113,8 +113,8 @@ class Validation:
         self.loss = ValidationLoss(config, accelerator, found.dataset, base)
 
     def is_due(self, step, first, saving):
-        """Whether holes are to be filled: every N steps, after the `first` step of a start, and where their score chooses
-        among the checkpoints that are saved."""
+        """Whether holes are to be filled: every N steps, after the `first` step of a start, and where their score is
+        what chooses among the checkpoints that are saved."""
         every = self.config.validation_steps
         return every > 0 and (step % every == 0 or first or (saving and self.config.best_by != HELD_OUT))
 
