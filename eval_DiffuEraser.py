@@ -50,7 +50,8 @@ def build_parser():
     add("--no_model", action="store_true", help="score the plain methods only: no weights are needed")
     add("--num_processes", type=int, default=1, metavar="N",
         help="share the videos among N processes, each on a GPU of its own (default: 1)")  # fmt: skip
-    add("--output_dir", default="evaluation", metavar="DIR", help="CSV files and contact sheets (default: %(default)s)")
+    add("--output_dir", default="evaluation", metavar="DIR",
+        help="tables, report.html with its clips, contact sheets (default: %(default)s)")  # fmt: skip
     add("--overwrite", action="store_true",
         help="score anew, and replace what other settings, or no earlier evaluation, made")  # fmt: skip
     add("--mask_span", type=mask_span, default=FULL_SPAN, metavar="MIN,MAX", help=MASK_SPAN_HELP)
@@ -75,7 +76,7 @@ def check(args):
     check_inference_flags(args)
     at_least(1, args, "seeds", "num_processes")
     require(args.seeds <= MOST_SEEDS, f"--seeds={args.seeds}: at most {MOST_SEEDS} were needed")
-    require(args.baselines or not args.no_model,
+    require(args.baselines or not args.no_model or args.prior not in ON_THE_SPOT,
             "--no_model and an empty --baselines leave nothing to score: leave one of them out")  # fmt: skip
     plan = Plan.of(args)
     require(plan.protocol.takes_priors or args.prior in ON_THE_SPOT,
@@ -100,6 +101,7 @@ def main(argv=None):
     plan.refuse()
     tools = Tools.load(plan) if args.num_processes == 1 and plan.jobs_left() else None
     with locked(plan.output_dir):
+        plan.refuse()  # another run may have ended meanwhile
         plan.begin()
         score(plan, tools)
         results = Results(plan)

@@ -191,6 +191,7 @@ def test_eval(weights, videos, i3d_file, i3d, tmp_path, capsys):
     assert float(means[str(model)]["vfid"]) == float(means[f"baseline {model}"]["vfid"]) > 1e-3  # noise in the holes
     assert means["telea"]["videos"] == "2" and means["telea"]["frames"] == "52"
     assert "vfid" not in (tmp_path / "scores.csv").read_text()
+    assert "VFID" in (tmp_path / "report.html").read_text()
 
     args = eval_DiffuEraser.build_parser().parse_args(arguments)
     eval_DiffuEraser.split_mask_span(args)

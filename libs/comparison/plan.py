@@ -27,6 +27,8 @@ from libs.comparison.protocols import choose_protocol, describe, follows_seed
 FPS = 24  # of clips to look at: folders of frames have no rate
 SETTINGS, SCORED = "evaluation.json", "scored"
 TABLES = ("scores.csv", "means.csv", "comparisons.csv")
+SCORE_WEIGHTS = ("i3d_weights", "lpips_weights", "clip_weights", "dinov2_weights")
+WEIGHTS = ("base_model_name_or_path", "vae_path", "pcm_weights", *SCORE_WEIGHTS)  # flags of files that change a score
 WITHOUT_EFFECT = ("output_dir", "overwrite", "num_processes", "seeds")  # flags that change no score of a video and seed
 
 
@@ -89,20 +91,21 @@ class Plan:
 
     def key(self, number):
         """A short hash of the names, sizes and times of the files that a video's scores follow from."""
-        folder, args = self.folders[number], self.args
-        roots = [folder, *(Path(root, folder.name) for root in (args.masks, args.prior) if root)]
-        if self.protocol.drawn:  # objects are those of other videos
-            masks = list_folders(args.masks)
-            roots += [*masks, *(Path(args.frames, folder.name) for folder in masks)]
-        files = [path for root in roots for path in sorted(root.rglob("*")) if path.is_file()]
-        stats = [(str(path), *size_and_time(path)) for path in files]
-        return hashlib.sha256(repr(stats).encode(errors="surrogateescape")).hexdigest()[:16]
+        folder = self.folders[number]
+        roots = [folder, *(Path(root, folder.name) for root in (self.args.masks, self.args.prior) if root)]
+        return short_hash(roots) + (self.key_of_objects if self.protocol.drawn else "")
+
+    @cached_property
+    def key_of_objects(self):
+        """The same of the videos whose objects are pasted in, which are many."""
+        masks = list_folders(self.args.masks)
+        return short_hash([*masks, *(Path(self.args.frames, folder.name) for folder in masks)])
 
     def read_part(self, number, seed):
         """What was scored of a video with a seed; None where nothing is, or where the video's files have changed."""
         path = self.part(number, seed)
-        part = json.loads(path.read_bytes()) if path.is_file() else {}
-        if part.get("key") != self.key(number):
+        part = json.loads(path.read_bytes()) if path.is_file() else None
+        if part is None or part["key"] != self.key(number):
             return None
         pictures = (self.sheet(number), self.output_dir / CLIPS / f"{self.folders[number].name}.json")
         seen = seed != self.seeds[0] or all(path.is_file() for path in pictures)
@@ -111,8 +114,9 @@ class Plan:
     def content(self):
         """evaluation.json, but for what is known at the end only."""
         flags = {name: value for name, value in vars(self.args).items() if name not in WITHOUT_EFFECT}
-        files = {method.name: fingerprint(weight_files(method.path)) for method in self.methods
-                 if method.kind == "weights"}  # fmt: skip
+        models = [method.path for method in self.methods if method.kind == "weights"]
+        paths = [*models, *(flags[name] for name in WEIGHTS if flags[name] and (models or name in SCORE_WEIGHTS))]
+        files = {path: fingerprint(weight_files(path)) for path in paths}
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "opencv": cv2.__version__}
         names = [folder.name for folder in self.folders]
@@ -136,9 +140,12 @@ class Plan:
         """Raise InputError where the folder holds what is not to be replaced; nothing is written."""
         check_writable(self.output_dir, "--output_dir")
         refuse_foreign(self.output_dir, self.written, self.args.overwrite)
-        settings = self.output_dir / SETTINGS
-        if any(self.scored_folder.glob("*.json")) and settings.is_file() and not self.args.overwrite:
-            refuse_other_settings(json.loads(settings.read_bytes()), self.content(), self.output_dir)
+        if any(self.scored_folder.glob("*.json")) and not self.args.overwrite:
+            try:
+                earlier = json.loads(Path(self.output_dir, SETTINGS).read_bytes())
+            except (FileNotFoundError, ValueError):  # nothing tells what was scored
+                earlier = {}
+            refuse_other_settings(earlier, self.content(), self.output_dir)
 
     def jobs_left(self):
         """[(number of a video, seed)] that are not scored; broken videos are tried again."""
@@ -176,8 +183,17 @@ class Plan:
         write_json(self.output_dir / SETTINGS, {**content, "left_out": left_out})
 
 
-def weight_files(folder):
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".bin"))
+def weight_files(path):
+    """A file, or those of weights in a folder; none of what is a name on the Hub."""
+    files = [Path(path)] if Path(path).is_file() else Path(path).rglob("*")
+    return sorted(file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+
+
+def short_hash(folders):
+    """Of the names, sizes and times of all files in some folders."""
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    stats = [(str(path), *size_and_time(path)) for path in files]
+    return hashlib.sha256(repr(stats).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def refuse_other_settings(earlier, asked, output_dir):

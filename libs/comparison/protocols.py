@@ -4,7 +4,7 @@ A protocol says what is shown and hidden, refuses flags that contradict it, and 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.command_line import require
@@ -14,7 +14,6 @@ from libs.comparison import videos
 AREA = "frames by area, masks by nearest"
 WITH_HOLE = "those that have a hole"
 RESTORATION = ("psnr_hole", "lpips_hole", "warp_hole")
-MASKS = ("needed", "optional", "refused")
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,13 @@ class Protocol:
     check: Callable = videos.check_restoration
     size: tuple | None = None  # (width, height) of all frames; None: see may_scale
     may_scale: bool = True  # --size is the user's choice, and the frames' own without it
-    masks: str = "needed"  # of MASKS
+    masks: str = "needed"  # or "optional", "refused"
     drawn: bool = False  # something beside a model's noise follows from the seed, in every case
     has_truth: bool = True
     pasted: bool = True  # the known pixels are pasted back before anything is scored
     takes_priors: bool = True  # of another method's frames
     published: int | None = None  # videos of the set that published numbers are of
-    verdicts: tuple = field(default=RESTORATION)  # scores that are compared in words
+    verdicts: tuple = RESTORATION  # scores that are compared in words
 
 
 DEFAULT = Protocol({"scaling": AREA, "frames": WITH_HOLE}, masks="optional")

@@ -8,7 +8,7 @@ from common.errors import InputError
 from common.run_files import write_rows
 from libs.comparison.methods import TRUTH
 from libs.evaluation.intervals import compare_all
-from libs.evaluation.metrics import SCORES, average, mean_of_numbers, table
+from libs.evaluation.metrics import SCORES, SET_SCORES, average, mean_of_numbers, table
 from libs.evaluation.vfid import frechet_distance
 
 
@@ -96,7 +96,8 @@ class Results:
         )  # fmt: skip
         write_rows(folder / "means.csv", [{"method": name, "videos": videos, **row} for name, row in means.items()])
         write_rows(folder / "comparisons.csv", comparisons)
-        self.plan.end(self.left_out, self.scores)
+        of_set = {name: score for name, score in SET_SCORES.items() if name in next(iter(means.values()))}
+        self.plan.end(self.left_out, self.scores | of_set)
         lines = table(means)
         if "vfid" in means[TRUTH if TRUTH in means else self.plan.reference]:
             lines.append(f"VFID is of {len(self.videos)} videos: compare it with that of as many only")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, first_line, one_line_errors
 from common.files import write_json
 from dataset.images import list_frames
 from libs.comparison.clips import save_clips
@@ -77,18 +77,16 @@ def score_in_process(args, jobs, rank, count, parent):
 
 
 def score_jobs(plan, jobs, tools, goes_on=lambda: True):
-    """Score (number of a video, seed) after another; a video that cannot be read is noted, and named at the end."""
+    """Score (number of a video, seed) after another; a video for which that fails is noted, and named at the end."""
     for number, seed in jobs:
         if not goes_on():
             return
         key = plan.key(number)
         try:
             clip = plan.protocol.read(plan.folders[number], number, seed, plan.args)
-            prior = read_prior(plan, number, clip)
-        except InputError as error:
-            part = {"broken": str(error)}
-        else:
-            part = score_clip(plan, tools, number, seed, clip, prior)
+            part = score_clip(plan, tools, number, seed, clip, read_prior(plan, number, clip))
+        except (InputError, torch.OutOfMemoryError) as error:
+            part = {"broken": first_line(error)}
         write_json(plan.part(number, seed), {"key": key, **part})
 
 
@@ -123,7 +121,7 @@ def score_clip(plan, tools, number, seed, clip, prior):
     if first:
         if clip.truth is clip.shown:
             results.pop(TRUTH)
-        save_clips(plan.output_dir, name, clip.shown, clip.holes, results, list(results), FPS)
+        save_clips(plan.output_dir, name, clip.shown, clip.holes, results, FPS)
         sheets = [contact_sheet(f"{name}: {method}", clip.shown, clip.holes, result)
                   for method, result in results.items() if method != TRUTH]  # fmt: skip
         write_image(plan.sheet(number), stack_sheets(sheets))

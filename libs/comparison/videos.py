@@ -190,7 +190,6 @@ def check_pasted(args, folders):
 
 def annotated(args):
     """The objects of all videos that --masks has annotations of."""
-    require(Path(args.masks).is_dir(), f"{args.masks} is no folder: --masks needs a folder of annotations per video")
     return Objects([AnnotatedVideo(masks.name, masks, Path(args.frames, masks.name))
                     for masks in list_folders(args.masks) if Path(args.frames, masks.name).is_dir()])  # fmt: skip
 
@@ -206,4 +205,4 @@ def read_pasted(folder, number, seed, args):
         shown, holes = paste(rng, truth, track)
         if np.count_nonzero(holes) >= LEAST_HOLE * holes.size:
             return Clip(shown, holes, truth)
-    raise InputError(f"{folder}: {MOST_DRAWS} objects in a row are next to nowhere in its frames; choose another seed")
+    raise InputError(f"{folder}: {MOST_DRAWS} objects in a row are next to nowhere in its frames; change --seed")
