@@ -5,7 +5,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.errors import InputError
-from common.files import note_own
+from common.files import note_own, written_whole
 
 
 def render(template, values):
@@ -20,7 +20,8 @@ def render(template, values):
 def save_page(page, output, advice):
     """Write a page to `output` and note it as ours; raises InputError, with the advice, where that cannot be."""
     try:
-        output.write_text(page, encoding="utf-8", errors="backslashreplace")
+        with written_whole(output) as partial:
+            partial.write_text(page, encoding="utf-8", errors="backslashreplace")
         note_own(output.parent, {output.name: 1})
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}): {advice}") from None

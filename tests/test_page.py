@@ -31,9 +31,7 @@ def evaluation(tmp_path):
     methods = [{"name": "old <i>", "kind": "baseline", "path": None}, {"name": "new", "kind": "weights", "path": "w/n"}]
     for video in VIDEOS[:2]:
         frames, holes = moving_video(3, 32, 48)
-        save_clips(
-            tmp_path, video, frames, holes, {"old <i>": frames // 2, "new": 255 - frames}, ["old <i>", "new"], 10.0
-        )
+        save_clips(tmp_path, video, frames, holes, {"old <i>": frames // 2, "new": 255 - frames}, 10.0)
     (tmp_path / f"{VIDEOS[2]}.png").write_bytes(b"a contact sheet")
     rows = [
         {"method": method["name"], "seed": seed, "video": video, "frames": 3, "psnr": 20 + 5 * n + 2 * seed + i,
@@ -99,7 +97,7 @@ def test_the_truth_can_be_chosen_where_a_clip_has_it(evaluation):
     """Where an object was pasted in, or filmed, the truth is not what is shown."""
     frames, holes = moving_video(3, 32, 48)
     results = {"new": 255 - frames, "the video itself": frames // 2, "old <i>": frames}
-    save_clips(evaluation, VIDEOS[2], frames, holes, results, results, 10.0)
+    save_clips(evaluation, VIDEOS[2], frames, holes, results, 10.0)
     data = read_data(write_page(evaluation).read_text())
     assert data["methods"] == ["old <i>", "new", "the video itself"] and data["values"]["psnr"][2] == [None] * 3
     assert data["videos"][2]["clip"]["methods"] == ["new", "the video itself"]
@@ -162,11 +160,11 @@ def test_a_clip_shows_the_input_and_every_result(tmp_path, monkeypatch, highest)
     frames, holes = moving_video(4, 40, 100)
     frames = frames[..., :1].repeat(3, axis=-1) // 4 + 40  # without colours, which lose much in 4:2:0
     filled = {
-        "sharp": np.where(holes[..., None] > 0, 255 - frames, frames),
         "flat": np.where(holes[..., None] > 0, np.uint8(20), frames),
         "truth": frames,
+        "sharp": np.where(holes[..., None] > 0, 255 - frames, frames),
     }
-    save_clips(tmp_path, "bear", frames, holes, filled, ["flat", "truth", "sharp"], 10.0)
+    save_clips(tmp_path, "bear", frames, holes, filled, 10.0)
     about = json.loads((tmp_path / "clips/bear.json").read_bytes())
     pictures, fps = read_video(tmp_path / "clips/bear.mp4")
     assert fps == 10 and about["methods"] == ["flat", "sharp"] and about["frames"] == 4 == len(about["regions"])
@@ -185,7 +183,7 @@ def test_what_a_result_changed_outside_the_hole_is_shown(tmp_path):
     frames, holes = moving_video(2, 32, 64)
     changed = frames.copy()
     changed[:, 25:30, 55:60] = 0
-    save_clips(tmp_path, "a", frames, holes, {"raw": changed}, ["raw"], 10.0)
+    save_clips(tmp_path, "a", frames, holes, {"raw": changed}, 10.0)
     about = json.loads((tmp_path / "clips/a.json").read_bytes())
     starts = [re.findall(r"M(\d+) (\d+)", path) for path in about["paths"]]
     assert all(len(starts[i]) == 2 and ("52", "22") in starts[i] for i in about["regions"])  # three pixels before it
@@ -198,7 +196,7 @@ def test_a_clip_keeps_to_its_bytes(tmp_path, monkeypatch):
     sizes = []
     for limit in (10**6, 20_000, 100):  # the last is out of reach, which has to end
         monkeypatch.setattr(clips, "CLIP_BYTES", limit)
-        save_clips(tmp_path, "noise", frames, holes, {"a": 255 - frames}, ["a"], 10.0)
+        save_clips(tmp_path, "noise", frames, holes, {"a": 255 - frames}, 10.0)
         sizes.append((tmp_path / "clips/noise.mp4").stat().st_size)
     assert 10**6 > sizes[0] > 20_000 > sizes[1] > sizes[2]
 

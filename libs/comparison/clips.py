@@ -25,19 +25,19 @@ BORDER = 3  # pixels that a region goes beyond what changed: codecs smear
 GREY = 128
 
 
-def save_clips(output_dir, video, shown, holes, results, order, fps):
+def save_clips(output_dir, video, shown, holes, results, fps):
     """Write clips/<video>.mp4, and clips/<video>.json, which describes it, once that is whole.
 
     Args:
         shown: (f, h, w, 3) uint8 RGB, what a method sees around the hole; inside it what was there, where it is known.
         holes: (f, h, w) uint8, non-zero = hole.
         results: {method: (f, h, w, 3) uint8 RGB}. Where known pixels are not pasted back, a clip of as many bytes is
-            worse. The truth may be among them, where it is not what is shown.
-        order: names of `results` in the order of their tiles. A result that is what is shown gets none.
+            worse. The truth may be among them, where it is not what is shown. Their tiles have this order; a result
+            that is what is shown gets none.
     """
     folder = Path(output_dir, FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
-    methods = [name for name in order if (results[name] != shown).any()]
+    methods = [name for name in results if (results[name] != shown).any()]
     height, width = small_size(*holes.shape[1:])
     outlines, regions = [], []
     for t, hole in enumerate(holes > 0):
@@ -64,11 +64,12 @@ def small_size(height, width):
 
 def shrink_mask(mask, height, width):
     """(height, width) uint8 0 or 255: 255 where any pixel of the larger bool mask is true."""
-    return np.where(cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA) > 0, 255, 0)
+    covered = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    return np.where(covered > 0, np.uint8(255), np.uint8(0))
 
 
 def grow(region, pixels):
-    return cv2.dilate(region.astype(np.uint8), np.ones((2 * pixels + 1,) * 2, np.uint8))
+    return cv2.dilate(region, np.ones((2 * pixels + 1,) * 2, np.uint8))
 
 
 class Tiles:

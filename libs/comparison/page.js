@@ -391,7 +391,7 @@ const KEYS = {
 document.addEventListener("keydown", (event) => {
   const {key, target} = event;
   if (key === "Escape") target.blur();
-  const typing = target.matches("select, input:not([type=checkbox])") || (target.matches("button, a, summary") && key === " ");
+  const typing = target.matches("select, input:not([type=checkbox])") || (target.matches("button, a, summary, [type=checkbox]") && key === " ");
   if (typing || event.ctrlKey || event.metaKey || event.altKey || !Object.hasOwn(KEYS, key)) return;
   event.preventDefault();
   KEYS[key]();
