@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import types
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -33,6 +34,7 @@ from libs.inference.video import write_gif
 from libs.inpainter import FrameInpainter
 from libs.report.__main__ import write_report
 from libs.report.charts import ticks
+from libs.training import saving
 from libs.training.config import resume_policy, what_sets_clips
 from libs.unet_2d_condition import UNet2DConditionModel
 
@@ -206,6 +208,20 @@ def test_best_checkpoint_by_a_score(tmp_path):
 
     assert mark_best(tmp_path, 10, 0.5, "these") and mark(20, 25.0) and not mark(30, 24.0) and mark(40, 26.0)
     assert read_best(tmp_path) == {"checkpoint": "checkpoint-40", "step": 40, "psnr_hole": 26.0, "clips": "these"}
+
+
+def test_scores_of_another_form_choose_no_checkpoint(tmp_path, monkeypatch, caplog):
+    """As deployed not all videos were scored: what they have as trained is another measure."""
+    noted = []
+    monkeypatch.setattr(saving, "mark_best", lambda folder, step, value, *others: noted.append(value))
+    config = SimpleNamespace(output_dir=tmp_path, best_by="psnr_hole", pcm_weights="pcm.safetensors")
+    state, last = SimpleNamespace(global_step=20, settings={}), tmp_path / "checkpoint-20"
+    monkeypatch.setattr(saving, "what_sets_clips", lambda settings: "these")
+    checkpoints = saving.Checkpoints(config, None, SimpleNamespace(is_main_process=True), state, last)
+    checkpoints.mark_best({"held_out_loss": 0.1, "psnr_hole": 11.0})
+    assert noted == []
+    checkpoints.mark_best({"held_out_loss": 0.1, "psnr_hole": 11.0, "psnr_hole-as-deployed": 30.0})
+    assert noted == [30.0]
     assert mark_best(tmp_path, 50, 0.7, "these")
 
 

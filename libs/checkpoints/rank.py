@@ -2,8 +2,8 @@
 
 python -m libs.checkpoints.rank finetune-stage1 --by psnr_hole
 
-Reads what the run's validations have written for every video. Intervals are over videos: a few of them show large
-differences only.
+Reads what the run's validations have written for every video: checkpoints count at whose steps videos were scored.
+Intervals are over videos: a few of them show large differences only.
 """
 
 import argparse

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from common.distributed import sum_over_processes
 from common.errors import InputError, first_line
 from common.run_files import AS_DEPLOYED
-from libs.checkpoints.checkpoint import mark_best, prune, save_checkpoint
+from libs.checkpoints.checkpoint import HELD_OUT, mark_best, prune, save_checkpoint
 from libs.checkpoints.convert import convert
 from libs.evaluation.metrics import SCORES, measure_words
 from libs.training.config import what_sets_clips
@@ -62,13 +62,17 @@ class Checkpoints:
         """Note the checkpoint just written as the best one, if it is the best so far by --best_by.
 
         Args:
-            measured: what Validation.run has found. A score as deployed goes before one as trained.
+            measured: what Validation.run has found. Scores are those as deployed where there are few-step weights.
         """
         step, by = self.state.global_step, self.config.best_by
         saved = self.last is not None and self.last.name == f"checkpoint-{step}"
-        measure = by + AS_DEPLOYED if by + AS_DEPLOYED in measured else by
+        measure = by + AS_DEPLOYED if by != HELD_OUT and self.config.pcm_weights else by
         value = measured.get(measure)
-        if value is None or not saved or not self.accelerator.is_main_process:
+        if not saved or not self.accelerator.is_main_process:
+            return
+        if value is None:
+            if by != HELD_OUT:
+                log.info("not all validation videos were scored: this checkpoint cannot become the best by %s", by)
             return
         clips, higher = what_sets_clips(self.state.settings), by in SCORES and SCORES[by].higher_is_better
         try:
