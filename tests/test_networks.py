@@ -15,9 +15,10 @@ from common.command_line import Parser
 from common.errors import InputError, one_line_errors
 from libs.evaluation.lpips import CHANNELS, Lpips, load_lpips
 from libs.evaluation.metrics import SCORES, Reference
-from libs.evaluation.networks import SOURCES, add_network_flags, columns, load_networks, missing_networks
+from libs.evaluation.networks import SOURCES, add_network_flags, load_networks, missing_networks
 from libs.evaluation.removal_coherence import discrepancy, load_dinov2, resized, square_around
 from libs.evaluation.temporal_consistency import load_clip
+from libs.evaluation.vfid import I3D
 from libs.evaluation.vision_model import normalize
 
 # Of the package lpips 0.1.4 with the weights and frames below, in double precision, its torchvision replaced by
@@ -229,17 +230,21 @@ def test_networks_score_without_tf32(networks, backends, monkeypatch):
         raise InterruptedError
 
     frame = np.zeros((40, 40, 3), np.uint8)
-    for model, call in zip((networks[0], networks[1].model, networks[2].model),
-                           (lambda: networks[0].compare(frame, frame), lambda: networks[1].describe(frame),
-                            lambda: networks[2].describe(frame)), strict=True):  # fmt: skip
+    i3d = I3D()
+    for model, call in {
+        networks[0]: lambda: networks[0].compare(frame, frame),
+        networks[1].model: lambda: networks[1].describe(frame),
+        networks[2].model: lambda: networks[2].describe(frame),
+        i3d: lambda: i3d.describe(np.stack([frame] * 16), "a video"),
+    }.items():
         monkeypatch.setattr(model, "forward", forward)
         with pytest.raises(InterruptedError):
             call()
-    assert seen == [False] * 6 and all(backend.allow_tf32 for backend in backends)
+    assert seen == [False] * 8 and all(backend.allow_tf32 for backend in backends)
 
 
 def test_flags_and_columns(folders, networks):
-    """A network adds its columns, in the order of SCORES; what was not named is said in one line."""
+    """A network adds its in the order of SCORES; what was not named is said in one line."""
     parser = Parser()
     add_network_flags(parser.add_argument)
     args = parser.parse_args([f"--clip_weights={folders['clip_weights']}"])
@@ -249,8 +254,9 @@ def test_flags_and_columns(folders, networks):
     assert missing_networks(SimpleNamespace(**folders)) == "" and load_networks(SimpleNamespace()) == []
     frames, holes = moving_video(2, 40, 48)
     names = list(Reference(frames, holes, networks=networks).score(frames, frames))
-    assert names == list(columns(networks)) == list(SCORES)
-    assert list(columns([])) == [name for name in SCORES if name not in ("lpips", "lpips_hole", "tc", "rc_s", "rc_t")]
+    assert names == list(SCORES)
+    by_networks = ("lpips", "lpips_hole", "tc", "rc_s", "rc_t")
+    assert list(Reference(frames, holes).score(frames, frames)) == [name for name in SCORES if name not in by_networks]
 
 
 @pytest.mark.parametrize("flag", SOURCES)

@@ -387,7 +387,7 @@ def test_check_only(train, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train(1, check_only=True, scan_data=True)
     table = capsys.readouterr().out
-    assert stop.value.code == 0 and table.count("  ok  ") == len(table.splitlines()) == 11
+    assert stop.value.code == 0 and table.count("  ok  ") == len(table.splitlines()) == 12
     assert "8 videos, 208 frames, 44 clips an epoch" in table
     with pytest.raises(SystemExit) as stop:
         train(2, check_only=True, davis_root="/no/DAVIS", pretrained_stage1="/no/weights")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from common.hardware import accelerator_or_cpu
 from libs.evaluation.lpips import Lpips, load_lpips
-from libs.evaluation.metrics import BACKGROUND, PLAIN, SCORES
+from libs.evaluation.metrics import SCORES
 from libs.evaluation.removal_coherence import RemovalCoherence, load_dinov2
 from libs.evaluation.temporal_consistency import TemporalConsistency, load_clip
 
@@ -63,9 +63,3 @@ def missing_networks(args):
     lacking = {name: source.columns for name, source in SOURCES.items() if not getattr(args, name)}
     words = [f"{' and '.join(SCORES[c].heading for c in columns)} (--{name})" for name, columns in lacking.items()]
     return f"left out, as their networks' weights were not named: {', '.join(words)}" if words else ""
-
-
-def columns(networks):
-    """{name: Score} of what Reference.score gives with these networks and the frames before pasting."""
-    names = {*PLAIN, *BACKGROUND, *(name for network in networks for name in network.columns)}
-    return {name: score for name, score in SCORES.items() if name in names}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import InputError
-from common.hardware import accelerator_or_cpu
+from common.hardware import accelerator_or_cpu, full_precision
 from common.weights import read_state_dict, shapes_of
 
 MIXED = {  # channels of each Inception module's convolutions: 1x1; 1x1, 3x3; 1x1, 3x3; 1x1 after a pooling
@@ -97,6 +97,7 @@ class I3D(nn.Module):
                 x = layer(x)
         return x.mean(dim=(2, 3, 4))
 
+    @full_precision()
     @torch.inference_mode()
     def describe(self, frames, name):
         """The (1024,) feature of a whole video, (f, h, w, 3) uint8 RGB.
