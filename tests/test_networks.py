@@ -95,6 +95,9 @@ def removal(name):
     return frames, holes
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # the recorded numbers hold on both
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Random weights of all three, as users have them."""
@@ -104,15 +107,15 @@ def folders(tmp_path_factory):
     return {"lpips_weights": lpips, "clip_weights": clip, "dinov2_weights": root / "dinov2"}
 
 
-@pytest.fixture(scope="module")
-def networks(folders):
-    return load_networks(SimpleNamespace(**folders), "cpu")
+@pytest.fixture(scope="module", params=DEVICES)
+def networks(folders, request):
+    return load_networks(SimpleNamespace(**folders), request.param)
 
 
 @pytest.mark.parametrize("size", LPIPS)
-def test_lpips_is_that_of_the_package(folders, size):
+def test_lpips_is_that_of_the_package(networks, size):
     truth, result, hole = two_frames(*size)
-    whole, local = load_lpips(folders["lpips_weights"]).compare(truth, result)
+    whole, local = networks[0].compare(truth, result)
     assert whole == pytest.approx(LPIPS[size][0], abs=2e-7) and local.shape == size
     assert local[hole > 0].mean() == pytest.approx(LPIPS[size][1], abs=2e-7)
 
