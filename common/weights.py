@@ -107,19 +107,24 @@ def resolve_folder(path, subfolder=None, revision=None, **hub):
     require_utf8(folder)
     if folder.is_dir():
         return folder
-    name = str(path)
-    is_name = name.count("/") == 1 and not name.startswith((".", "/", "~", *(f"{own}/" for own in OWN_FOLDERS)))
-    if not is_name or Path(path).exists() or Path(name).parent.exists():
+    if not may_be_hub_name(path):
         raise InputError(
             f"{folder.absolute()} is not a folder: a folder of weights was needed; check the path, or see in README.md "
             "how to download or convert it"
         )
     patterns = [f"{subfolder}/*"] if subfolder else None
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub), subfolder or "")
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns, **hub), subfolder or "")
     except OSError as error:  # every error of the Hub's client is one
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder} is not a folder, and the Hugging Face Hub gave no model {name}: {reason}") from None
+        raise InputError(f"{folder} is not a folder, and the Hugging Face Hub gave no model {path}: {reason}") from None
+
+
+def may_be_hub_name(path):
+    """Whether what is no local folder may be a model's name on the Hugging Face Hub, such as org/name."""
+    name = str(path)
+    is_name = name.count("/") == 1 and not name.startswith((".", "/", "~", *(f"{own}/" for own in OWN_FOLDERS)))
+    return is_name and not Path(path).exists() and not Path(name).parent.exists()
 
 
 def read_config(folder, *class_names):

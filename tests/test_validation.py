@@ -487,7 +487,7 @@ def test_ranking(tmp_path, capsys):
     [({"best_by": "psnr_hole", "validation_steps": 0}, "--best_by=psnr_hole needs validation videos to score"),
      ({"best_by": "lpips_hole"}, "--best_by=lpips_hole needs --lpips_weights"),
      ({"lpips_weights": "nowhere"}, "nowhere: --lpips_weights needs a folder with two published files"),
-     ({"clip_weights": "nowhere"}, "nowhere is of no use")]
+     ({"clip_weights": "nowhere"}, "nowhere is no folder: --clip_weights needs a CLIP model's folder")]
 )  # fmt: skip
 def test_scores_that_cannot_be_had(validated, capsys, settings, expected):
     """In a line, before any weights load."""

@@ -1,9 +1,13 @@
 """Image models of transformers, read without torchvision, which its own image processors ask for."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig
 
+from common.command_line import require
 from common.errors import InputError, first_line
+from common.weights import may_be_hub_name
 from libs.base_model import quiet_libraries
 
 
@@ -16,6 +20,7 @@ def load_vision_model(cls, path, types, needed):
 
     Raises: InputError for anything else.
     """
+    require(Path(path).is_dir() or may_be_hub_name(path), f"{path} is no folder: {needed}")
     try:
         with quiet_libraries():
             config = AutoConfig.from_pretrained(path)
