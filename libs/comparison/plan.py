@@ -17,17 +17,19 @@ import torch
 
 from common.errors import InputError
 from common.files import check_writable, note_own, refuse_foreign, write_json
+from common.hardware import accelerator_or_cpu
 from common.weights import fingerprint
 from dataset.folders import list_folders, size_and_time
 from libs.comparison.clips import FOLDER as CLIPS
 from libs.comparison.methods import TRUTH, list_methods
 from libs.comparison.page import PAGE
-from libs.comparison.protocols import choose_protocol, describe, follows_seed
+from libs.comparison.protocols import choose_protocol, describe, follows_seed, size_text
+from libs.evaluation.networks import SOURCES
 
 FPS = 24  # of clips to look at: folders of frames have no rate
 SETTINGS, SCORED = "evaluation.json", "scored"
 TABLES = ("scores.csv", "means.csv", "comparisons.csv")
-SCORE_WEIGHTS = ("i3d_weights", "lpips_weights", "clip_weights", "dinov2_weights")
+SCORE_WEIGHTS = ("i3d_weights", *SOURCES)
 WEIGHTS = ("base_model_name_or_path", "vae_path", "pcm_weights", *SCORE_WEIGHTS)  # flags of files that change a score
 WITHOUT_EFFECT = ("output_dir", "overwrite", "num_processes", "seeds")  # flags that change no score of a video and seed
 
@@ -53,7 +55,7 @@ class Plan:
     @property
     def size(self):
         """Such as "432x240", of all frames; None: their own."""
-        return self.args.size and "{}x{}".format(*self.args.size)
+        return size_text(self.args.size)
 
     @property
     def seeds(self):
@@ -117,7 +119,7 @@ class Plan:
         models = [method.path for method in self.methods if method.kind == "weights"]
         paths = [*models, *(flags[name] for name in WEIGHTS if flags[name] and (models or name in SCORE_WEIGHTS))]
         files = {path: fingerprint(weight_files(path)) for path in paths}
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        device = str(accelerator_or_cpu())
         versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "opencv": cv2.__version__}
         names = [folder.name for folder in self.folders]
         content = {
@@ -126,7 +128,7 @@ class Plan:
             "reference": self.reference,
             "videos": names,
             "seeds": self.seeds,
-            "settings": {**flags, "found": names, "device": str(device), "versions": versions, "files": files},
+            "settings": {**flags, "found": names, "device": device, "versions": versions, "files": files},
             "fps": FPS,
         }
         return json.loads(json.dumps(content, default=str))

@@ -5,6 +5,7 @@ A protocol says what is shown and hidden, refuses flags that contradict it, and 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common.command_line import require
@@ -44,20 +45,18 @@ PROPAINTER = {
     "unrounded mean where its windows overlap",
     "means": "over the frames of all videos",
 }
+propainter = partial(
+    Protocol, PROPAINTER, videos.read_propainter, videos.find_propainter, videos.check_propainter, size=(432, 240),
+    may_scale=False,
+)  # fmt: skip
 OBJECT = {
     "frames": WITH_HOLE,
     "scaling": AREA,
     "known pixels": "as the method gives them, as shadows lie outside masks",
 }
 PROTOCOLS = {
-    "propainter-davis": Protocol(
-        PROPAINTER, videos.read_propainter, videos.find_propainter, videos.check_propainter, (432, 240), False,
-        published=50,
-    ),
-    "propainter-ytvos": Protocol(
-        PROPAINTER, videos.read_propainter, videos.find_propainter, videos.check_propainter, (432, 240), False,
-        published=508,
-    ),
+    "propainter-davis": propainter(published=50),
+    "propainter-ytvos": propainter(published=508),
     "davis-removal": Protocol(
         {"masks": "annotations, all objects, dilated 4 times by a cross of 3x3 pixels", "scaling": "none",
          "frames": WITH_HOLE, "known pixels": "background scores: before they are pasted back; others after"},
@@ -79,8 +78,7 @@ PROTOCOLS = {
 def choose_protocol(args):
     """The protocol of --protocol; args.size becomes its size. Raises InputError for flags that contradict it."""
     name, protocol = args.protocol, PROTOCOLS.get(args.protocol, DEFAULT)
-    wanted = protocol.size and "{}x{}".format(*protocol.size)
-    given = args.size and "{}x{}".format(*args.size)
+    wanted, given = size_text(protocol.size), size_text(args.size)
     require(protocol.may_scale or given in (None, wanted),
             f"--size={given}: --protocol={name} takes {wanted or 'frames as they are'}; leave it out")  # fmt: skip
     require(args.masks or protocol.masks != "needed",
@@ -93,6 +91,11 @@ def choose_protocol(args):
             f"--mask_span is about synthetic holes, which --protocol={name} does not have; leave it out")  # fmt: skip
     args.size = protocol.size or args.size
     return protocol
+
+
+def size_text(size):
+    """(432, 240) as "432x240"; None stays None."""
+    return size and "{}x{}".format(*size)
 
 
 def follows_seed(protocol, args):
@@ -110,7 +113,7 @@ def describe(protocol, args):
         chosen = {}
     return {
         "name": args.protocol or "none",
-        "size": "{}x{}".format(*args.size) if args.size else "the frames' own",
+        "size": size_text(args.size) or "the frames' own",
         **chosen,
         "known pixels": "pasted back" if protocol.pasted else "as the method gives them",
         "noise": "of its own for every video: seed + 1000 times its place in the list",
