@@ -1,5 +1,6 @@
 """Scores by networks, on random weights, against the packages and the published code that they come from."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -75,7 +76,12 @@ def random_dinov2():
     torch.manual_seed(1)
     model = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)).eval()
     generator = torch.Generator().manual_seed(1)
-    for _, parameter in sorted(model.named_parameters()):
+
+    def newest_name(entry):  # the draws' order, whatever this version of transformers calls its layers
+        name = entry[0].replace("attention.output.dense", "attention.o_proj")
+        return re.sub(r"attention\.attention\.([kqv])[a-z]+", r"attention.\1_proj", name)
+
+    for _, parameter in sorted(model.named_parameters(), key=newest_name):
         parameter.data = (0.2 if parameter.dim() > 1 else 1.0) * torch.randn(parameter.shape, generator=generator)
     return model
 
