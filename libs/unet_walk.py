@@ -51,14 +51,15 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
         samples = []
         for resnet, attention, motion_module in zip(block.resnets, attentions, motion_modules, strict=False):
             skip = skips.pop() if skips else None
-            modules = (resnet, attention, motion_module)
-            args = sample, skip, temb, encoder_hidden_states, next(features), num_frames
-            # Memory peaks where the backward pass ends, at the first layers, when all gradients are there: where frames
-            # do not see each other, only a few at a time are recomputed.
+            args = sample, skip, temb, encoder_hidden_states, next(features)
+            # Memory peaks where the backward pass ends, at the first layers, when all gradients are there: only a few
+            # frames at a time are recomputed there. With motion modules it peaks in these, which need all frames.
             pieces = 1
             if skip is None and num_frames is None:
                 pieces = min(math.ceil(sample.numel() / MAX_RECOMPUTED), len(sample))
-            sample = run(_layer, modules, *args, pieces=pieces)
+            sample = run(_layer, (resnet, attention), *args, pieces=pieces)
+            if motion_module is not None:
+                sample = run(_motion, (motion_module,), sample, num_frames)
             samples.append(at_site(sample))
         return samples
 
@@ -82,18 +83,18 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
     return sample
 
 
-def _layer(resnet, attention, motion_module, sample, skip, temb, encoder_hidden_states, feature, num_frames):
-    """Resnet, spatial attention, the addition, motion module; what gradient checkpointing recomputes as one."""
+def _layer(resnet, attention, sample, skip, temb, encoder_hidden_states, feature):
+    """Resnet, spatial attention, the addition: frames do not see each other."""
     if skip is not None:
         sample = torch.cat([sample, skip], dim=1)
     sample = resnet(sample, temb)
     if attention is not None:
         sample = attention(sample, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
-    if feature is not None:
-        sample = sample + feature
-    if motion_module is not None:
-        sample = motion_module(sample, num_frames=num_frames)
-    return sample
+    return sample if feature is None else sample + feature
+
+
+def _motion(motion_module, sample, num_frames):
+    return motion_module(sample, num_frames=num_frames)
 
 
 def _mid(block, sample, temb, encoder_hidden_states, feature, num_frames):
@@ -125,7 +126,7 @@ class LayerWalk:
     gradient_checkpointing = False
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func=None):
-        """Recompute every layer (resnet, attention, addition, motion module) as one unit in the backward pass.
+        """Recompute every layer (resnet, attention, addition) and motion module as one unit in the backward pass.
 
         diffusers' own switch is set per sub-module and would recompute parts of a layer twice; so its argument, a
         function to checkpoint with, does not apply here.
