@@ -22,7 +22,7 @@ from common.distributed import DTYPES
 from dataset.crop import RESOLUTION_HELP, resolution, sides
 from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
-from libs.inpainter import INPAINTERS
+from libs.inpainter import INPAINTERS, cast_parameters
 from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward
 from libs.training.loss import ForwardBackward
 from libs.training.optimizer import make_optimizer
@@ -36,6 +36,12 @@ VARIANTS = {  # flags of the trainer
     "compiled": {"compile": True},
     "graphed": {"compile": True, "cuda_graph": True},
     "low_memory": {"gradient_checkpointing": True, "use_8bit_adam": True},
+    "bf16_weights": {
+        "gradient_checkpointing": True,
+        "use_8bit_adam": True,
+        "bf16_weights": True,
+        "mixed_precision": "bf16",
+    },
 }
 
 
@@ -97,6 +103,8 @@ class Step:
         dtype = DTYPES[flags.mixed_precision]
         vae, model = make_vae(dtype, self.nframes), make_model(stage, dtype)
         self.batch = make_batch(self.nframes, *sides(flags.resolution))
+        if flags.bf16_weights:
+            cast_parameters(model.parameters(), dtype)
         if flags.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if flags.compile:
@@ -163,7 +171,7 @@ def measure(options, stage, variant):
             "frames_cached": cached,
             "nframes": step.nframes,
             "resolution": flags.resolution,
-            "precision": flags.mixed_precision,
+            "precision": step.flags.mixed_precision,
             "median_s": round(statistics.median(seconds), 3),
             "min_s": round(min(seconds), 3),
             "first_step_s": round(warm_up[0], 1),
@@ -188,6 +196,7 @@ if __name__ == "__main__":
     parser.set_defaults(
         adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8,
         gradient_checkpointing=False, compile=False, cuda_graph=False, use_8bit_adam=False,
+        bf16_weights=False,
     )  # fmt: skip
     options = parser.parse_args()
     for stage in options.stages:

@@ -40,7 +40,8 @@ CONFIGS = Path("configs/accelerate")
 FORMS = {  # of variables: what they must match, in words
     **dict.fromkeys(("NUM_PROCESSES", "NUM_MACHINES", "OMP_NUM_THREADS"), ("[1-9][0-9]*", "a number above 0")),
     "MACHINE_RANK": ("[0-9]+", "a number from 0 on"),
-    **dict.fromkeys(("LOW_MEMORY", "COMPILE", "CUDA_GRAPH"), ("[01]", "0 or 1")),
+    **dict.fromkeys(("COMPILE", "CUDA_GRAPH"), ("[01]", "0 or 1")),
+    "LOW_MEMORY": ("[012]", "0, 1 or 2"),
     "MIXED_PRECISION": ("no|fp16|bf16", "no (fp32), fp16 or bf16"),
 }
 CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")  # signals of a fault in the process itself
@@ -180,7 +181,8 @@ def choose_engine(config):
     if not gpus:
         threads = math.ceil(len(os.sched_getaffinity(0)) / max(1, processes // machines))
         arguments += ["--cpu"] * alone + [f"--num_cpu_threads_per_process={variable('OMP_NUM_THREADS', threads)}"]
-    precision = variable("MIXED_PRECISION", configured or ("fp16" if gpus else "no"))
+    usual = "bf16" if variable("LOW_MEMORY") == "2" else "fp16" if gpus else "no"
+    precision = variable("MIXED_PRECISION", configured or usual)
     arguments.append(f"--mixed_precision={precision}")
     sharded = config.distributed_type == "FSDP"
     if sharded:  # layers gather their weights as they go, which leaves holes in the allocator's memory: without this,
@@ -195,8 +197,8 @@ def choose_engine(config):
 def trainer_flags(stage, engine, given):
     """(flags, a note for the user or None)."""
     flags = flags_from_environment(stage, os.environ)
-    can_compile = engine.gpus and not engine.sharded and variable("LOW_MEMORY") != "1" and compiling_lacks() is None
-    compiles = variable("COMPILE", "1" if can_compile else "0") == "1"
+    fastest = engine.gpus and not engine.sharded and variable("LOW_MEMORY", "0") == "0"
+    compiles = variable("COMPILE", "1" if fastest and compiling_lacks() is None else "0") == "1"
     if compiles:
         flags.append("--compile")
     if variable("CUDA_GRAPH", "1" if compiles and engine.processes == 1 else "0") == "1":

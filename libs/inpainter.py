@@ -118,10 +118,14 @@ def train_motion_modules_only(model, frozen_dtype):
     """Leave only a ClipInpainter's motion modules trainable; the rest is kept in `frozen_dtype`. Returns the model."""
     model.brushnet.requires_grad_(False)
     model.unet_main.freeze_unet2d_params()
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(frozen_dtype)
+    cast_parameters((parameter for parameter in model.parameters() if not parameter.requires_grad), frozen_dtype)
     return model
+
+
+def cast_parameters(parameters, dtype):
+    """In place; tables and other buffers stay as they are."""
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
 
 
 def conditioning_latents(vae, masked_pixel_values, masks, noise):

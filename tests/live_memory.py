@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from libs.inpainter import INPAINTERS
+from libs.inpainter import INPAINTERS, cast_parameters
 from toy.full_size import make_model
 
 MIN_8BIT_SIZE = 4096  # values of a tensor below which bitsandbytes keeps its moments in fp32
@@ -44,11 +44,13 @@ class LiveMemory(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def peak_bytes(stage, gradient_checkpointing=False, use_8bit_adam=False):
+def peak_bytes(stage, gradient_checkpointing=False, use_8bit_adam=False, bf16_weights=False):
     """The most bytes that tensors of a step of the stage hold at once."""
     frames, half = INPAINTERS[stage].nframes, torch.bfloat16  # which CPUs know
     with FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
         model = make_model(stage, half, device="cpu")
+        if bf16_weights:
+            cast_parameters(model.parameters(), half)
         memory.peak = memory.now  # making it takes more, once
         if gradient_checkpointing:
             model.enable_gradient_checkpointing()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import reset_accelerate
+from conftest import BF16, reset_accelerate
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -190,6 +190,11 @@ CASES = {
     "tracker_not_installed": (1, None, {"report_to": "wandb"}, "--report_to=wandb: its package is not installed"),
     "fp16_without_gpu": (1, None, {"mixed_precision": "fp16"}, "fp16 needs a GPU"),
     "compile_without_gpu": (1, None, {"compile": True}, "--compile needs a GPU, which was not found"),
+    "bf16_weights_of_fp32_adamw": (1, None, {"bf16_weights": True, "mixed_precision": "bf16"},
+                                   "--bf16_weights needs --use_8bit_adam \\(LOW_MEMORY=2 sets both"),
+    "bf16_weights_in_fp32": (1, None, {**BF16, "mixed_precision": "no"},
+                             "--bf16_weights needs --mixed_precision=bf16, not no"),
+    "bf16_weights_averaged": (1, None, {**BF16, "ema_decay": 0.99}, "--ema_decay does not go with --bf16_weights"),
     "cuda_graph_without_gpu": (1, None, {"cuda_graph": True}, "--cuda_graph needs a GPU, and none was found"),
     "latent_cache_is_a_file": (
         1, lambda c: (c.folder / "cache").write_text(""), lambda c: {"latent_cache": c.folder / "cache"},

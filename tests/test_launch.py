@@ -131,7 +131,7 @@ def test_a_failing_run(environment, tmp_path, name):
     [
         ({"ACCELERATE_CONFIG": "fsdp"}, "fsdp is no file: ACCELERATE_CONFIG must be one of configs/accelerate/"),
         ({"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: a number above 0 was needed"),
-        ({"LOW_MEMORY": "true"}, "LOW_MEMORY=true: 0 or 1 was needed"),
+        ({"LOW_MEMORY": "true"}, "LOW_MEMORY=true: 0, 1 or 2 was needed"),
         ({"MIXED_PRECISION": "fp32"}, "MIXED_PRECISION=fp32: no (fp32), fp16 or bf16 was needed"),
         ({"LOG": "/proc/x/run.log"}, "LOG=/proc/x/run.log cannot be written to: choose another"),
         ({"NUM_MACHINES": "2"}, "NUM_MACHINES=2 needs MAIN_ADDRESS"),
@@ -182,6 +182,7 @@ def test_help(environment, tmp_path):
         ({"COMPILE": "0"}, []),
         ({"COMPILE": "0", "CUDA_GRAPH": "1"}, ["--cuda_graph"]),
         ({"LOW_MEMORY": "1"}, ["--gradient_checkpointing", "--use_8bit_adam"]),
+        ({"LOW_MEMORY": "2"}, ["--gradient_checkpointing", "--use_8bit_adam", "--bf16_weights"]),
         ({"NUM_PROCESSES": "2"}, ["--compile"]),
         ({"NUM_MACHINES": "2", "MAIN_ADDRESS": "node1"}, ["--compile"]),
         ({"ACCELERATE_CONFIG": "configs/accelerate/fsdp.yaml", "NUM_PROCESSES": "1"}, []),
@@ -190,7 +191,7 @@ def test_help(environment, tmp_path):
 )
 def test_what_makes_steps_fast_or_small_on_gpus(told, variables, flags):
     arguments, _ = told(2, variables)
-    known = {"--compile", "--cuda_graph", "--gradient_checkpointing", "--use_8bit_adam"}
+    known = {"--compile", "--cuda_graph", "--gradient_checkpointing", "--use_8bit_adam", "--bf16_weights"}
     assert [flag for flag in arguments if flag in known] == flags
 
 

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from conftest import equal_files
+from conftest import BF16, equal_files
 from safetensors import safe_open
 
 import common.files
@@ -37,8 +37,18 @@ def losses(output):
         ),
         (1, {"train_batch_size": 22, "nframes": 1}, 5, 2),  # at an epoch's end
         (1, {"use_8bit_adam": True, "gradient_checkpointing": True}, 4, 2),
+        (1, BF16, 4, 2),
+        (2, BF16, 4, 2),
     ],
-    ids=["stage1", "stage2_schedule", "accumulation_workers_epoch", "at_epoch_end", "low_memory"],
+    ids=[
+        "stage1",
+        "stage2_schedule",
+        "accumulation_workers_epoch",
+        "at_epoch_end",
+        "low_memory",
+        "bf16_weights",
+        "bf16_weights_stage2",
+    ],
 )
 def test_resume_is_exact(train, tmp_path, capsys, stage, settings, steps, stop):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY, equal_files
+from conftest import BF16, REPOSITORY, equal_files
 from PIL import Image
 
 import libs.training.checks
@@ -337,14 +337,21 @@ def test_the_optimizer_follows_its_flags_on_resuming(train, tmp_path, capsys):
     assert [(group["betas"], group["weight_decay"]) for group in state["param_groups"]] == [((0.5, 0.999), 0)]
 
 
-def test_optimizer_state_of_another_form_is_refused(train, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("use_8bit_adam", "state of 8-bit AdamW, this run's is fp32 AdamW: add --use_8bit_adam, or convert"),
+        ("bf16_weights", "state of bf16 weights, this run's is fp32 weights: add --bf16_weights, or convert"),
+    ],
+)
+def test_optimizer_state_of_another_form_is_refused(train, tmp_path, capsys, flag, message):
     train(1, max_train_steps=1)
     file = tmp_path / "run/checkpoint-1/trainer_state.json"
-    file.write_text(file.read_text().replace('"use_8bit_adam": false', '"use_8bit_adam": true'))
+    file.write_text(file.read_text().replace(f'"{flag}": false', f'"{flag}": true'))
     with pytest.raises(SystemExit):
         train(1, max_train_steps=2, resume_from_checkpoint="latest", resume_anyway=True)
     error = capsys.readouterr().err
-    assert "holds optimizer state of 8-bit AdamW, this run's is fp32 AdamW: add --use_8bit_adam, or convert" in error
+    assert f"holds optimizer {message}" in error
 
 
 def test_out_of_memory_is_one_line(train, tmp_path, capsys, monkeypatch):
@@ -400,10 +407,16 @@ def test_check_only(train, tmp_path, capsys):
     assert not list(Path(tmp_path, "run").glob("checkpoint-*"))
 
 
-def test_a_checkpoint_with_8_bit_moments_needs_half_the_disk(train, capsys, monkeypatch):
-    megabytes_40 = shutil.disk_usage("/")._replace(free=40_000_000)  # 4.9 M trained parameters: 59 MB, or 29
-    monkeypatch.setattr(libs.training.checks.shutil, "disk_usage", lambda path: megabytes_40)
-    for settings, status in (({}, 1), ({"use_8bit_adam": True}, 0)):
+@pytest.mark.parametrize(
+    ("megabytes", "too_large", "small_enough"),
+    [(40, {}, {"use_8bit_adam": True}), (25, {"use_8bit_adam": True}, BF16)],
+    ids=["moments of 8 bits", "weights of 16"],
+)
+def test_a_checkpoint_of_fewer_bytes_needs_less_disk(train, capsys, monkeypatch, megabytes, too_large, small_enough):
+    """4.9 M trained parameters: 59, 29 or 20 MB."""
+    free = shutil.disk_usage("/")._replace(free=megabytes * 10**6)
+    monkeypatch.setattr(libs.training.checks.shutil, "disk_usage", lambda path: free)
+    for settings, status in ((too_large, 1), (small_enough, 0)):
         with pytest.raises(SystemExit) as stop:
             train(1, check_only=True, **settings)
         assert stop.value.code == status, capsys.readouterr().out

@@ -87,7 +87,8 @@ def test_variables_set_their_flags_and_no_other(stage):
     assert len(names) > 15
     for variable in {meta["variable"] for meta in names.values()}:
         own = {name for name, meta in names.items() if meta["variable"] == variable and not meta["launcher"]}
-        given = values(stage, {variable: {"LOSS_WEIGHTS": "4,2,1", "BEST_BY": "psnr_hole"}.get(variable, "1")})
+        others = {"LOSS_WEIGHTS": "4,2,1", "BEST_BY": "psnr_hole", "LOW_MEMORY": "2"}
+        given = values(stage, {variable: others.get(variable, "1")})
         assert {name for name in given if given[name] != default[name]} <= own
         assert all(str(given[name]) in ("1", "1.0", "True", "[4.0, 2.0, 1.0]", "psnr_hole") for name in own)
         emptied = values(stage, {variable: ""})
@@ -148,6 +149,7 @@ def test_a_checkpoint_s_settings_keep_their_names(stage):
         "gradient_checkpointing", "compile", "cuda_graph", "proportion_empty_prompts", "use_8bit_adam",
         "prompt", "known_frames", "random_crop", "frame_stride", "loss_weights", "loss_rim", "ema_decay",
         "mask_mix", "mask_growth", "mask_border", "paste", "paired_share", "best_by",  # since 2026-11-26
+        "bf16_weights",  # since 2026-11-27
     }  # fmt: skip
 
 
@@ -176,7 +178,7 @@ def test_resuming_with_another_value(name):
         assert changes[0].startswith(f"changed since the checkpoint: {name} from ") and state.settings == now.settings
         assert (state.probe_start is None) == (name in settings_with("sets_clips")) == (len(changes) == 2)
         return
-    with pytest.raises(InputError, match=f"checkpoint-1 .*({name} {value}, now|8-bit AdamW)"):
+    with pytest.raises(InputError, match=f"checkpoint-1 .*({name} {value}, now|8-bit AdamW|bf16 weights)"):
         go_on_from("checkpoint-1", saved, now, policy, resume_anyway=False)
     if policy.on_change[name] == BATCH:  # the same global batch, divided otherwise
         saved.settings["num_processes"] = 2

@@ -22,7 +22,7 @@ from libs.brushnet_CA import BrushNetModel
 from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
 from libs.training.cuda_graph import Captured, GraphedForwardBackward
 from libs.training.loss import Draws, EncodedBatch, ForwardBackward, denoising_loss, inpainting_loss
-from libs.training.optimizer import eight_bit_adam, make_optimizer
+from libs.training.optimizer import bf16_adam, eight_bit_adam, make_optimizer, round_stochastically
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from libs.vae import FrozenVAE
@@ -139,8 +139,9 @@ def test_a_batch_reaches_the_model_as_it_should():
 
 def test_the_optimizer_is_adamw_with_the_flags_settings():
     flags = argparse.Namespace(
-        adam_beta1=0.8, adam_beta2=0.9, adam_weight_decay=0.1, adam_epsilon=1e-3, use_8bit_adam=False
-    )
+        adam_beta1=0.8, adam_beta2=0.9, adam_weight_decay=0.1, adam_epsilon=1e-3, use_8bit_adam=False,
+        bf16_weights=False,
+    )  # fmt: skip
     parameter = torch.nn.Parameter(torch.tensor([2.0]))
     optimizer = make_optimizer(flags, [parameter], 0.5, torch.device("cpu"))
     mean = square = 0
@@ -157,7 +158,8 @@ def test_the_optimizer_is_adamw_with_the_flags_settings():
 def test_eight_bit_adam_follows_adamw_and_never_waits_for_the_gpu(monkeypatch):
     """Two large steps of every value, whose moments are kept in bytes."""
     monkeypatch.setattr(bitsandbytes.optim.optimizer, "sync_gpu", None)  # as it is, it would be called, and fail
-    flags = argparse.Namespace(adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.01, adam_epsilon=1e-8)
+    settings = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01, "adam_epsilon": 1e-8}
+    flags = argparse.Namespace(**settings, bf16_weights=False)
     generator = torch.Generator().manual_seed(0)
     start, *gradients = torch.randn(3, 4096, generator=generator)
     results = []
@@ -171,7 +173,46 @@ def test_eight_bit_adam_follows_adamw_and_never_waits_for_the_gpu(monkeypatch):
     assert (results[0] - start).abs().mean() > 0.1 and (results[1] - results[0]).abs().mean() < 0.003
 
 
+def test_stochastic_rounding_keeps_the_mean():
+    """Every value becomes one of its two bf16 neighbours; one that bf16 has, itself, with either sign."""
+    exact = torch.tensor([0.0, 1.0, -2.5, 2.0**-40, 2.0**127])
+    values = torch.tensor([1 + 0.25 * 2**-7, -1 - 0.75 * 2**-7, 1e-3, -3.14159265])
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(round_stochastically(exact, generator).float(), exact)
+    many = round_stochastically(values.repeat(40_000, 1), generator)
+    assert many.dtype == torch.bfloat16 and [len(column.unique()) for column in many.T] == [2] * 4
+    step = (many.float().amax(0) - many.float().amin(0)).clamp(min=1e-9)
+    assert ((many.float() - values).abs() < step).all()
+    assert ((many.double().mean(0) - values).abs() < 4 * 0.5 * step / 40_000**0.5).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (100,)], ids=["moments of 8 bits", "of 32"])
+def test_bf16_weights_follow_fp32_ones(shape):
+    """200 steps of a thousandth of a bf16 weight's last place: rounding to the nearest would stay where it began."""
+    settings = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.0, "adam_epsilon": 1e-8}
+    flags = argparse.Namespace(**settings, use_8bit_adam=True)
+    results = {}
+    for flags.bf16_weights, dtype in ((False, torch.float32), (True, torch.bfloat16), (True, torch.bfloat16)):
+        weights = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for _ in range(2)]
+        optimizer = make_optimizer(flags, weights, 1e-3 * 2**-7, torch.device("cpu"))
+        for _ in range(200):
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        before, results[dtype] = results.get(dtype), weights
+    assert all(torch.equal(*pair) for pair in zip(before, weights, strict=True))  # alike in every run and process
+    assert not torch.equal(*weights) and all(weight.dtype == torch.bfloat16 for weight in weights)
+    assert optimizer.state.keys() == set(weights)
+    if len(shape) == 2:  # 4096 chances of 0.2 to be a place lower
+        expected = results[torch.float32][0].mean().item()
+        assert expected == pytest.approx(1 - 0.2 * 2**-7, abs=1e-5)
+        assert weights[0].float().mean().item() == pytest.approx(expected, abs=4 * 0.7 * 2**-8 / 64)
+
+
 def test_without_an_eight_bit_optimizer(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "torchao" or None)
+    with pytest.raises(InputError, match="--bf16_weights needs bitsandbytes: pip install bitsandbytes, or drop"):
+        bf16_adam()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="--use_8bit_adam needs bitsandbytes or torchao: pip install bitsandbytes"):
         eight_bit_adam()

@@ -102,14 +102,19 @@ def go_on_from(checkpoint, saved, now, policy, resume_anyway):
 
 
 def refuse_other_optimizer(checkpoint, saved, now):
-    """FSDP has its own form of optimizer state, and so has 8-bit AdamW."""
+    """FSDP has its own form of optimizer state, and so have 8-bit AdamW and bf16 weights."""
     kept = "or convert the checkpoint and start another run from the converted folder"
     if saved["engine"] != now["engine"]:
         raise InputError(
             f"{checkpoint} holds optimizer state of {saved['engine']}, this run's engine is {now['engine']}: choose "
             f"the same ACCELERATE_CONFIG, {kept}"
         )
-    if saved["use_8bit_adam"] != now["use_8bit_adam"]:
-        before, after = ("8-bit AdamW", "fp32 AdamW") if saved["use_8bit_adam"] else ("fp32 AdamW", "8-bit AdamW")
-        change = "add --use_8bit_adam" if saved["use_8bit_adam"] else "drop --use_8bit_adam (LOW_MEMORY=1 sets it)"
-        raise InputError(f"{checkpoint} holds optimizer state of {before}, this run's is {after}: {change}, {kept}")
+    forms = {"use_8bit_adam": ("8-bit AdamW", "fp32 AdamW", 1), "bf16_weights": ("bf16 weights", "fp32 weights", 2)}
+    for flag, (used, unused, level) in forms.items():
+        before, after = (settings.get(flag, False) for settings in (saved, now))
+        if before != after:
+            states = [used if value else unused for value in (before, after)]
+            change = f"add --{flag}" if before else f"drop --{flag} (LOW_MEMORY={level} sets it)"
+            raise InputError(
+                f"{checkpoint} holds optimizer state of {states[0]}, this run's is {states[1]}: {change}, {kept}"
+            )

@@ -29,10 +29,11 @@ from libs.evaluation.networks import load_networks
 from libs.inference.few_step import FewStepWeights
 from libs.inference.prior import check_prior
 from libs.training.config import resume_policy
-from libs.training.optimizer import eight_bit_adam
+from libs.training.optimizer import bf16_adam, eight_bit_adam
 
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
 EIGHT_BIT_SAVES = 6  # of them, where moments have 8 bits
+BF16_SAVES = 2  # of them, where weights have 16
 EMA_BYTES = 4  # more with --ema_decay, in memory and in a checkpoint
 SHARD_BYTES = 4  # more with FSDP, which writes the weights a second time, and what is frozen
 FROZEN_BYTES = 2
@@ -124,12 +125,25 @@ def check_flags(args):
         raise InputError("mixed precision fp16 needs a GPU, and none was found: use --mixed_precision=no")
     if args.use_8bit_adam:
         eight_bit_adam()
+    if args.bf16_weights:
+        check_bf16_weights(args)
     if args.compile and (lacking := compiling_lacks()):
         raise InputError(f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)")
     if args.cuda_graph and not gpu_is_used():
         raise InputError("--cuda_graph needs a GPU, and none was found: leave the flag out (CUDA_GRAPH=0)")
     stride = f", frame stride {args.frame_stride}" if args.frame_stride > 1 else ""
     return f"{args.nframes} frames of {args.resolution} px{stride}, mixed precision {precision}, tracker {name}"
+
+
+def check_bf16_weights(args):
+    """What bf16 weights need is there."""
+    bf16_adam()
+    if not args.use_8bit_adam:
+        raise InputError("--bf16_weights needs --use_8bit_adam (LOW_MEMORY=2 sets both)")
+    if args.mixed_precision != "bf16":
+        raise InputError(f"--bf16_weights needs --mixed_precision=bf16, not {args.mixed_precision} (MIXED_PRECISION)")
+    if args.ema_decay is not None:
+        raise InputError("--ema_decay does not go with --bf16_weights, which round its small steps away: drop one")
 
 
 def open_base_model(args):
@@ -307,7 +321,7 @@ def count_parameters(stage, opened):
 def check_disk_space(args, stage, opened):
     """One checkpoint has to fit: it is written before an old one is deleted."""
     trained, frozen = count_parameters(stage, opened)
-    needed = trained * (ADAM_BYTES - EIGHT_BIT_SAVES * args.use_8bit_adam)
+    needed = trained * (ADAM_BYTES - EIGHT_BIT_SAVES * args.use_8bit_adam - BF16_SAVES * args.bf16_weights)
     needed += trained * EMA_BYTES * (args.ema_decay is not None)
     if distributed_type() != "ddp":
         needed += trained * SHARD_BYTES + frozen * FROZEN_BYTES
@@ -327,7 +341,8 @@ def check_memory(args, stage, opened):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     state = state_bytes(trained, frozen, distributed_type(), processes)
     state += trained * EMA_BYTES * (args.ema_decay is not None)
-    fixed = (state - trained * EIGHT_BIT_SAVES * args.use_8bit_adam) / 2**30
+    state -= trained * (EIGHT_BIT_SAVES * args.use_8bit_adam + 2 * BF16_SAVES * args.bf16_weights)  # gradients too
+    fixed = state / 2**30
     frames = args.train_batch_size * args.nframes * math.prod(sides(args.resolution)) / 512**2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
     activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]
@@ -341,6 +356,6 @@ def check_memory(args, stage, opened):
     if fixed > total:
         raise InputError(
             f"weights, gradients and optimizer state take {fixed:.0f} GiB, the GPU has {total:.0f}: use "
-            "--use_8bit_adam, or several GPUs with ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"
+            "--use_8bit_adam, --bf16_weights, or several GPUs with ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"
         )
     return f"{about} {fixed + activations:.0f} GiB, the GPU has {total:.0f}"

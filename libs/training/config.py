@@ -46,6 +46,7 @@ def setting(
     check=None,  # value -> what was needed, or None
     default_text=None,  # where the default's value does not explain itself
     variable=None,  # of the shell scripts
+    on_at=("1",),  # the variable's values that turn a flag on
     shell_default=None,  # theirs, where it is not the flag's
     may_be_empty=False,  # an empty variable is a value; elsewhere it means the default
     launcher=None,  # the launcher decides; in words, how
@@ -169,12 +170,13 @@ class TrainConfig:
     mixed_precision: str = setting(
         lambda: os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "overrides accelerate's own setting",
         choices=tuple(DTYPES), variable="MIXED_PRECISION", on_change=LOGGED, on_card=True,
-        launcher="that of `ACCELERATE_CONFIG`, else `fp16` on a GPU and `no` without")
+        launcher="that of `ACCELERATE_CONFIG`, else `bf16` with `LOW_MEMORY=2`, `fp16` on a GPU and `no` without")
     gradient_checkpointing: bool = setting(
-        False, "recompute layers in the backward pass: less memory", variable="LOW_MEMORY", on_change=LOGGED)
+        False, "recompute layers in the backward pass: less memory", variable="LOW_MEMORY", on_at=("1", "2"),
+        on_change=LOGGED)
     compile: bool = setting(
         False, "compile the models in the first step: faster steps, less memory", variable="COMPILE", on_change=LOGGED,
-        launcher="1 on a GPU with a C compiler, unless `LOW_MEMORY=1` or FSDP")
+        launcher="1 on a GPU with a C compiler, unless `LOW_MEMORY` or FSDP")
     cuda_graph: bool = setting(
         False, "replay forward and backward pass as one CUDA graph: faster, more memory; one GPU",
         variable="CUDA_GRAPH", on_change=LOGGED, launcher="as `COMPILE`; 0 with several processes")
@@ -223,7 +225,11 @@ class TrainConfig:
     lr_num_cycles: int = setting(1, "restarts of cosine_with_restarts", on_change=LOGGED)
     lr_power: float = setting(1.0, "power of polynomial", on_change=LOGGED)
     use_8bit_adam: bool = setting(
-        False, "AdamW with 8-bit state, from bitsandbytes or torchao", variable="LOW_MEMORY", on_change=OPTIMIZER)
+        False, "AdamW with 8-bit state, from bitsandbytes or torchao", variable="LOW_MEMORY", on_at=("1", "2"),
+        on_change=OPTIMIZER)
+    bf16_weights: bool = setting(
+        False, "keep trained weights and their gradients in bf16, rounded stochastically; with --use_8bit_adam of "
+        "bitsandbytes, in mixed precision bf16", variable="LOW_MEMORY", on_at=("2",), on_change=OPTIMIZER)
     adam_beta1: float = setting(0.9, "decay of the mean of gradients", check=below_one, on_change=LOGGED)
     adam_beta2: float = setting(0.999, "decay of the mean of squared gradients", check=below_one, on_change=LOGGED)
     adam_weight_decay: float = setting(1e-2, "decoupled weight decay", check=zero_or_more, on_change=LOGGED)
@@ -407,7 +413,7 @@ def flags_from_environment(stage_number, environ):
         if value is None or (value == "" and not meta["may_be_empty"]):
             value = default.replace("weights", weights, 1) if in_weights else default
         if f.type is bool:
-            flags += [f"--{f.name}"] if value == "1" else []
+            flags += [f"--{f.name}"] if value in meta["on_at"] else []
         elif value is not None:
             flags.append(f"--{f.name}={value}")
     return flags

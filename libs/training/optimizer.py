@@ -14,6 +14,8 @@ def make_optimizer(args, parameters, learning_rate, device):
         "weight_decay": args.adam_weight_decay,
         "eps": args.adam_epsilon,
     }
+    if args.bf16_weights:
+        return bf16_adam()(parameters, **settings)
     if args.use_8bit_adam:
         return eight_bit_adam()(parameters, **settings)
     # Fused: one kernel, and fp16's scaler needs no look at the gradients from the host.
@@ -33,6 +35,41 @@ def eight_bit_adam():
 
         return AdamW8bit
     raise InputError("--use_8bit_adam needs bitsandbytes or torchao: pip install bitsandbytes, or drop the flag")
+
+
+def bf16_adam():
+    """The class of bitsandbytes' AdamW with 8-bit state for bf16 weights. Raises InputError where it is not installed.
+
+    A weight is updated in fp32 and rounded up or down by chance, so that steps below half of a bf16 weight's last place
+    are not lost (arXiv:2010.06192). The chances follow from the step: every process rounds alike, and a resumed run as
+    one that went on.
+    """
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise InputError("--bf16_weights needs bitsandbytes: pip install bitsandbytes, or drop the flag (LOW_MEMORY=1)")
+
+    class BF16AdamW(eight_bit_adam()):
+        generator = None
+
+        @torch.no_grad()
+        def update_step(self, group, p, gindex, pindex):
+            if pindex == 0:
+                self.generator = self.generator or torch.Generator(p.device)
+                self.generator.manual_seed(self.state[p]["step"])
+            exact = torch.nn.Parameter(p.float())
+            exact.grad, self.state[exact] = p.grad.float(), self.state[p]
+            super().update_step(group, exact, gindex, pindex)
+            del self.state[exact]
+            p.copy_(round_stochastically(exact, self.generator))
+
+    return BF16AdamW
+
+
+def round_stochastically(values, generator):
+    """fp32 (..., n) to one of the two bf16 neighbours, the nearer one more often: the mean over many is the value."""
+    # bf16 is the upper half of an fp32's bits. A random lower half carries over as often as the one there is large.
+    bits = values.view(torch.int32)
+    bits = bits + torch.empty_like(bits).random_(1 << 16, generator=generator)
+    return bits.view(torch.bfloat16)[..., 1::2]
 
 
 def match_layout(optimizer):

@@ -15,6 +15,7 @@ from dataset.loader import EpochSampler, TrainingClips
 from libs.base_model import LoadedBase
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.checkpoints.resume import BATCH_SETTINGS
+from libs.inpainter import cast_parameters
 from libs.training.config import settings_with
 from libs.training.cuda_graph import GraphedForwardBackward
 from libs.training.latent_cache import LatentCache
@@ -89,6 +90,8 @@ def open_latent_cache(config, accelerator, base, dtype):
 def build_model(config, stage, accelerator, found):
     """The stage's Inpainter, ready for `accelerator.prepare`: frozen, recomputed and compiled as the settings say."""
     model = stage.load_models(found.opened, frozen_dtype=DTYPES[accelerator.mixed_precision])
+    if config.bf16_weights:
+        cast_parameters(model.parameters(), torch.bfloat16)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     autocast_under_fsdp(accelerator, model)
