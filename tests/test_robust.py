@@ -23,6 +23,7 @@ from common.errors import InputError
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_video
 from dataset.loader import TrainingClips
+from libs.training.checks import check_flags
 from libs.training.config import parse_args
 from libs.training.stopping import StopRequest
 from train_DiffuEraser_stage1 import Stage1
@@ -405,6 +406,14 @@ def test_check_only(train, tmp_path, capsys):
     table = capsys.readouterr().out
     assert stop.value.code == 1 and "/proc/run cannot be written to" in table
     assert not list(Path(tmp_path, "run").glob("checkpoint-*"))
+
+
+def test_a_gpu_without_bf16(monkeypatch):
+    monkeypatch.setattr(libs.training.checks, "gpu_is_used", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert check_flags(parse_args(Stage1, ["--mixed_precision=fp16"]))
+    with pytest.raises(InputError, match=r"this GPU has no bf16 .*: use --mixed_precision=fp16, and LOW_MEMORY=1"):
+        check_flags(parse_args(Stage1, ["--mixed_precision=bf16"]))
 
 
 @pytest.mark.parametrize(

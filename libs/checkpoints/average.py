@@ -48,7 +48,7 @@ class CheckpointWeights:
     def tensors(self, prefix):
         """Yield (key without the prefix, tensor) of the keys that have it, one in memory at a time.
 
-        The mean is taken in fp64, where a sum of equal fp32 values is exact: that of equal checkpoints has their values.
+        The mean is taken in fp64, where a sum of equal fp32 values is exact: equal checkpoints keep their values.
         """
         with ExitStack() as stack:
             first, *others = (stack.enter_context(open_weights(folder / self.file)) for folder in self.folders)

@@ -123,6 +123,8 @@ def check_flags(args):
     precision = args.mixed_precision
     if precision == "fp16" and not gpu_is_used():
         raise InputError("mixed precision fp16 needs a GPU, and none was found: use --mixed_precision=no")
+    if precision == "bf16" and gpu_is_used() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError("this GPU has no bf16 (Ampere and newer have): use --mixed_precision=fp16, and LOW_MEMORY=1")
     if args.use_8bit_adam:
         eight_bit_adam()
     if args.bf16_weights:

@@ -66,7 +66,8 @@ def bf16_adam():
 
 def round_stochastically(values, generator):
     """fp32 (..., n) to one of the two bf16 neighbours, the nearer one more often: the mean over many is the value."""
-    # bf16 is the upper half of an fp32's bits. A random lower half carries over as often as the one there is large.
+    # bf16 is the upper half of an fp32's bits, the second one in memory. A random lower half added to the one there
+    # carries over as often as that is large.
     bits = values.view(torch.int32)
     bits = bits + torch.empty_like(bits).random_(1 << 16, generator=generator)
     return bits.view(torch.bfloat16)[..., 1::2]
