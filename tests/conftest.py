@@ -18,6 +18,7 @@ from toy.make_weights import make_weights
 
 DATA = Path(__file__).parent / "data"
 REPOSITORY = Path(__file__).parents[1]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # scores' recorded numbers hold on both
 # Flags of LOW_MEMORY=2. At 32 px feature maps of one value come up, in whose gradients oneDNN's bf16 convolutions write
 # past their memory (torch 2.13 on a CPU).
 BF16 = {"bf16_weights": True, "use_8bit_adam": True, "gradient_checkpointing": True, "mixed_precision": "bf16",

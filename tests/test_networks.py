@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from clips import moving_video
-from conftest import error_line
+from conftest import DEVICES, error_line
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 from transformers.models.clip import CLIPImageProcessorPil
@@ -18,7 +18,6 @@ from libs.evaluation.lpips import CHANNELS, Lpips, load_lpips
 from libs.evaluation.metrics import SCORES, Reference
 from libs.evaluation.networks import SOURCES, add_network_flags, load_networks, missing_networks
 from libs.evaluation.removal_coherence import discrepancy, load_dinov2, resized, square_around
-from libs.evaluation.temporal_consistency import load_clip
 from libs.evaluation.vfid import I3D
 from libs.evaluation.vision_model import normalize
 
@@ -101,9 +100,6 @@ def removal(name):
     return frames, holes
 
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # the recorded numbers hold on both
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Random weights of all three, as users have them."""
@@ -139,9 +135,9 @@ def test_lpips_of_a_video(networks):
 
 
 @pytest.mark.parametrize("size", [(240, 432), (300, 200), (224, 224), (101, 77)])
-def test_tc_is_that_of_transformers(folders, size):
-    """Its own model, with text and all, and its own preparation of pictures."""
-    network, model = load_clip(folders["clip_weights"]), CLIPModel.from_pretrained(folders["clip_weights"])
+def test_tc_is_that_of_transformers(networks, folders, size):
+    """Its own model, with text and all, on a CPU, and its own preparation of pictures."""
+    network, model = networks[1], CLIPModel.from_pretrained(folders["clip_weights"])
     frames = np.random.default_rng(2).integers(0, 256, (3, *size, 3)).astype(np.uint8)
     pixels = CLIPImageProcessorPil()(list(frames), return_tensors="pt")["pixel_values"]
     with torch.no_grad():

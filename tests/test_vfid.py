@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, DEVICES
 
 import eval_DiffuEraser
 from libs.comparison import scoring
@@ -85,10 +85,12 @@ def test_layout_is_the_published_one():
 
 
 @pytest.mark.parametrize("size", ORIGINAL)
-def test_features_are_the_originals(i3d, precise, clips, size):
+@pytest.mark.parametrize("device", DEVICES)
+def test_features_are_the_originals(i3d, precise, clips, size, device):
     feature, (some, total) = features_of(precise, clips[size])[0], ORIGINAL[size]
     assert np.allclose(feature[CHANNELS], some, rtol=0, atol=1e-6) and feature.sum() == pytest.approx(total, abs=1e-5)
-    described = i3d.describe(clips[size], "clip")
+    described = i3d.to(device).describe(clips[size], "clip")
+    i3d.cpu()
     assert described.shape == (1024,) and np.abs(described - feature).mean() < 1e-4
 
 
