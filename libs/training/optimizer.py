@@ -41,8 +41,8 @@ def bf16_adam():
     """The class of bitsandbytes' AdamW with 8-bit state for bf16 weights. Raises InputError where it is not installed.
 
     A weight is updated in fp32 and rounded up or down by chance, so that steps below half of a bf16 weight's last place
-    are not lost (arXiv:2010.06192). The chances follow from the step: every process rounds alike, and a resumed run as
-    one that went on.
+    are not lost (arXiv:2010.06192). The chances follow from the step and the weight's place: every process rounds
+    alike, and a resumed run as one that went on.
     """
     if not importlib.util.find_spec("bitsandbytes"):
         raise InputError("--bf16_weights needs bitsandbytes: pip install bitsandbytes, or drop the flag (LOW_MEMORY=1)")
@@ -52,13 +52,12 @@ def bf16_adam():
 
         @torch.no_grad()
         def update_step(self, group, p, gindex, pindex):
-            if pindex == 0:
-                self.generator = self.generator or torch.Generator(p.device)
-                self.generator.manual_seed(self.state[p]["step"])
             exact = torch.nn.Parameter(p.float())
             exact.grad, self.state[exact] = p.grad.float(), self.state[p]
             super().update_step(group, exact, gindex, pindex)
-            del self.state[exact]
+            step = self.state.pop(exact)["step"]
+            self.generator = self.generator or torch.Generator(p.device)
+            self.generator.manual_seed(step * len(group["params"]) + pindex)  # a CPU's takes 32 bits of it
             p.copy_(round_stochastically(exact, self.generator))
 
     return BF16AdamW
