@@ -75,7 +75,7 @@ SIZES = {  # of the models; drawn videos to train on beside 8, and held out besi
     "small": {"resolution": 32, "drawn": 60, "held_out": 20, "vae_steps": 700, "start_steps": 2500,
               "rates": (1e-3, 2e-4), 1: {"clips": 4, "frames": 2, "steps": 400},
               2: {"clips": 1, "frames": 22, "steps": 400}},
-    "medium": {"resolution": 64, "drawn": 100, "held_out": 20, "vae_steps": 3000, "start_steps": 700,
+    "medium": {"resolution": 64, "drawn": 100, "held_out": 20, "vae_steps": 1500, "start_steps": 700,
                "rates": (5e-4, 1e-4), 1: {"clips": 64, "frames": 4, "steps": 200},
                2: {"clips": 4, "frames": 22, "steps": 400}},
 }  # fmt: skip

@@ -21,8 +21,6 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 
 from common.errors import InputError
 from common.hardware import gpu_is_used
@@ -97,6 +95,8 @@ def make_accelerator(args):
             f"the run --gradient_accumulation_steps={args.gradient_accumulation_steps}: take the line out of the file"
         )
     if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # a second of every launcher's start, if above
+
         # Layers compute in half precision and gradients are averaged in fp32, as with DDP and autocast.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=DTYPES[accelerator.mixed_precision], reduce_dtype=torch.float32
@@ -114,7 +114,7 @@ def autocast_under_fsdp(accelerator, model):
 
 def unsharded(value):
     """A tensor that FSDP2 may have spread over the processes, as a plain one."""
-    return value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
+    return value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
 
 
 def unsharded_state_dict(accelerator, model, keys):

@@ -8,7 +8,6 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.95
 
@@ -65,6 +64,8 @@ def paired_interval(differences, level=LEVEL):
         total = max(between_videos + between_seeds - rest, between_videos, between_seeds)
         parts = between_videos**2 / (videos - 1) + between_seeds**2 / (seeds - 1) + rest**2 / (videos - 1) / (seeds - 1)
         freedom = max(total**2 / parts if parts else 1, min(videos, seeds) - 1)
+    from scipy import stats  # half a second that a trainer's start does without
+
     half = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(total / (videos * seeds))
     return float(mean - half), float(mean + half)
 
