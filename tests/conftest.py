@@ -138,6 +138,13 @@ def error_line(capsys, main, *arguments, **settings):
     return errors[0]
 
 
+def assert_holds(model, tensors):
+    """The model has every one of these {key: tensor}, bit for bit."""
+    found = model.state_dict()
+    for key, tensor in tensors.items():
+        assert torch.equal(found[key], tensor), key
+
+
 def equal_files(first, second):
     """Whether two safetensors files hold the same bits."""
     from safetensors.torch import load_file

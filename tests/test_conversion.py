@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from conftest import equal_files
+from conftest import assert_holds, equal_files
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
@@ -39,10 +39,10 @@ def test_both_stages(train, tmp_path, weights):
     convert(2, tmp_path / "s2" / "checkpoint-2", tmp_path / "c2", tmp_path / "c1", export_motion_adapter=True)
     motion = UNetMotionModel.from_pretrained(tmp_path / "c2", subfolder="unet_main")
     before = UNetMotionModel.from_pretrained(weights / "diffuEraser" / "unet_main").state_dict()
-    for key, value in motion.state_dict().items():
-        if "motion_modules" not in key:
-            assert torch.equal(value, unet.state_dict()[key]), key
-        else:
+    after = motion.state_dict()
+    assert_holds(unet, {key: value for key, value in after.items() if "motion_modules" not in key})
+    for key, value in after.items():
+        if "motion_modules" in key:
             assert torch.equal(value, before[key]) == key.endswith("pos_embed.pe"), key
     adapter = diffusers.MotionAdapter.from_pretrained(tmp_path / "c2/motion_adapter").state_dict()
     modules = {key: value for key, value in motion.state_dict().items() if "motion_modules" in key}
@@ -152,12 +152,12 @@ def test_checkpoints_of_the_original_scripts(weights, tmp_path, stage, prefix, c
     assert "step 70" in output and "README.md" not in output
     assert f"stage {stage}, step 70" in (tmp_path / "out" / "README.md").read_text()
     loaded = type(unet).from_pretrained(tmp_path / "out" / "unet_main")
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in unet.state_dict().items())
+    assert_holds(loaded, unet.state_dict())
     heads = "attention_head_dim" if stage == 1 else "num_attention_heads"
     assert loaded.config[heads] == unet.config[heads] == 4
     branch = BrushNetModel.from_pretrained(tmp_path / "out" / "brushnet")
     assert branch.config["attention_head_dim"] == 4
-    assert all(torch.equal(value, branch.state_dict()[key]) for key, value in brushnet.state_dict().items())
+    assert_holds(branch, brushnet.state_dict())
     with pytest.raises(InputError, match=f"is a stage {stage} checkpoint: use save_checkpoint_stage{stage}"):
         convert(3 - stage, checkpoint, tmp_path / "wrong")
     for name in ("model.safetensors", "model_1.safetensors"):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, assert_holds
 from safetensors.torch import load_file, save_file
 
 from common.errors import InputError
@@ -64,7 +64,7 @@ def test_saved_and_loaded_again(tiny, tmp_path):
     }.items():
         model.save_pretrained(tmp_path / name)
         loaded = type(model).from_pretrained(tmp_path, subfolder=name)
-        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+        assert_holds(loaded, model.state_dict())
         assert json.loads((tmp_path / name / "config.json").read_text())["_class_name"] == type(model).__name__
 
 
@@ -107,8 +107,7 @@ def test_forms_of_weight_files(tiny, tmp_path, form):
     unet.save_pretrained(folder, **settings)
     assert ("sharded" in form) == (len([path for path in folder.iterdir() if path.suffix != ".json"]) > 1)
     loaded = UNet2DConditionModel.from_pretrained(folder, variant=settings.get("variant"))
-    for key, tensor in unet.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], tensor)
+    assert_holds(loaded, unet.state_dict())
 
 
 @pytest.mark.parametrize("cls", [UNet2DConditionModel, UNetMotionModel, BrushNetModel])
@@ -120,8 +119,7 @@ def test_arguments_of_diffusers_from_pretrained(cls, tiny, tmp_path, monkeypatch
     model.save_pretrained(tmp_path / "part")
     same = {"low_cpu_mem_usage": False, "use_safetensors": True, "device_map": None, "torch_dtype": torch.float16}
     loaded = cls.from_pretrained(pretrained_model_name_or_path=str(tmp_path), subfolder="part", variant="fp16", **same)
-    for key, tensor in model.half().state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], tensor)
+    assert_holds(loaded, model.half().state_dict())
     with pytest.raises(InputError, match=r"it has diffusion_pytorch_model\.safetensors"):
         cls.from_pretrained(tmp_path / "part", use_safetensors=False)
     with pytest.raises(TypeError, match=r"does not support device_map: .* use \.to\(device\)"):
@@ -203,10 +201,10 @@ def test_parts_of_a_motion_folder(tiny, tmp_path):
     opened = UNet2DConditionModel.open_2d_part(tmp_path)
     assert opened.source_class == "UNetMotionModel"
     part = opened.load()
-    assert all(torch.equal(value, part.state_dict()[key]) for key, value in unet.state_dict().items())
+    assert_holds(part, unet.state_dict())
     assert part.config["attention_head_dim"] == motion.config["num_attention_heads"] == 2
     modules = MotionAdapter.open_motion_part(tmp_path).load()
-    assert all(torch.equal(value, modules.state_dict()[key]) for key, value in adapter.state_dict().items())
+    assert_holds(modules, adapter.state_dict())
 
 
 def test_from_unet2d_copies(tiny):
@@ -234,7 +232,7 @@ def test_brushnet_from_unet(tiny):
     assert brushnet.conv_in_condition.bias is not unet.conv_in.bias
     shared = brushnet.state_dict().keys() & unet.state_dict().keys()
     assert len(shared) > 500
-    assert all(torch.equal(brushnet.state_dict()[key], unet.state_dict()[key]) for key in shared)
+    assert_holds(brushnet, {key: tensor for key, tensor in unet.state_dict().items() if key in shared})
 
 
 @pytest.mark.parametrize("motion", [False, True])
