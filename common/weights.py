@@ -109,8 +109,8 @@ def resolve_folder(path, subfolder=None, revision=None, **hub):
         return folder
     if not may_be_hub_name(path):
         raise InputError(
-            f"{folder.absolute()} is not a folder: a folder of weights was needed; check the path, or see in README.md "
-            "how to download or convert it"
+            f"{folder.absolute()} is not a folder: a folder of weights was needed; check the path (or the variable "
+            "WEIGHTS, where weights/ is elsewhere), or see in README.md how to download or convert it"
         )
     patterns = [f"{subfolder}/*"] if subfolder else None
     try:

@@ -49,9 +49,16 @@ def row(fields):
     resuming = meta["on_change"] or "free"
     if meta["sets_clips"] and meta["on_change"] == LOGGED:
         resuming += "; the held-out loss starts anew"
-    variable = f"`{meta['variable']}`" if meta["variable"] else ""
+    variable = variable_in_words(meta)
     default = defaults[0] + "".join(f"; stage {i}: {text}" for i, text in enumerate(defaults[1:], start=2))
     return f"| {variable} | `--{first.name}` | {default} | {meaning} | {resuming} |"
+
+
+def variable_in_words(meta):
+    """The variable; where it has several values that turn something on, with those that turn this flag on."""
+    if not meta["variable"] or meta["on_at"] == ("1",):
+        return f"`{meta['variable']}`" if meta["variable"] else ""
+    return ", ".join(f"`{meta['variable']}={value}`" for value in meta["on_at"])
 
 
 def default_in_words(field):
