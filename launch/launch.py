@@ -33,14 +33,14 @@ from common.errors import InputError, one_line_errors
 from common.files import written_whole
 from common.hardware import compiling_lacks, gpu_is_used
 from dataset.folders import read_names
-from libs.training.config import flags_from_environment
+from libs.training.config import flags_from_environment, switches
 from libs.training.stopping import STOP_FILE
 
 CONFIGS = Path("configs/accelerate")
 FORMS = {  # of variables: what they must match, in words
     **dict.fromkeys(("NUM_PROCESSES", "NUM_MACHINES", "OMP_NUM_THREADS"), ("[1-9][0-9]*", "a number above 0")),
     "MACHINE_RANK": ("[0-9]+", "a number from 0 on"),
-    **dict.fromkeys(("COMPILE", "CUDA_GRAPH"), ("[01]", "0 or 1")),
+    **dict.fromkeys(switches(), ("[01]", "0 or 1")),
     "LOW_MEMORY": ("[012]", "0, 1 or 2"),
     "MIXED_PRECISION": ("no|fp16|bf16", "no (fp32), fp16 or bf16"),
 }
@@ -100,6 +100,7 @@ def read_flags(extra):
     """Those of the trainer's flags that concern the launcher too."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output_dir")
+    parser.add_argument("--davis_root")
     parser.add_argument("--validation_image")
     parser.add_argument("--check_only", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
@@ -168,8 +169,9 @@ def choose_engine(config):
     arguments = [
         f"--config_file={file}", f"--num_processes={processes}", f"--num_machines={machines}", "--dynamo_backend=no",
     ]  # fmt: skip
-    rank = int(variable("MACHINE_RANK") or variable("SLURM_NODEID", config.machine_rank))
+    rank = 0  # a job on one machine of a cluster has a SLURM_NODEID too
     if machines > 1:
+        rank = int(variable("MACHINE_RANK") or variable("SLURM_NODEID", config.machine_rank))
         address = variable("MAIN_ADDRESS", config.main_process_ip)
         require(address, f"NUM_MACHINES={machines} needs MAIN_ADDRESS, the first machine's name or address")
         words = f"a number from 0 to {machines - 1} was needed, another on every machine"
@@ -203,7 +205,7 @@ def trainer_flags(stage, engine, given):
         flags.append("--compile")
     if variable("CUDA_GRAPH", "1" if compiles and engine.processes == 1 else "0") == "1":
         flags.append("--cuda_graph")
-    davis = os.environ.get("DAVIS_ROOT", "dataset/DAVIS")
+    davis = os.environ.get("DAVIS_ROOT", "dataset/DAVIS") if given.davis_root is None else given.davis_root
     videos = find_validation_videos(Path(davis))
     if videos:
         images, masks = zip(*videos, strict=True)

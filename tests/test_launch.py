@@ -132,6 +132,7 @@ def test_a_failing_run(environment, tmp_path, name):
         ({"ACCELERATE_CONFIG": "fsdp"}, "fsdp is no file: ACCELERATE_CONFIG must be one of configs/accelerate/"),
         ({"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: a number above 0 was needed"),
         ({"LOW_MEMORY": "true"}, "LOW_MEMORY=true: 0, 1 or 2 was needed"),
+        ({"RANDOM_CROP": "true"}, "RANDOM_CROP=true: 0 or 1 was needed"),
         ({"MIXED_PRECISION": "fp32"}, "MIXED_PRECISION=fp32: no (fp32), fp16 or bf16 was needed"),
         ({"LOG": "/proc/x/run.log"}, "LOG=/proc/x/run.log cannot be written to: choose another"),
         ({"NUM_MACHINES": "2"}, "NUM_MACHINES=2 needs MAIN_ADDRESS"),
@@ -166,6 +167,20 @@ def told(environment):
             return calls[0]
 
     return find
+
+
+def test_validation_follows_the_flag(environment, monkeypatch, videos):
+    """--davis_root behind the script wins over the variable, for validation too."""
+    for other, flag in (("/nowhere", str(videos / "DAVIS")), (str(videos / "DAVIS"), "")):
+        with mock.patch.dict(os.environ, {**environment, "DAVIS_ROOT": other}):
+            given = launch.read_flags([f"--davis_root={flag}"])
+            _, note = launch.trainer_flags(1, launch.choose_engine(launch.read_engine_config()), given)
+        assert (note is None) == bool(flag)
+
+
+def test_one_machine_of_a_cluster_has_the_usual_log(environment):
+    with mock.patch.dict(os.environ, {**environment, "SLURM_NODEID": "3"}):
+        assert launch.choose_engine(launch.read_engine_config()).rank == 0
 
 
 def test_help(environment, tmp_path):

@@ -397,6 +397,13 @@ def what_sets_clips(settings):
     return {name: settings.get(name, defaults[name]) for name in settings_with("sets_clips")}
 
 
+def switches():
+    """Variables that are 0 or 1."""
+    all_fields = [f for config in CONFIGS.values() for f in fields(config) if f.type is bool and f.metadata["variable"]]
+    several_values = {f.metadata["variable"] for f in all_fields if f.metadata["on_at"] != ("1",)}
+    return sorted({f.metadata["variable"] for f in all_fields} - several_values)
+
+
 def flags_from_environment(stage_number, environ):
     """The trainer's flags that follow from the shell scripts' variables and their own defaults: ["--nframes=10", ...].
 
