@@ -119,7 +119,11 @@ def find_own_masks(root, videos):
         return {}
     if not Path(root).is_dir():
         raise InputError(f"{root} is no folder: --masks_of_videos needs one with a folder of masks per video")
-    own = {video.name: video for video in videos if Path(root, video.name).is_dir()}
+    own = {}
+    for video in videos:
+        if Path(root, video.name).is_dir() and own.setdefault(video.name, video).folder != video.folder:
+            raise InputError(f"{own[video.name].folder} and {video.folder} share a name: --masks_of_videos cannot tell "
+                             f"whose masks {root}/{video.name} holds; rename one")  # fmt: skip
     if not own:
         raise InputError(
             f"{root} holds {describe_content(root)}, none named as a training video such as {videos[0].name}: "

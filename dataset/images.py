@@ -45,7 +45,11 @@ TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 class BrokenFrame(InputError):
-    """A frame that is no whole image of its video's size."""
+    """A frame that is no whole image of its video's size; `video` names what it belongs to, if not the clip's own."""
+
+    def __init__(self, message, video=None):
+        super().__init__(message)
+        self.video = video
 
 
 def read_frame(path):

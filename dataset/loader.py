@@ -32,7 +32,7 @@ class TrainingClips(Dataset):
             try:
                 return replace(self.dataset.clip(index, epoch), broken=tuple(broken))
             except BrokenFrame as error:
-                broken.append(f"{self.dataset.source(index, epoch)[0].name}: {error}")
+                broken.append(f"{error.video or self.dataset.source(index, epoch)[0].name}: {error}")
                 index = int(rng.integers(len(self)))
         raise InputError(
             f"{MAX_REPLACEMENTS} broken videos in a row, the last of them {broken[-1]}: check with --scan_data"

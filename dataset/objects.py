@@ -6,6 +6,7 @@ of validation videos. In the masks made here 255 = hole, 0 = keep.
 
 import io
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,15 @@ class AnnotatedVideo:
     frames: Path | None = None  # its folder of frames, of the masks' names
 
 
+@contextmanager
+def whose_frames(video):
+    """A frame that is broken is the AnnotatedVideo's, not the clip's that borrows its object."""
+    try:
+        yield
+    except BrokenFrame as error:
+        raise BrokenFrame(str(error), f"annotations of {video.name}") from None
+
+
 @dataclass(frozen=True)
 class Track:
     """An object through a window of its video, scaled and placed as it will be drawn."""
@@ -65,15 +75,17 @@ class Track:
 
     def labels(self):
         """Its masks' values, all of one size."""
-        labels = [read_labels(path) for path in self.paths]
-        for path, found in zip(self.paths, labels, strict=True):
-            if found.shape != labels[0].shape:
-                raise BrokenFrame(f"{path} is {size_of(found)}, {self.paths[0].name} is {size_of(labels[0])}")
+        with whose_frames(self.video):
+            labels = [read_labels(path) for path in self.paths]
+            for path, found in zip(self.paths, labels, strict=True):
+                if found.shape != labels[0].shape:
+                    raise BrokenFrame(f"{path} is {size_of(found)}, {self.paths[0].name} is {size_of(labels[0])}")
         return labels
 
     def pictures(self):
         """The frames that belong to the masks, (h, w, 3) uint8, RGB."""
-        return read_frames(frames_of(self.video, self.paths))
+        with whose_frames(self.video):
+            return read_frames(frames_of(self.video, self.paths))
 
 
 class Objects:
@@ -121,8 +133,9 @@ class Objects:
         videos = [video for video in self.videos if video.name != but and (video.frames or not with_frames)]
         for _ in range(MAX_TRIES if videos else 0):
             video = videos[rng.integers(len(videos))]
-            paths = window(rng, list_masks(video), length)
-            labels = read_labels(paths[0])
+            with whose_frames(video):
+                paths = window(rng, list_masks(video), length)
+                labels = read_labels(paths[0])
             areas = np.bincount(labels.ravel(), minlength=256)
             areas[0] = 0
             (found,) = np.nonzero(areas >= MIN_AREA * labels.size)

@@ -1,5 +1,6 @@
 """Other videos' objects as holes, and pasted into clips; a video's own masks."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 import dataset.objects as objects
 from common.errors import InputError
 from dataset.finetune_dataset import FinetuneDataset
+from dataset.loader import TrainingClips
 from dataset.objects import AnnotatedVideo, Objects, read_labels, window
 
 HEIGHT, WIDTH, LENGTH = 48, 72, 8
@@ -174,6 +176,17 @@ def test_objects_of_any_folder_of_masks(root, tmp_path):
     assert clips(found, epochs=1)
 
 
+@pytest.mark.parametrize("settings", [{"mask_mix": "object=1"}, {"paste": 1.0}])
+def test_a_broken_annotation_is_named_by_its_own_video(root, tmp_path, settings):
+    """Not by the clip's that would have borrowed its object."""
+    shutil.copytree(root, tmp_path / "copy")
+    for path in (tmp_path / "copy/Annotations/480p/birch").iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    found = TrainingClips(dataset(tmp_path / "copy", **settings))
+    broken = [line for index in range(len(found)) for line in found[0, index].broken]
+    assert broken and all(line.startswith("annotations of birch: ") and "cut short" in line for line in broken)
+
+
 def test_tracks_without_an_object(root, tmp_path):
     (tmp_path / "empty").mkdir()
     Image.fromarray(np.zeros((30, 30), np.uint8)).save(tmp_path / "empty/0.png")
@@ -193,6 +206,7 @@ def test_tracks_without_an_object(root, tmp_path):
         ({"paste": 0.1, "davis_root": "small"}, "masks of the frames' size"),
         ({"masks_of_videos": "nowhere"}, "nowhere is no folder: --masks_of_videos needs"),
         ({"masks_of_videos": "hollow"}, "none named as a training video such as alder"),
+        ({"masks_of_videos": "small/Annotations/480p", "ytvos_root": "twin"}, "share a name: --masks_of_videos cannot"),
         ({"masks_of_videos": "few"}, "has no mask for 7 of the 8 frames"),
         ({"masks_of_videos": "small/Annotations/480p"}, "masks of the frames' size were needed (--masks_of_videos)"),
     ],
@@ -202,6 +216,8 @@ def test_bad_input(root, tmp_path, settings, reason):
         (tmp_path / name).mkdir()
         for part in ("JPEGImages", "ImageSets"):
             (tmp_path / name / part).symlink_to(root / part)
+    (tmp_path / "twin/JPEGImages").mkdir(parents=True)
+    (tmp_path / "twin/JPEGImages/alder").symlink_to(root / "JPEGImages/480p/birch")
     small = Image.fromarray(np.ones((10, 10), np.uint8))
     for folder in ("flat", "hollow/a", "few/alder", "small/Annotations/480p/alder", "small/Annotations/480p/birch"):
         (tmp_path / folder).mkdir(parents=True)
