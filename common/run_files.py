@@ -21,9 +21,10 @@ def of_form(name, form):
     return f"{stem}{form}{dot}{extension}"
 
 
-def validation_form(folder):
-    """The form of validation that a run's page and card show: as trained ("") where there is one."""
-    return "" if Path(folder, SCORES_FILE).is_file() else AS_DEPLOYED
+def validation_form(settings, deployed_first=False):
+    """The form of validation to show, by the settings of a run's newest start: as trained ("") where it has both."""
+    deployed = bool(settings.get("pcm_weights"))
+    return AS_DEPLOYED if deployed and (deployed_first or not settings.get("validate_as_trained")) else ""
 
 
 def read_starts(run_dir):

@@ -25,7 +25,7 @@ import libs.report.__main__
 import libs.training.validation
 import libs.training.validation_loss
 from common.errors import InputError
-from common.run_files import append_row, read_rows
+from common.run_files import AS_DEPLOYED, append_row, read_rows, validation_form
 from libs.checkpoints.checkpoint import mark_best, prune, read_best
 from libs.checkpoints.rank import main as rank_checkpoints
 from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers
@@ -418,6 +418,14 @@ def test_validation_as_deployed(validated, train, weights, tmp_path, capsys, sta
         assert "validation as deployed: 2 videos" in output and "validation: 2 videos in" in output
         names = {path.name for path in (tmp_path / "both/logs-finetune-stage1/samples/sample-1").iterdir()}
         assert {"1.gif", "1-as-deployed.gif", "contact_sheet.png"} < names
+
+
+def test_the_form_to_show_follows_from_the_newest_start():
+    """PCM_WEIGHTS may come and go between starts: files of the other form are of earlier steps."""
+    assert validation_form({"pcm_weights": None}) == validation_form({}) == ""
+    assert validation_form({"pcm_weights": "x"}) == AS_DEPLOYED
+    both = {"pcm_weights": "x", "validate_as_trained": True}
+    assert validation_form(both) == "" and validation_form(both, deployed_first=True) == AS_DEPLOYED
 
 
 def test_priors_of_validation_videos(validated, weights, tmp_path, capsys):

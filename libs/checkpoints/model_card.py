@@ -41,15 +41,14 @@ def write_model_card(folder, stage, step, run_dir, weights="", measured=True):
         roots = ", ".join(Path(settings[root]).name for root in roots if settings.get(root))
         lines += ["", "## Settings", "", f"- data: {roots}"]
         lines += [f"- {name}: {settings[name]}" for name in names if settings[name] is not None]
-        scores = score_lines(Path(run_dir, settings["logging_dir"]), str(step))
+        scores = score_lines(Path(run_dir, settings["logging_dir"]), str(step), validation_form(settings))
         lines += ["", f"## Scores at step {step}", "", *scores] if scores and measured else []
     with written_whole(path) as partial:
         ModelCard("\n".join(lines) + "\n").save(partial)
 
 
-def score_lines(folder, step):
+def score_lines(folder, step, form):
     """What the run measured at that step, on its held-out videos."""
-    form = validation_form(folder)
     losses = {row["step"]: float(row["held_out_loss"]) for row in read_rows(folder / HELD_OUT_FILE)}
     videos = [row for row in read_rows(folder / of_form(SCORES_FILE, form)) if row["step"] == step]
     lines = []

@@ -14,7 +14,7 @@ import numpy as np
 
 from common.command_line import Parser, require
 from common.errors import one_line_errors
-from common.run_files import AS_DEPLOYED, SCORES_FILE, of_form, read_rows, read_starts
+from common.run_files import SCORES_FILE, of_form, read_rows, read_starts, validation_form
 from libs.checkpoints.checkpoint import HELD_OUT, list_checkpoints
 from libs.evaluation.intervals import compare
 from libs.evaluation.metrics import SCORES, Score, measure_words
@@ -31,8 +31,8 @@ def build_parser():
 
 def read_values(run_dir, by):
     """({step: {(number, name) of a video: value}} of a run's validations, the form that they have)."""
-    folder = run_dir / read_starts(run_dir)[-1]["settings"]["logging_dir"]
-    form = AS_DEPLOYED if Path(folder, of_form(SCORES_FILE, AS_DEPLOYED)).is_file() else ""
+    settings = read_starts(run_dir)[-1]["settings"]
+    folder, form = run_dir / settings["logging_dir"], validation_form(settings, deployed_first=True)
     values = {}
     for row in read_rows(folder / of_form(SCORES_FILE, form)):
         if row.get(by) and math.isfinite(float(row[by])):

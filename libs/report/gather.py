@@ -40,7 +40,7 @@ def gather(run_dir):
     if not history:
         raise InputError(f"{folder}/{HISTORY_FILE} has no step yet: wait for the run's first line in the log")
     held_out = numbers(read_rows(folder / HELD_OUT_FILE))
-    form = validation_form(folder)
+    form = validation_form(starts[-1]["settings"])
     scores = average_by_step(numbers(read_rows(folder / of_form(SCORES_FILE, form))))
     best = read_best(run_dir)
     videos = [Path(video).name for video in starts[-1]["settings"]["validation_image"]]
