@@ -149,7 +149,7 @@ def test_a_checkpoint_s_settings_keep_their_names(stage):
         "gradient_checkpointing", "compile", "cuda_graph", "proportion_empty_prompts", "use_8bit_adam",
         "prompt", "known_frames", "random_crop", "frame_stride", "loss_weights", "loss_rim", "ema_decay",
         "mask_mix", "mask_growth", "mask_border", "paste", "paired_share", "best_by",  # since 2026-11-26
-        "bf16_weights",  # since 2026-11-27
+        "bf16_weights", "hole_videos",  # since 2026-11-27
     }  # fmt: skip
 
 
@@ -184,6 +184,18 @@ def test_resuming_with_another_value(name):
         saved.settings["num_processes"] = 2
         _, changes = go_on_from("checkpoint-1", saved, now, policy, resume_anyway=False)
         assert [line.split()[4] for line in changes] == ["num_processes", name]
+
+
+def test_where_holes_come_from_on_resuming(monkeypatch):
+    """Objects that are turned on or off are a changed --mask_mix, which is logged; other videos' are refused."""
+    none = described()
+    sources, policy = iter((["object of bear"], ["object of hike"])), resume_policy()
+    monkeypatch.setattr(Dataset, "holes", SimpleNamespace(sources=lambda: next(sources)))
+    bear, hike = described(), described()
+    for saved, now in ((none, bear), (bear, none)):
+        assert go_on_from("checkpoint-1", saved, now, policy, resume_anyway=False)[1] == []
+    with pytest.raises(InputError, match="videos that masks and objects are taken from"):
+        go_on_from("checkpoint-1", bear, hike, policy, resume_anyway=False)
 
 
 def test_a_setting_that_is_newer_than_the_checkpoint():

@@ -17,7 +17,11 @@ OPTIMIZER = "refused always: another form of optimizer state"
 BATCH = "logged if processes x batch x accumulation stay, else refused"  # a step then is the mean over the same clips
 LOGGED = "logged"
 CONTENT = "path free; other content refused"
-IN_WORDS = {"clips": "clips an epoch", "videos": "videos, by a hash of names and lengths,"}
+IN_WORDS = {
+    "clips": "clips an epoch",
+    "videos": "videos, by a hash of names and lengths,",
+    "hole_videos": "videos that masks and objects are taken from, by a hash of names,",
+}
 # Their product is the global batch.
 BATCH_SETTINGS = ("num_processes", "train_batch_size", "gradient_accumulation_steps")
 
@@ -42,7 +46,8 @@ def describe_run(args, stage, opened, dataset, policy):
         "engine": distributed_type(),
         "num_processes": int(os.environ.get("WORLD_SIZE", 1)),
         "clips": len(dataset),
-        "videos": hash_of_videos(dataset),
+        "videos": short_hash(f"{video.folder.name} {len(video.frames)}" for video in dataset.videos + dataset.pairs),
+        "hole_videos": short_hash(dataset.holes.sources()),
         **{name: getattr(args, name) for name in policy.on_change},
         "mask_span": list(args.mask_span),  # as it is read back from JSON
         "validation_image": [Path(folder).name for folder in args.validation_image],
@@ -51,11 +56,10 @@ def describe_run(args, stage, opened, dataset, policy):
     return TrainerState(stage=stage.number, weights=weights, settings=settings)
 
 
-def hash_of_videos(dataset):
-    """Of names and lengths in their order, which say what clip an index stands for; not of where they lie."""
-    lines = [f"{video.folder.name} {len(video.frames)}" for video in dataset.videos + dataset.pairs]
-    lines += dataset.holes.sources()
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:12]
+def short_hash(lines):
+    """Of names in their order, which say what an index or a draw stands for; not of where they lie. "" of none."""
+    text = "\n".join(lines)
+    return text and hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def global_batch(settings):
@@ -83,7 +87,7 @@ def go_on_from(checkpoint, saved, now, policy, resume_anyway):
     changes, earlier = [], {**now.settings, **policy.defaults, **saved.settings}
     for name, value in now.settings.items():
         before = earlier[name]
-        if before == value:
+        if before == value or (name == "hole_videos" and "" in (before, value)):  # none: --mask_mix and the like say so
             continue
         if policy.on_change.get(name) == LOGGED or (name in BATCH_SETTINGS and same_batch):
             changes.append(f"changed since the checkpoint: {name} from {before} to {value}")
