@@ -172,7 +172,15 @@ CASES = {
         1, lambda c: (c.weights / "diffuEraser/brushnet/diffusion_pytorch_model.safetensors").write_bytes(b"123"), {},
         "is no complete safetensors file"),
     "output_is_source_weights": (
-        1, None, lambda c: {"output_dir": c.weights / "diffuEraser"}, "holds weights that no converter wrote"),
+        1, lambda c: shutil.copytree(c.weights / "diffuEraser", c.weights / "copy"),
+        lambda c: {"output_dir": c.weights / "copy"}, "holds weights that no converter wrote"),
+    "output_is_where_stage1_starts": (
+        1, None, lambda c: {"output_dir": c.weights / "diffuEraser"}, "is also read from: choose another --output_dir"),
+    "output_holds_the_motion_modules": (
+        2, lambda c: shutil.copytree(c.weights / "diffuEraser", c.weights / "copy"),
+        lambda c: {"output_dir": c.weights / "diffuEraser", "pretrained_stage1": c.weights / "copy",
+                   "motion_adapter_path": c.weights / "diffuEraser/unet_main"},
+        "is also read from: choose another --output_dir"),
     "output_has_a_foreign_config": (
         1, lambda c: (c.run.mkdir(), (c.run / "config.json").write_text("{}")), {},
         "run/config.json is no training run's: choose another --output_dir"),

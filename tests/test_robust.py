@@ -1,5 +1,6 @@
 """What goes wrong in long runs: signals, broken files, losses that are no numbers, full disks, changed settings."""
 
+import errno
 import json
 import os
 import re
@@ -8,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from dataset.folders import scan_video
 from dataset.loader import TrainingClips
 from libs.training.checks import check_flags
 from libs.training.config import parse_args
+from libs.training.saving import Checkpoints
 from libs.training.stopping import StopRequest
 from train_DiffuEraser_stage1 import Stage1
 
@@ -84,6 +88,47 @@ def test_a_signal_beside_the_stop_file_is_no_second_one(tmp_path):
         assert stop.signal == "SIGUSR1"
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == "SIGUSR1"
+
+
+def test_storage_that_stumbles_does_not_end_a_run(tmp_path, monkeypatch):
+    with StopRequest(tmp_path) as stop:
+        monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")))
+        assert stop.signal is None
+        monkeypatch.undo()
+        Path(tmp_path, "stop").write_text("SIGUSR1")
+        assert stop.signal == "SIGUSR1"
+
+
+def test_a_checkpoint_saved_between_the_checks_and_the_lock(train, tmp_path, capsys, monkeypatch):
+    """By a run that was just ending: training those steps again would waste them without a word."""
+    train(1, max_train_steps=2)
+    check, kept = libs.training.loop.check_run, tmp_path / "kept"
+    (tmp_path / "run/checkpoint-2").rename(kept)
+
+    def check_and_lose_the_race(*args):
+        found = check(*args)
+        kept.rename(tmp_path / "run/checkpoint-2")
+        return found
+
+    monkeypatch.setattr(libs.training.loop, "check_run", check_and_lose_the_race)
+    with pytest.raises(SystemExit):
+        train(1, max_train_steps=3, resume_from_checkpoint="latest")
+    assert "run/checkpoint-2 has been written meanwhile: run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("scaler", "saved"), [(None, False), (object(), True)])
+def test_a_bad_loss_at_the_end(tmp_path, monkeypatch, scaler, saved):
+    """fp16's scaler has skipped that step, so the weights are whole; without one they are not, and are not kept. A
+    damaged best_checkpoint.json costs nothing."""
+    accelerator = SimpleNamespace(scaler=scaler, num_processes=1, is_main_process=True, device="cpu")
+    config = parse_args(Stage1, [f"--output_dir={tmp_path}", "--keep_best_checkpoint", "--checkpoints_total_limit=1"])
+    monkeypatch.setattr("libs.training.saving.sum_over_processes", lambda accelerator, value: value)
+    monkeypatch.setattr("libs.training.saving.save_checkpoint", lambda *args: tmp_path / "checkpoint-7")
+    (tmp_path / "best_checkpoint.json").write_text("")
+    checkpoints = Checkpoints(config, Stage1, accelerator, SimpleNamespace(global_step=7), None)
+    with nullcontext() if saved else pytest.raises(InputError, match="the last 1 losses are not finite"):
+        checkpoints.save((1, None), must=True)
+    assert (checkpoints.last is not None) == saved
 
 
 def test_a_second_signal_ends_the_trainer(tmp_path):

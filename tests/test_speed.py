@@ -116,7 +116,8 @@ def test_the_cache_is_bounded(tmp_path, frames, caplog):
 
 
 def test_the_bound_is_in_bytes(tmp_path, frames):
-    """Frames of another resolution and what a killed run left half-written count at their size; nothing is deleted."""
+    """Frames of another resolution and what is half-written count at their size; nothing is deleted but what a killed
+    run has left half-written."""
     small, large = (8, 2, 2), (8, 4, 4)  # 132 and 516 bytes a file
     cache = LatentCache(tmp_path / "cache", "vae", large, torch.float32)
     cache.add(cache.read(frames)[1][:1], torch.randn(1, *large))
@@ -125,9 +126,13 @@ def test_the_bound_is_in_bytes(tmp_path, frames):
     others = [held.with_name(name) for name in (f"{0:032x}.4711", "holiday.jpg")]  # half-written; somebody's own
     for file in others:
         file.write_bytes(bytes(100))
+    abandoned = held.with_name(f"{1:032x}.4711")
+    for file in (abandoned, others[1]):
+        file.write_bytes(bytes(100))
+        os.utime(file, (0, 0))
     for limit, kept in ((516 + 200 + 132 - 1, 0), (516 + 200 + 132, 1)):
         cache = LatentCache(tmp_path / "cache", "vae", small, torch.float32, limit / 1e9)
-        assert all(file.is_file() for file in others)
+        assert all(file.is_file() for file in others) and not abandoned.exists()
         cache.add(cache.read(frames)[1][:1], torch.randn(1, *small))
         cache.close()
         assert [key is None for key in cache.read(frames)[1]].count(True) == kept

@@ -139,8 +139,9 @@ def find_checkpoint(input_dir):
 
 def refuse_source_weights(output_dir, sources, flag="output_dir", names=CONVERTED):
     """Never write over what a conversion reads, nor over folders in which not all is of a conversion."""
+    written = {output_dir.resolve(), *((output_dir / name).resolve() for name in names)}
     for source in sources:
-        if output_dir.resolve() == Path(source).resolve():
+        if Path(source).resolve() in written:
             raise InputError(f"{flag} {output_dir} is also read from: choose another {flag}")
     own = {"config.json", f"{WEIGHTS_NAME}.safetensors", MARKER_FILE}
     for folder in (output_dir / name for name in names):

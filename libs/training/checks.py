@@ -31,6 +31,9 @@ from libs.inference.prior import check_prior
 from libs.training.config import resume_policy
 from libs.training.optimizer import bf16_adam, eight_bit_adam
 
+SOURCE_WEIGHTS = (  # flags of what a run starts from
+    "pretrained_stage1", "pretrained_stage1_path", "motion_adapter_path", "brushnet_model_name_or_path",
+)  # fmt: skip
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
 EIGHT_BIT_SAVES = 6  # of them, where moments have 8 bits
 BF16_SAVES = 2  # of them, where weights have 16
@@ -195,8 +198,8 @@ def check_output_dir(args):
     folder = Path(args.output_dir)
     if args.latent_cache and not args.random_crop:
         check_writable(Path(args.latent_cache), "--latent_cache")
-    pretrained_stage1 = getattr(args, "pretrained_stage1", None)
-    refuse_source_weights(folder, [pretrained_stage1] if pretrained_stage1 else [], flag="--output_dir")
+    sources = [getattr(args, name, None) for name in SOURCE_WEIGHTS]
+    refuse_source_weights(folder, filter(None, sources), flag="--output_dir")
     check_writable(folder, "--output_dir")
     require_utf8(folder)
     files = (CONFIG_FILE, BEST_FILE, *(Path(args.logging_dir, name) for name in RUN_FILES))
@@ -311,6 +314,13 @@ def find_start(args, stage, start):
         state, changes = go_on_from(folder, state, start, resume_policy(), args.resume_anyway)
         notes += changes
     return (state, folder, notes), words
+
+
+def refuse_stale(args, found):
+    """Raises InputError where a run that ended after the checks, and before the lock, has saved another checkpoint."""
+    newest, _ = find_latest(args.output_dir)
+    if args.resume_from_checkpoint in (None, "latest") and newest != found.checkpoint:
+        raise InputError(f"{newest} has been written meanwhile: run the same command again")
 
 
 def count_parameters(stage, opened):

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +20,8 @@ from libs.training.log import log
 
 MAX_WAITING = 64  # batches whose frames wait for a slow disk; further ones are not kept
 CHECKSUM_BYTES = 4
+PARTIAL = re.compile(r"[0-9a-f]{32}\.[0-9]+")  # a key, and the process that writes it
+ABANDONED = 3600  # seconds after which nobody writes a half-written file any more
 SUBFOLDER = re.compile(r"[0-9a-f]{2}")  # the first letters of its files' names
 
 
@@ -47,13 +50,17 @@ class LatentCache:
         self.places = threading.BoundedSemaphore(MAX_WAITING)
 
     def measure(self):
-        """Bytes held, of any resolution, VAE and precision, and by what killed runs left half-written."""
+        """Bytes held, of any resolution, VAE and precision. What killed runs have left half-written is deleted."""
         total = 0
         for subfolder in (path for path in self.folder.iterdir() if SUBFOLDER.fullmatch(path.name) and path.is_dir()):
             with os.scandir(subfolder) as entries:
                 for entry in entries:
                     with suppress(FileNotFoundError):  # another run has renamed it
-                        total += entry.stat().st_size
+                        stat = entry.stat()
+                        if PARTIAL.fullmatch(entry.name) and stat.st_mtime < time.time() - ABANDONED:
+                            os.unlink(entry)
+                        else:
+                            total += stat.st_size
         return total
 
     def key(self, path):
@@ -113,6 +120,7 @@ class LatentCache:
     def write(self, keys, posteriors, copied):
         if copied:
             copied.synchronize()
+        partial = None
         try:
             for key, content in zip(keys, posteriors, strict=True):
                 content = content.contiguous().view(torch.uint8).numpy().tobytes()
@@ -124,6 +132,8 @@ class LatentCache:
         except OSError as error:
             self.room = 0
             self.say_once(f"{self.folder} cannot be written ({error.strerror}), nothing more is added")
+            if partial:  # a full disk needs the space
+                partial.unlink(missing_ok=True)
         finally:
             self.places.release()
 

@@ -10,7 +10,7 @@ import os
 from common.distributed import lost_processes_named, make_accelerator, sum_over_processes, unsharded
 from common.errors import one_line_errors
 from common.files import locked_by_main_process
-from libs.training.checks import check_run
+from libs.training.checks import check_run, refuse_stale
 from libs.training.config import parse_args
 from libs.training.ema import Ema
 from libs.training.log import log, log_on_main_process, log_start, start_trackers
@@ -48,6 +48,7 @@ def run(stage, argv=None):
         log_on_main_process(accelerator),
         lost_processes_named(config.output_dir),
     ):
+        refuse_stale(config, found)
         log_start(config, stage, accelerator, checks, found)
         require_agreement(accelerator, config, found)
         start_trackers(accelerator, config)

@@ -13,6 +13,8 @@ from libs.evaluation.metrics import SCORES, measure_words
 from libs.training.config import what_sets_clips
 from libs.training.log import log
 
+BEST_FILE_ERRORS = (OSError, ValueError, LookupError, TypeError)  # also of a best_checkpoint.json that is not ours
+
 
 class Checkpoints:
     """Those of one run. Processes make every call together.
@@ -33,7 +35,8 @@ class Checkpoints:
         """
         config, step, start = self.config, self.state.global_step, time.perf_counter()
         bad, _ = bad_streak
-        if sum_over_processes(self.accelerator, bad):
+        scales = self.accelerator.scaler is not None  # fp16's skips steps of such losses: the weights are whole
+        if not scales and sum_over_processes(self.accelerator, bad):
             losses = f"the last {bad} losses" if bad else "losses of another process"
             reason = f"no checkpoint at step {step}: {losses} are not finite"
             if must:
@@ -55,7 +58,7 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             try:
                 prune(config.output_dir, step, config.checkpoints_total_limit, config.keep_best_checkpoint)
-            except OSError as error:
+            except BEST_FILE_ERRORS as error:
                 log.info("older checkpoints could not be deleted (%s)", error)
 
     def mark_best(self, measured):
@@ -78,7 +81,7 @@ class Checkpoints:
         try:
             if mark_best(self.config.output_dir, step, value, clips, what_sets_clips, measure, higher):
                 log.info("%s is the best checkpoint so far, by %s", self.last.name, measure_words(measure))
-        except (OSError, ValueError, LookupError, TypeError) as error:  # or the file noted before is not ours
+        except BEST_FILE_ERRORS as error:
             log.info("the best checkpoint could not be noted (%s)", error)
 
     def convert(self):

@@ -40,7 +40,7 @@ class StopRequest:
     @property
     def signal(self):
         if self.received is None:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # not there, or network storage stumbled: the next step asks again
                 self.received = self.file.read_text().strip() or f"the file {self.file}"
         return self.received
 
