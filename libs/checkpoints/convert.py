@@ -95,7 +95,11 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
 
 
 def write_folders(parts, names, output_dir, marker):
-    """Write a folder of each of `names` below `output_dir`, all or none: `parts`, and what is derived from them."""
+    """Write a folder of each of `names` below `output_dir`: `parts`, and what is derived from them.
+
+    All are whole on the disk before the first takes its place, so that a failure leaves what was there; only a kill
+    between two renames would leave folders of two conversions, whose conversion.json say so.
+    """
     created = not output_dir.exists()
     partial = output_dir / f"conversion{PARTIAL_SUFFIX}"
     try:

@@ -118,7 +118,7 @@ class Plan:
         flags = {name: value for name, value in vars(self.args).items() if name not in WITHOUT_EFFECT}
         models = [method.path for method in self.methods if method.kind == "weights"]
         paths = [*models, *(flags[name] for name in WEIGHTS if flags[name] and (models or name in SCORE_WEIGHTS))]
-        files = {path: fingerprint(weight_files(path)) for path in paths}
+        files = {path: fingerprint(files_of_weights(path)) for path in paths}
         device = str(accelerator_or_cpu())
         versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "opencv": cv2.__version__}
         names = [folder.name for folder in self.folders]
@@ -185,7 +185,7 @@ class Plan:
         write_json(self.output_dir / SETTINGS, {**content, "left_out": left_out})
 
 
-def weight_files(path):
+def files_of_weights(path):
     """A file, or those of weights in a folder; none of what is a name on the Hub."""
     files = [Path(path)] if Path(path).is_file() else Path(path).rglob("*")
     return sorted(file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))

@@ -22,6 +22,7 @@ from dataset.images import (
     read_mask_values,
     size_of,
 )  # fmt: skip
+from libs.inference.composition import resize_picture
 from libs.inference.video_file import VideoFile
 
 GIF_FPS = 8
@@ -166,13 +167,10 @@ def dilate(holes, iterations):
 
 
 def resize(frames, holes, height, width):
-    """Both at another size: frames by area, holes by nearest, so that they stay binary."""
+    """Both at another size; arrays that have it come back as they are."""
     if holes.shape[1:] == (height, width):
         return frames, holes
-    return (
-        np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) for frame in frames]),
-        np.stack([cv2.resize(hole, (width, height), interpolation=cv2.INTER_NEAREST) for hole in holes]),
-    )
+    return tuple(np.stack([resize_picture(picture, height, width) for picture in clip]) for clip in (frames, holes))
 
 
 def upscale(frames, height, width):
