@@ -19,7 +19,7 @@ def written_whole(path):
     """Gives a path beside `path` to write to, which is flushed and renamed then: whoever reads finds the old content or
     the new one. Several processes may write the same file."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+    partial = path.with_name(f".{uuid4().hex}.partial")  # the file's own name may be as long as a name can be
     try:
         yield partial
         flush(partial)

@@ -16,7 +16,7 @@ from PIL import Image
 import eval_DiffuEraser
 from common.errors import InputError
 from libs.comparison import methods, scoring
-from libs.comparison.plan import Plan
+from libs.comparison.plan import Plan, files_of_weights, short_hash
 from libs.comparison.protocols import PROTOCOLS
 from libs.comparison.results import Results
 from libs.evaluation.metrics import psnr
@@ -112,6 +112,7 @@ def test_bilinear_without_averaging_is_what_moves_the_score(tmp_path):
         (["--protocol=propainter-davis", "--size=80x48"], "--protocol=propainter-davis takes 432x240; leave it out"),
         (["--protocol=davis-removal", "--size=80x48"], "--protocol=davis-removal takes frames as they are"),
         (["--protocol=propainter-davis", "--mask_span=0.1,0.2"], "--mask_span is about synthetic holes"),
+        (["--protocol=propainter-davis", "--mask_span=original"], "--mask_span is about synthetic holes"),
         (["--protocol=pairs"], "--masks: --protocol=pairs takes the masks that lie in --frames"),
         (["--protocol=pairs", "--masks="], "has no with/"),
         (["--protocol=propainter-davis", "--masks="], "--protocol=propainter-davis needs --masks"),
@@ -297,6 +298,32 @@ def test_other_settings_are_refused_in_one_line(evaluate, data, capsys):
     assert "protocol.name=null" in error_line(capsys, evaluate, "out", "--size=36x30")
     (folder / "evaluation.json").write_text("{")
     assert "protocol.name=null" in error_line(capsys, evaluate, "out")
+
+
+def test_files_behind_linked_folders_count(tmp_path):
+    """Weights put together of links, pairs whose with/ lies elsewhere."""
+    write_frames(tmp_path / "elsewhere", moving_video(2, 32, 40)[0])
+    (tmp_path / "elsewhere/model.safetensors").touch()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/unet_main").symlink_to(tmp_path / "elsewhere")
+    assert [path.name for path in files_of_weights(tmp_path / "linked")] == ["model.safetensors"]
+    before = short_hash([tmp_path / "linked"])
+    write_frames(tmp_path / "elsewhere", moving_video(2, 36, 40)[0])
+    assert short_hash([tmp_path / "linked"]) != before
+
+
+def test_a_hole_that_vanishes_and_a_name_as_long_as_can_be(evaluate, data, capsys):
+    """The one is named and left out, the other, of 228 bytes, is scored."""
+    mask = np.zeros((1, 32, 40, 3), np.uint8)
+    mask[:, 1, 1] = 255
+    for frame in range(4):
+        Image.fromarray(mask[0]).save(data / f"masks/road/{frame:05d}.png")
+    long = "很" * 76
+    for part in ("frames", "masks"):
+        (data / part / "pond").rename(data / part / long)
+    error = error_line(capsys, evaluate, "out", "--size=20x16")
+    assert "road has no hole left at 20x16: raise --size, or leave the video out" in error
+    assert {row["video"] for row in read_table(data / "out/scores.csv")} == {long, "tree"}
 
 
 def test_another_methods_frames_can_be_scored_alone(data):

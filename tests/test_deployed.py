@@ -3,6 +3,7 @@
 PARITY_INFERENCE=DIR runs the case folders in another place too.
 """
 
+import json
 import os
 import re
 import shutil
@@ -37,7 +38,7 @@ from dataset.images import read_frame
 from libs.evaluation.baselines import telea, temporal_median
 from libs.inference.composition import compose_as_deployed, grow_as_deployed, size_as_deployed
 from libs.inference.few_step import PARTS, PREFIX, FewStepSampler, FewStepWeights, choose_steps
-from libs.inference.load import check_inference_flags, choose_prompt
+from libs.inference.load import PCM_FILE, check_inference_flags, choose_prompt
 from libs.inference.pipeline import deployed_pipeline
 from libs.inference.prior import make_prior
 from libs.inference.streams import Mapped, Stream
@@ -424,6 +425,22 @@ def test_run_as_deployed(command, tmp_path, capsys):
     assert results[2].shape == (11, 24, 40, 3) and len({picture.tobytes() for picture in results}) == len(results)
     assert np.array_equal(run(command(prior="telea", prompt="", blend="latents", two_passes=True)), result)
     assert run(command(as_deployed=None)).shape == (11, 50, 67, 3)
+
+
+def test_eval_as_deployed_by_its_defaults(command, weights, pcm, tmp_path, monkeypatch):
+    """With the few-step weights where a DiffuEraser installation has them."""
+    monkeypatch.setenv("WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.delenv("PCM_WEIGHTS", raising=False)
+    found = tmp_path / "weights" / PCM_FILE
+    found.parent.mkdir(parents=True)
+    shutil.copy(pcm, found)
+    for part in ("frames", "masks"):
+        shutil.move(tmp_path / part, tmp_path / "videos" / part / "clip")
+    models = [flag for flag in command() if flag.startswith(("--weights", "--base_model", "--vae_path"))]
+    eval_DiffuEraser.main([f"--frames={tmp_path / 'videos/frames'}", f"--masks={tmp_path / 'videos/masks'}", *models,
+                           f"--output_dir={tmp_path / 'out'}", "--as_deployed", "--baselines"])  # fmt: skip
+    settings = json.loads((tmp_path / "out/evaluation.json").read_text())["settings"]
+    assert settings["pcm_weights"] == str(found) and settings["files"][str(found)]
 
 
 def test_flags_have_two_defaults(command):

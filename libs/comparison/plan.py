@@ -6,13 +6,14 @@ not there: the same command goes on after a kill, and other settings are refused
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import cv2
-import diffusers
 import torch
 
 from common.errors import InputError
@@ -28,6 +29,7 @@ from libs.evaluation.networks import SOURCES
 
 FPS = 24  # of clips to look at: folders of frames have no rate
 SETTINGS, SCORED = "evaluation.json", "scored"
+PACKAGES = ("diffusers", "transformers", "scikit-image", "pillow")  # beside torch and OpenCV, that change a number
 TABLES = ("scores.csv", "means.csv", "comparisons.csv")
 SCORE_WEIGHTS = ("i3d_weights", *SOURCES)
 WEIGHTS = ("base_model_name_or_path", "vae_path", "pcm_weights", *SCORE_WEIGHTS)  # flags of files that change a score
@@ -120,7 +122,7 @@ class Plan:
         paths = [*models, *(flags[name] for name in WEIGHTS if flags[name] and (models or name in SCORE_WEIGHTS))]
         files = {path: fingerprint(files_of_weights(path)) for path in paths}
         device = str(accelerator_or_cpu())
-        versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "opencv": cv2.__version__}
+        versions = {"torch": torch.__version__, "opencv": cv2.__version__, **{name: version(name) for name in PACKAGES}}
         names = [folder.name for folder in self.folders]
         content = {
             "protocol": describe(self.protocol, self.args),
@@ -187,13 +189,18 @@ class Plan:
 
 def files_of_weights(path):
     """A file, or those of weights in a folder; none of what is a name on the Hub."""
-    files = [Path(path)] if Path(path).is_file() else Path(path).rglob("*")
+    files = [Path(path)] if Path(path).is_file() else files_below(path)
     return sorted(file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+
+
+def files_below(folder):
+    """Also in folders that are links."""
+    return [Path(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names]
 
 
 def short_hash(folders):
     """Of the names, sizes and times of all files in some folders."""
-    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for folder in folders for path in sorted(files_below(folder)) if path.is_file()]
     stats = [(str(path), *size_and_time(path)) for path in files]
     return hashlib.sha256(repr(stats).encode(errors="surrogateescape")).hexdigest()[:16]
 

@@ -87,7 +87,7 @@ def choose_protocol(args):
             f"--masks: --protocol={name} takes the masks that lie in --frames; leave it out")  # fmt: skip
     require(not args.masks or Path(args.masks).is_dir(),
             f"{args.masks} is no folder: --masks needs a folder with a folder of masks per video")  # fmt: skip
-    require(args.mask_span == FULL_SPAN or protocol is DEFAULT,
+    require((args.mask_span == FULL_SPAN and not args.mask_original_margins) or protocol is DEFAULT,
             f"--mask_span is about synthetic holes, which --protocol={name} does not have; leave it out")  # fmt: skip
     args.size = protocol.size or args.size
     return protocol
@@ -106,7 +106,7 @@ def follows_seed(protocol, args):
 def describe(protocol, args):
     """{what changes a number: what it is}, of the protocol and of what it leaves to the flags."""
     if protocol is DEFAULT:
-        span = ",".join(f"{share:.3g}" for share in args.mask_span)
+        span = "original" if args.mask_original_margins else ",".join(f"{share:.3g}" for share in args.mask_span)
         drawn = f"drawn, by seed and place in the list, mask_span {span}"
         chosen = {"masks": "of --masks, any value above 0" if args.masks else drawn}
     else:

@@ -116,13 +116,16 @@ def read_masked(folder, args):
 
 
 def fit(folder, frames, holes, args):
-    """Both in --size: frames by area, holes by nearest."""
+    """Both in --size: frames by area, holes by nearest. Raises InputError for a size in which no hole is left."""
     width, height = args.size or (frames.shape[2], frames.shape[1])
     if min(width, height) < SMALLEST_FLOW:
         raise InputError(
             f"{folder} is {width}x{height}: {SMALLEST_FLOW}x{SMALLEST_FLOW} or more was needed; use --size"
         )
-    return resize(frames, holes, height, width)
+    fitted = resize(frames, holes, height, width)
+    if holes.any() and not fitted[1].any():
+        raise InputError(f"{folder} has no hole left at {width}x{height}: raise --size, or leave the video out")
+    return fitted
 
 
 def find_propainter(args):

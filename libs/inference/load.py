@@ -87,7 +87,7 @@ def check_inference_flags(args):
         if getattr(args, flag, None) is None:
             setattr(args, flag, defaults[args.as_deployed])
     if args.as_deployed and args.pcm_weights is None:
-        args.pcm_weights = Path(os.environ.get("WEIGHTS", "weights"), PCM_FILE)
+        args.pcm_weights = str(Path(os.environ.get("WEIGHTS", "weights"), PCM_FILE))
     at_least(1, args, "nframes", "num_inference_steps")
     at_least(0, args, "overlap", "seed")
     require(args.blend != "latents" or args.pcm_weights, "--blend=latents needs few-step weights, as UniPC remembers a "
