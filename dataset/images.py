@@ -198,9 +198,10 @@ def find_hole(values, exact):
     faint = (inner > 0) & (inner < NOISE)
     if exact and bright and faint.any():
         # Labels are areas of one value and lie at any distance. What was compressed before it was saved as a PNG is
-        # near 0 or near the brightest; soft edges are no areas.
+        # near 0 or near the brightest, with shades between them at every edge; soft edges are no areas.
+        sharp = np.count_nonzero(np.bincount(values.ravel())[NOISE + 1 :]) == 1
         flat = (inner == values[1:, :-1]) & (inner == values[:-1, 1:])
-        exact = flat[faint].mean() > 0.5 and (between or brightest < 3 * NOISE)
+        exact = flat[faint].mean() > 0.5 and (between or sharp or brightest < 3 * NOISE)
     threshold = 0 if exact else max(NOISE, brightest // 4)
     hole = np.where(values > threshold, 255, 0).astype(np.uint8)
     if exact:

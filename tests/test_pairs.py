@@ -334,9 +334,10 @@ def rose(root):
 def vor(root):
     train = [root / "VOR-Train/FG_BG", root / "VOR-Train/BG", root / "VOR-Train-MASK/MASK"]
     evaluation = [root / "VOR-Eval" / name for name in ("FG_BG", "BG", "MASK")]
-    for folders, name in ((train, "REAL_ENV105_00001_001_03"), (evaluation, "BLENDER_1")):
+    second = [root / "part2" / name for name in ("FG_BG", "BG", "MASK")]
+    for folders, name in ((train, "REAL_ENV105_00001_001_03"), (evaluation, "BLENDER_1"), (second, "REAL_ENV106")):
         write_mp4s(*(folder / f"{name}.mp4" for folder in folders), WHITE)
-    return ["REAL_ENV105_00001_001_03"]
+    return ["REAL_ENV105_00001_001_03", "REAL_ENV106"]
 
 
 def gen_omnimatte(root):

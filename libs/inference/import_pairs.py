@@ -71,7 +71,11 @@ def find_vor(source):
         paths = (path for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}{name}"))
         found[name] = [path for path in paths if "VOR-Eval" not in path.relative_to(source).parts]
     if all(found.values()):
-        yield from match(*(paths[0] for paths in found.values()))
+        for folder in found["FG_BG"]:  # one or more parts of the archive; the others' files may lie with another part
+            for path in (path for path in folder.glob("*.mp4") if not is_hidden(path.name)):
+                others = (next((part / path.name for part in found[name] if (part / path.name).is_file()),
+                               found[name][0] / path.name) for name in ("BG", "MASK"))  # fmt: skip
+                yield Pair(path.stem, path, *others, is_light)
 
 
 def find_tuples(source):
