@@ -5,6 +5,7 @@ python run_diffueraser.py --video clip.mp4 --mask mask.mp4 --output_dir results/
 """
 
 import argparse
+import os
 import signal
 import sys
 from functools import partial
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from common.command_line import Parser, at_least, require
 from common.errors import InputError, one_line_errors
-from common.files import check_writable, note_own, refuse_foreign
+from common.files import check_writable, is_filled, note_own, read_own, refuse_foreign
 from common.threads import in_threads
 from libs.inference.composition import (
     compose_as_deployed,
@@ -32,6 +33,7 @@ from libs.inference.video import dilate, open_masks, open_video, upscale, write_
 from libs.inference.video_file import DEFAULT_FPS, VideoWriter
 
 RESULTS = ("frames", "result.mp4")
+KEPT = "frames.before"  # where --overwrite puts frames of the user's own
 SMALLEST_SIDE = 8  # pixels, one of the latents
 
 
@@ -44,7 +46,8 @@ def build_parser():
     add("--output_dir", required=True, metavar="DIR", help="result.mp4 and frames/ are written there")
     add("--fps", type=float,
         help=f"an even rate, without sound (default: the video's own times, else {DEFAULT_FPS:g})")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace a frames/ or result.mp4 that no earlier result made")
+    add("--overwrite", action="store_true",
+        help=f"replace a frames/ (kept as {KEPT}/) or result.mp4 that no earlier result made")  # fmt: skip
     add("--resolution", type=int, metavar="PX",
         help="shrink a clip whose short side is longer while working: less memory (default: no)")  # fmt: skip
     add("--max_side", type=int, metavar="PX",
@@ -137,13 +140,20 @@ def check_output(args):
     """The folder to write to, in which nothing of the user's may be replaced."""
     folder = Path(args.output_dir)
     check_writable(folder, "--output_dir")
-    written = {(folder / name).resolve() for name in RESULTS}
-    if written & {Path(path).resolve() for path in (args.video, args.mask, args.prior)}:
+    written = [(folder / name).resolve() for name in RESULTS]
+    inputs = [Path(path).resolve() for path in (args.video, args.mask, args.prior)]
+    if any(path.is_relative_to(target) for path in inputs for target in written):
         raise InputError(f"--output_dir={args.output_dir}: the result would replace the clip; choose another folder")
     refuse_foreign(folder, RESULTS, args.overwrite)
     frames = folder / "frames"
     require(not frames.is_file(), f"{frames} is a file, a folder was needed: move it, or choose another --output_dir")
+    taken = has_foreign_frames(folder) and os.path.lexists(folder / KEPT)
+    require(not taken, f"{folder} holds {KEPT} already, where its frames would go: move it, or choose another folder")
     return folder
+
+
+def has_foreign_frames(folder):
+    return "frames" not in read_own(folder) and is_filled(folder / "frames")
 
 
 def frame_file(folder, i):
@@ -159,6 +169,8 @@ def write_result(folder, video, frames, fps):
         frames: an iterator, whose frames may have another size.
     """
     first = next(frames)
+    if has_foreign_frames(folder):  # --overwrite
+        Path(folder, "frames").rename(folder / KEPT)
     earlier = note_own(folder, {"frames": len(video), "result.mp4": 1})
     Path(folder, "frames").mkdir(exist_ok=True)
     for i in range(earlier.get("frames", 0)):

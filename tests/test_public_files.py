@@ -14,6 +14,7 @@ from PIL import Image
 
 import eval_DiffuEraser
 from common.errors import InputError
+from common.files import OWN_FILES
 from common.weights import variant_of, weight_files
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import read_names, scan_ytvos
@@ -213,6 +214,15 @@ def test_labels_of_any_number_are_hole():
     assert np.array_equal(deep, hole)
 
 
+@pytest.mark.parametrize("brightest", [10, 72, 255])
+def test_labels_beside_a_bright_one_are_hole(brightest):
+    """An object of value 1 and an area of another, without a shade between them."""
+    labels = np.zeros((60, 60), np.uint8)
+    labels[5:45, 5:45], labels[50:54, 5:45] = 1, brightest
+    hole, note = find_hole(labels, exact=True)
+    assert np.array_equal(hole > 0, labels > 0) and note == "3 values, any above 0 is hole"
+
+
 def test_labels_without_a_palette_are_hole(tmp_path):
     """As Pillow saves them from an array: of its palette only black is written."""
     truth = davis_masks(3)[0]
@@ -250,8 +260,24 @@ def test_nobodys_files_are_replaced(run, clip, tmp_path):
     assert status == 1 and "holds frames, which no earlier result made" in error and "--overwrite" in error
     assert {path: path.read_bytes() for path in (out / "frames").iterdir()} == before
     assert not (out / "result.mp4").exists()
+    write_frames(out / "frames", 255 - np.concatenate([clip.frames] * 2))  # more than the result will have
+    before = {path.name: path.read_bytes() for path in (out / "frames").iterdir()}
     assert run(clip.folder, clip.mask, out, "--overwrite")[0] == 0
     assert np.array_equal(read_video(out / "frames")[0], clip.frames)
+    assert {path.name: path.read_bytes() for path in (out / "frames.before").iterdir()} == before
+    shutil.rmtree(out / "frames")
+    (out / OWN_FILES).unlink()
+    write_frames(out / "frames", clip.frames)
+    status, _, error = run(clip.folder, clip.mask, out, "--overwrite")
+    assert status == 1 and "holds frames.before already, where its frames would go" in error
+
+
+def test_an_input_inside_an_earlier_result(run, clip, tmp_path):
+    out = tmp_path / "out"
+    assert run(clip.folder, clip.mask, out)[0] == 0
+    shutil.copy(clip.mask, out / "frames/00003.png")
+    status, _, error = run(clip.folder, out / "frames/00003.png", out)
+    assert status == 1 and "the result would replace the clip" in error and (out / "frames/00003.png").is_file()
 
 
 def test_an_earlier_result_is_replaced(run, clip, tmp_path):
