@@ -26,6 +26,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ BORDER = ["--mask_border=0.3", "--mask_growth=-1,2"]  # pixels of 64: at 512 fro
 PASTE = ["--paste=0.3"]
 LOSS = ["--loss_weights=1,0.5,0.05", "--loss_rim=1"]  # of 16 latents: at 512 four
 EMA = ["--ema_decay=0.98"]
+OWN_NOISES = "own-noises"
 ARMS = {  # stage: {arm: flags of the trainer}; the first arm is what the others are compared with
     1: {
         "guide": [],
@@ -65,7 +67,12 @@ ARMS = {  # stage: {arm: flags of the trainer}; the first arm is what the others
         "averaging": None,  # the guide's last checkpoints, averaged
         "all": [*MIX, *BORDER, *PASTE, *LOSS, *EMA],
     },
-    2: {"start": None, "guide": [], "known": ["--known_frames=0.3"]},  # the start: stage 1 itself, frame by frame
+    2: {
+        OWN_NOISES: None,  # stage 1 itself, frame by frame, each from a noise of its own, as stage 2's frames are
+        "start": None,  # the same from one noise for all frames, as stage 1 is used: hardly any flicker
+        "guide": [],
+        "known": ["--known_frames=0.3"],
+    },
 }
 AVERAGED = 3  # checkpoints, the last of CHECKPOINTS that a run of the guide's recipe saves
 CHECKPOINTS = 10
@@ -105,7 +112,7 @@ class Lab:
 
     def folder(self, arm, seed):
         """Converted weights of a finished arm."""
-        return self.start if arm == "start" else self.runs / f"{arm}-{seed}"
+        return self.start if arm in ("start", OWN_NOISES) else self.runs / f"{arm}-{seed}"
 
     def scores(self, arm, seed):
         return self.runs / f"{arm}-{seed}.csv"
@@ -200,7 +207,7 @@ def train(lab):
         jobs = {}
         for arm, seed in lab.pairs:
             folder = lab.folder(arm, seed)
-            if (arm == "averaging") == averaged and arm != "start":
+            if (arm == "averaging") == averaged and folder != lab.start:
                 settings = {"steps": lab.steps, "flags": ARMS[lab.stage][arm]}
                 refuse_change(folder.with_name(f"{folder.name}.json"), settings)
                 if not finished(folder):
@@ -228,10 +235,12 @@ def score_one(lab):
     ((arm, seed),) = lab.pairs
     parser, side = Parser(), lab.size["resolution"]
     add_inference_flags(parser)
-    window = lab.size[2]["frames"] if lab.stage == 2 and arm != "start" else lab.options.frames
+    window = lab.size[2]["frames"] if lab.stage == 2 and lab.folder(arm, seed) != lab.start else lab.options.frames
     args = parser.parse_args([*lab.base_flags(), f"--nframes={window}", f"--num_inference_steps={SAMPLER_STEPS}"])
     check_inference_flags(args)
     pipeline, prompt_embeds, _ = load_pipeline(args, lab.folder(arm, seed))
+    if arm == OWN_NOISES:
+        pipeline = replace(pipeline, shared_noise=False)
     davis, rows = lab.data / "DAVIS", []
     frames = davis / "JPEGImages/480p"
     videos = [scan_video(frames / name) for name in read_names(davis / "ImageSets/2017/val.txt", frames)]

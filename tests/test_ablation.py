@@ -108,8 +108,11 @@ def test_all_steps_and_what_is_done_is_not_done_again(here, tmp_path, capsys):
     assert here == [] and (tmp_path / "table-stage1.md").read_text() == text
     line = error_line(capsys, ablation.main, ["train", *flags, "--arms", "guide", "--steps=4"])
     assert "{'steps': 3, 'flags': []}, not {'steps': 4, 'flags': []}" in line
-    ablation.main(["train", "score", "table", *flags, "--stage=2", "--arms", "start", "known"])
-    assert here == ["known-0", "start-0", "known-0"] and "| known | " in capsys.readouterr().out
+    ablation.main(["train", "score", "table", *flags, "--stage=2", "--arms", "own-noises", "start", "known"])
+    assert here == ["known-0", "own-noises-0", "start-0", "known-0"]
+    assert "| known | " in capsys.readouterr().out
+    scores = [(tmp_path / f"stage2/{arm}-0.csv").read_text().split(",", 8)[-1] for arm in ("own-noises", "start")]
+    assert scores[0] != scores[1]  # one model, other noises
 
 
 def test_table_by_hand(tmp_path, capsys):
