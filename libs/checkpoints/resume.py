@@ -46,8 +46,8 @@ def describe_run(args, stage, opened, dataset, policy):
         "engine": distributed_type(),
         "num_processes": int(os.environ.get("WORLD_SIZE", 1)),
         "clips": len(dataset),
-        "videos": short_hash(f"{video.folder.name} {len(video.frames)}" for video in dataset.videos + dataset.pairs),
-        "hole_videos": short_hash(dataset.holes.sources()),
+        "videos": hash_of_names(f"{video.folder.name} {len(video.frames)}" for video in dataset.videos + dataset.pairs),
+        "hole_videos": hash_of_names(dataset.holes.sources()),
         **{name: getattr(args, name) for name in policy.on_change},
         "mask_span": list(args.mask_span),  # as it is read back from JSON
         "validation_image": [Path(folder).name for folder in args.validation_image],
@@ -56,7 +56,7 @@ def describe_run(args, stage, opened, dataset, policy):
     return TrainerState(stage=stage.number, weights=weights, settings=settings)
 
 
-def short_hash(lines):
+def hash_of_names(lines):
     """Of names in their order, which say what an index or a draw stands for; not of where they lie. "" of none."""
     text = "\n".join(lines)
     return text and hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]

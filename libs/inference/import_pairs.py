@@ -57,8 +57,8 @@ def find_rose(source):
     """
     for folder in (*source.glob("*_Unedited"), *source.glob("*/*_Unedited")):
         scene = folder.name.removesuffix("_Unedited")
-        folders = (folder.with_name(f"{scene}_{kind}") for kind in ("Unedited", "Edited", "Masked"))
-        yield from match(*folders, prefix=f"{scene}_")
+        unedited, edited, masked = (folder.with_name(f"{scene}_{kind}") for kind in ("Unedited", "Edited", "Masked"))
+        yield from match(unedited, [edited], [masked], prefix=f"{scene}_")
 
 
 def find_vor(source):
@@ -71,11 +71,8 @@ def find_vor(source):
         paths = (path for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}{name}"))
         found[name] = [path for path in paths if "VOR-Eval" not in path.relative_to(source).parts]
     if all(found.values()):
-        for folder in found["FG_BG"]:  # one or more parts of the archive; the others' files may lie with another part
-            for path in (path for path in folder.glob("*.mp4") if not is_hidden(path.name)):
-                others = (next((part / path.name for part in found[name] if (part / path.name).is_file()),
-                               found[name][0] / path.name) for name in ("BG", "MASK"))  # fmt: skip
-                yield Pair(path.stem, path, *others, is_light)
+        for folder in found["FG_BG"]:  # of each part of the archive; its other files may lie with another part
+            yield from match(folder, found["BG"], found["MASK"])
 
 
 def find_tuples(source):
@@ -98,10 +95,13 @@ LAYOUTS = (find_rose, find_vor, find_tuples)
 
 
 def match(with_object, without, masks, prefix=""):
-    """Pairs of videos of one name in three folders; where one lacks it, opening it says so."""
+    """Pairs of a folder's videos and those of their names in one of the folders `without` and one of `masks`; where all
+    lack it, opening it says so."""
     for path in with_object.glob("*.mp4"):
         if not is_hidden(path.name):
-            yield Pair(prefix + path.stem, path, without / path.name, masks / path.name, is_light)
+            others = (next((folder / path.name for folder in folders if (folder / path.name).is_file()),
+                           folders[0] / path.name) for folders in (without, masks))  # fmt: skip
+            yield Pair(prefix + path.stem, path, *others, is_light)
 
 
 def unpack(pair, target):

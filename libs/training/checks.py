@@ -31,9 +31,6 @@ from libs.inference.prior import check_prior
 from libs.training.config import resume_policy
 from libs.training.optimizer import bf16_adam, eight_bit_adam
 
-SOURCE_WEIGHTS = (  # flags of what a run starts from
-    "pretrained_stage1", "pretrained_stage1_path", "motion_adapter_path", "brushnet_model_name_or_path",
-)  # fmt: skip
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
 EIGHT_BIT_SAVES = 6  # of them, where moments have 8 bits
 BF16_SAVES = 2  # of them, where weights have 16
@@ -101,7 +98,7 @@ def check_run(args, stage):
     opened = checks.open("weights", open_models, args, stage)
     if base and opened:
         checks.check("model family", check_fit, args, base, opened)
-    checks.check("output folder", check_output_dir, args)
+    checks.check("output folder", check_output_dir, args, opened or {})
     if opened and args.pcm_weights:
         checks.check("few-step weights", check_few_step, args, opened)
     dataset = checks.open("training data", open_dataset, args)
@@ -193,13 +190,12 @@ def list_of(value):
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def check_output_dir(args):
+def check_output_dir(args, opened):
     """It can be written to, and holds no weights that the end of the run would overwrite."""
     folder = Path(args.output_dir)
     if args.latent_cache and not args.random_crop:
         check_writable(Path(args.latent_cache), "--latent_cache")
-    sources = [getattr(args, name, None) for name in SOURCE_WEIGHTS]
-    refuse_source_weights(folder, filter(None, sources), flag="--output_dir")
+    refuse_source_weights(folder, [weights.folder for weights in opened.values() if weights], flag="--output_dir")
     check_writable(folder, "--output_dir")
     require_utf8(folder)
     files = (CONFIG_FILE, BEST_FILE, *(Path(args.logging_dir, name) for name in RUN_FILES))
