@@ -58,11 +58,20 @@ def check_distributed(args):
     if sharded and args.ema_decay is not None:
         raise InputError("--ema_decay does not go with fsdp, which shards the weights: drop it (EMA_DECAY=)")
     processes, machines = int(os.environ.get("WORLD_SIZE", 1)), count_machines()
-    if args.cuda_graph and (sharded or processes > 1):
-        raise InputError("--cuda_graph is for one process without FSDP: drop it (CUDA_GRAPH=0)")
+    if args.cuda_graph:
+        check_cuda_graph(args, sharded, processes, machines)
     if processes == 1:
         return "fsdp, one process" if sharded else "one process"
     return f"{distributed_type()}, {processes} processes" + (f" on {machines} machines" if machines > 1 else "")
+
+
+def check_cuda_graph(args, sharded, processes, machines):
+    """One graph holds a whole step of DDP, and nothing watches what it sends for a machine that is lost."""
+    lacking = "without FSDP" if sharded else "for one machine" if machines > 1 else None
+    if processes > 1 and args.gradient_accumulation_steps > 1:
+        lacking = lacking or "without --gradient_accumulation_steps on several GPUs"
+    if lacking:
+        raise InputError(f"--cuda_graph works {lacking} only: drop it (CUDA_GRAPH=0)")
 
 
 def count_machines():
@@ -86,7 +95,8 @@ def make_accelerator(args):
         step_scheduler_with_optimizer=False,  # the loop steps it, once per optimizer step in every process
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=args.distributed_timeout)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
+            # No second copy of the gradients; buffers are tables that never change.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:

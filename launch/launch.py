@@ -102,6 +102,7 @@ def read_flags(extra):
     parser.add_argument("--output_dir")
     parser.add_argument("--davis_root")
     parser.add_argument("--validation_image")
+    parser.add_argument("--gradient_accumulation_steps")
     parser.add_argument("--check_only", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     return parser.parse_known_args(extra)[0]
@@ -117,6 +118,7 @@ class Engine:
     arguments: list[str]  # of `accelerate launch`
     rank: int  # of this machine
     processes: int  # of all machines
+    machines: int
     gpus: int  # of this machine that may be used
     sharded: bool  # FSDP
 
@@ -190,7 +192,7 @@ def choose_engine(config):
     if sharded:  # layers gather their weights as they go, which leaves holes in the allocator's memory: without this,
         # fp32 ran out of 80 GB with 25 GiB in use.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", variable("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
-    return Engine(arguments, rank, processes, gpus, sharded)
+    return Engine(arguments, rank, processes, machines, gpus, sharded)
 
 
 # --- The trainer's flags ----------------------------------------------------------------------------------------------
@@ -203,7 +205,9 @@ def trainer_flags(stage, engine, given):
     compiles = variable("COMPILE", "1" if fastest and compiling_lacks() is None else "0") == "1"
     if compiles:
         flags.append("--compile")
-    if variable("CUDA_GRAPH", "1" if compiles and engine.processes == 1 else "0") == "1":
+    accumulates = (given.gradient_accumulation_steps or variable("GRADIENT_ACCUMULATION_STEPS", "1")) != "1"
+    one_graph = engine.processes == 1 or (engine.machines == 1 and not accumulates)
+    if variable("CUDA_GRAPH", "1" if compiles and one_graph else "0") == "1":
         flags.append("--cuda_graph")
     davis = os.environ.get("DAVIS_ROOT", "dataset/DAVIS") if given.davis_root is None else given.davis_root
     videos = find_validation_videos(Path(davis))

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -122,10 +123,26 @@ def test_engines_that_cannot_run_here(train, monkeypatch, capsys, engine, messag
     assert message in error and "ACCELERATE_CONFIG=configs/accelerate/" in error and error.count("\n") == 1
 
 
-def test_a_cuda_graph_is_for_one_process(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="--cuda_graph is for one process without FSDP: drop it"):
-        check_distributed(SimpleNamespace(cuda_graph=True, compile=True, use_8bit_adam=False))
+@pytest.mark.parametrize(
+    ("variables", "accumulation", "lacking"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, 1, "without FSDP"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, 1, "for one machine"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 2, "without --gradient_accumulation_steps on several GPUs"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 1, None),
+        ({}, 2, None),
+    ],
+)
+def test_where_a_cuda_graph_works(monkeypatch, variables, accumulation, lacking):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("common.distributed.gpu_is_used", lambda: True)
+    args = SimpleNamespace(
+        cuda_graph=True, compile=False, use_8bit_adam=False, ema_decay=None, gradient_accumulation_steps=accumulation
+    )
+    refused = pytest.raises(InputError, match=f"--cuda_graph works {lacking} only: drop it")
+    with refused if lacking else nullcontext():
+        check_distributed(args)
 
 
 HOSTS = ("diffueraser0", "diffueraser1")

@@ -267,11 +267,7 @@ def graphs(monkeypatch):
                 place.copy_(value)  # capturing computes nothing
         return Captured(SimpleNamespace(replay=replay), inputs, loss, None)
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda: stream)
-    for name in ("stream", "use_mem_pool"):
-        monkeypatch.setattr(torch.cuda, name, lambda anything: nullcontext())
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool: nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(GraphedForwardBackward, "capture", capture)
     return captures
@@ -336,7 +332,7 @@ def test_a_capture_that_fails_says_why(monkeypatch, cause, expected):
         monkeypatch.setattr(torch.cuda, name, lambda: SimpleNamespace(id=None))
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(libs.training.cuda_graph, "denoising_loss", fail)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     accelerator, base = SimpleNamespace(gradient_accumulation_steps=1), SimpleNamespace(noise_scheduler=None)
     step = GraphedForwardBackward(accelerator, None, base)
     with pytest.raises(expected, match=str(cause).splitlines()[0]):

@@ -178,8 +178,8 @@ class TrainConfig:
         False, "compile the models in the first step: faster steps, less memory", variable="COMPILE", on_change=LOGGED,
         launcher="1 on a GPU with a C compiler, unless `LOW_MEMORY` or FSDP")
     cuda_graph: bool = setting(
-        False, "replay forward and backward pass as one CUDA graph: faster, more memory; one GPU",
-        variable="CUDA_GRAPH", on_change=LOGGED, launcher="as `COMPILE`; 0 with several processes")
+        False, "replay forward and backward pass as one CUDA graph: faster, more memory; one machine", on_change=LOGGED,
+        variable="CUDA_GRAPH", launcher="as `COMPILE`; 0 on several machines, or if several GPUs accumulate gradients")
     distributed_timeout: int = setting(
         1800, "how long a process waits for the others before it ends the run", metavar="SECONDS", check=one_or_more)
     allow_tf32: bool = setting(False, "TF32 in fp32 matrix products on Ampere and newer GPUs")

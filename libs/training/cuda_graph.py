@@ -6,11 +6,18 @@ https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 from dataclasses import dataclass
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import InputError, first_line
 from libs.training.loss import EncodedBatch, ForwardBackward, denoising_loss, encode_batch
 
 WARM_UP = 3  # passes before a capture: compilation, cuDNN's choice of kernels and lazy allocation happen there
+WARM_UP_DDP = 11  # DDP times its first ten passes, which cannot be captured
+
+
+def leave_default_stream():
+    """It cannot be captured, nor may anything that a captured pass waits for have begun there, such as DDP's hooks."""
+    torch.cuda.set_stream(torch.cuda.Stream())
 
 
 @dataclass(eq=False)
@@ -24,22 +31,24 @@ class Captured:
 
 
 class GraphedForwardBackward(ForwardBackward):
-    """The first passes run as they are, one is captured, then it is replayed. For one process on a GPU."""
+    """The first passes run as they are, one is captured, then it is replayed, DDP's exchange of gradients included.
+
+    Needs a GPU, and a stream of one's own: see `leave_default_stream`.
+    """
 
     keeps_gradients = True
 
     def __init__(self, accelerator, model, base, weights=None):
         super().__init__(accelerator, model, base, weights)
-        self.stream = torch.cuda.Stream()  # the default one cannot be captured
         self.captured, self.passes, self.optimizer = None, 0, None
+        self.warm_up = WARM_UP
+        if isinstance(model, DistributedDataParallel):
+            self.warm_up = WARM_UP_DDP
+            model._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # no pass is timed later on
 
     def __call__(self, batch):
-        main = torch.cuda.current_stream()
-        self.stream.wait_stream(main)
-        with torch.cuda.stream(self.stream):
-            self.passes += 1
-            loss = self.replay(batch) if self.passes > WARM_UP else super().__call__(batch)
-        main.wait_stream(self.stream)
+        self.passes += 1
+        loss = self.replay(batch) if self.passes > self.warm_up else super().__call__(batch)
         return loss.clone()
 
     def replay(self, batch):
@@ -64,7 +73,8 @@ class GraphedForwardBackward(ForwardBackward):
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
         try:
             # thread_local: loading goes on meanwhile, in threads that call CUDA.
-            with torch.cuda.graph(graph, pool.id, self.stream, capture_error_mode="thread_local"):
+            stream = torch.cuda.current_stream()
+            with torch.cuda.graph(graph, pool.id, stream, capture_error_mode="thread_local"):
                 loss = self.backward(encoded)
         except RuntimeError as error:
             cause = error.__context__ or error  # what went wrong inside, before the capture could not end
@@ -81,7 +91,7 @@ class GraphedForwardBackward(ForwardBackward):
 
     def release(self):
         """Give the graph's memory back: the pass after the next one captures another."""
-        self.passes = min(self.passes, WARM_UP - 1)
+        self.passes = min(self.passes, self.warm_up - 1)
         if self.captured:
             self.captured = None
             super().clear_gradients(self.optimizer)

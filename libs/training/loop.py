@@ -24,7 +24,7 @@ from libs.training.setup import (
     make_passes,
     require_agreement,
     resume,
-    seed_everything,
+    set_up_torch,
 )
 from libs.training.stopping import StopRequest
 from libs.training.validation import Validation
@@ -52,7 +52,7 @@ def run(stage, argv=None):
         log_start(config, stage, accelerator, checks, found)
         require_agreement(accelerator, config, found)
         start_trackers(accelerator, config)
-        seed_everything(config)
+        set_up_torch(config)
         train(config, stage, accelerator, found, stop)
         accelerator.end_training()
 

@@ -17,7 +17,7 @@ from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.checkpoints.resume import BATCH_SETTINGS
 from libs.inpainter import cast_parameters
 from libs.training.config import settings_with
-from libs.training.cuda_graph import GraphedForwardBackward
+from libs.training.cuda_graph import GraphedForwardBackward, leave_default_stream
 from libs.training.latent_cache import LatentCache
 from libs.training.log import log, log_compiling, log_parameters
 from libs.training.loss import ForwardBackward
@@ -48,9 +48,12 @@ def what_must_agree(config, found):
     }
 
 
-def seed_everything(config):
+def set_up_torch(config):
+    """Seeds, products in TF32, the stream that everything runs in."""
     set_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    if config.cuda_graph:
+        leave_default_stream()
 
 
 def load_base(config, accelerator, found):
