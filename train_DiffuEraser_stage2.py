@@ -12,7 +12,7 @@ from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 class Stage2(Stage):
     description = __doc__
     model_class = ClipInpainter
-    gib_per_frame = (1.85, 1.2, 0.25)
+    gib_per_frame = (1.85, 1.1, 0.25)
 
     @staticmethod
     def open_models(args):

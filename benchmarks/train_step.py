@@ -22,6 +22,7 @@ from common.distributed import DTYPES
 from dataset.crop import RESOLUTION_HELP, resolution, sides
 from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
+from libs.compiling import compile_models
 from libs.inpainter import INPAINTERS, cast_parameters
 from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward, leave_default_stream
 from libs.training.loss import ForwardBackward
@@ -111,7 +112,7 @@ class Step:
             model.enable_gradient_checkpointing()
         if flags.compile:
             by_layer = flags.cuda_graph or flags.gradient_checkpointing
-            model.compile_models(by_layer, channels_last=not flags.use_8bit_adam)
+            compile_models((model.unet_main, model.brushnet), by_layer, channels_last=not flags.use_8bit_adam)
             vae.compile_encoder()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(flags, parameters, flags.learning_rate, accelerator.device)

@@ -26,8 +26,7 @@ class Inpainter(nn.Module, ABC):
 
     trains_brushnet = True
 
-    # The layers that the walk calls: what FSDP gathers and frees as one, and what is compiled one by one. Blocks are
-    # never called themselves.
+    # The layers that the walk calls, and FSDP gathers and frees as one. Blocks are never called themselves.
     _no_split_modules = ("ResnetBlock2D", "Transformer2DModel")
 
     def __init__(self, unet_main, brushnet):
@@ -62,22 +61,6 @@ class Inpainter(nn.Module, ABC):
     def enable_gradient_checkpointing(self):
         self.unet_main.enable_gradient_checkpointing()
         self.brushnet.enable_gradient_checkpointing()
-
-    def compile_models(self, by_layer, channels_last=True):
-        """torch.compile, in cuDNN's own memory format, or gradients would come in another one than weights.
-
-        Args:
-            by_layer: compile layers, equal ones once, which takes half as long as each model as one graph, and a
-                fifth where layers are recomputed. The host has more to do in a step, which a CUDA graph hides.
-            channels_last: 8-bit optimizers know one format only, the other one.
-        """
-        torch._dynamo.config.optimize_ddp = False  # it would cut graphs at every 25 MiB of weights
-        torch._dynamo.config.recompile_limit = 128  # forms of a layer: its shapes, with gradients and without
-        if channels_last:
-            self.to(memory_format=torch.channels_last)
-        layers = [layer for layer in self.modules() if type(layer).__name__ in self._no_split_modules]
-        for part in layers if by_layer else (self.unet_main, self.brushnet):
-            part.compile(fullgraph=True, dynamic=False)
 
 
 class FrameInpainter(Inpainter):

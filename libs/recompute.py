@@ -19,9 +19,9 @@ def run_recomputed(layer, modules, inputs, pieces=1):
     """
     parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
     layer = partial(layer, *modules)
-    # torch's own function calls two hooks for every tensor that is not kept, a sixth of a step. But compilers know no
-    # other, and FSDP's layers run with other tensors than their parameters.
-    if torch.compiler.is_compiling() or any(isinstance(parameter, DTensor) for parameter in parameters):
+    # torch's own function calls two hooks for every tensor that is not kept, a sixth of a step. But FSDP's layers run
+    # with other tensors than their parameters.
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
         run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
         return join([run(*piece) for piece in split(inputs, pieces)])
     trained = [parameter for parameter in parameters if parameter.requires_grad]

@@ -9,6 +9,9 @@ then its downsampler; the mid block; each layer of an up block, then its upsampl
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 
 import torch
@@ -33,6 +36,7 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
     Returns: (N, c, h, w), what the last up block leaves.
     """
     features = repeat(None) if features is None else iter(features)
+    parts = unet.parts
     recompute = unet.gradient_checkpointing and torch.is_grad_enabled()
 
     def run(layer, modules, *args, pieces=1):
@@ -57,9 +61,9 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
             pieces = 1
             if skip is None and num_frames is None:
                 pieces = min(math.ceil(sample.numel() / MAX_RECOMPUTED), len(sample))
-            sample = run(_layer, (resnet, attention), *args, pieces=pieces)
+            sample = run(partial(_layer, parts), (resnet, attention), *args, pieces=pieces)
             if motion_module is not None:
-                sample = run(_motion, (motion_module,), sample, num_frames)
+                sample = run(parts.motion, (motion_module,), sample, num_frames)
             samples.append(at_site(sample))
         return samples
 
@@ -72,44 +76,64 @@ def walk(unet, sample, temb, encoder_hidden_states, features=None, collect=None,
             sample = at_site(downsampler(sample), next(features))
             skips.append(sample)
 
-    sample = run(_mid, [unet.mid_block], sample, temb, encoder_hidden_states, next(features), num_frames)
-    sample = at_site(sample)
+    mid = partial(_mid, parts)
+    sample = at_site(run(mid, [unet.mid_block], sample, temb, encoder_hidden_states, next(features), num_frames))
 
     for block in unet.up_blocks:
         sample = run_layers(block, sample, skips)[-1]
         for upsampler in block.upsamplers or []:
             # To the size of the next skip, not simply twice: sizes that are no multiples of 8 come out right.
-            sample = at_site(upsampler(sample, output_size=skips[-1].shape[-2:]), next(features))
+            sample = at_site(parts.upsample(upsampler, sample, skips[-1].shape[-2:]), next(features))
     return sample
 
 
-def _layer(resnet, attention, sample, skip, temb, encoder_hidden_states, feature):
+def _layer(parts, resnet, attention, sample, skip, temb, encoder_hidden_states, feature):
     """Resnet, spatial attention, the addition: frames do not see each other."""
-    if skip is not None:
-        sample = torch.cat([sample, skip], dim=1)
-    sample = resnet(sample, temb)
+    sample = parts.resnet(resnet, sample, skip, temb)
     if attention is not None:
-        sample = attention(sample, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+        sample = parts.attention(attention, sample, encoder_hidden_states)
     return sample if feature is None else sample + feature
+
+
+def _mid(parts, block, sample, temb, encoder_hidden_states, feature, num_frames):
+    (attention,), (resnet, second_resnet) = block.attentions, block.resnets
+    sample = _layer(parts, resnet, attention, sample, None, temb, encoder_hidden_states, None)
+    sample = _layer(parts, second_resnet, None, sample, None, temb, None, feature)
+    if hasattr(block, "motion_modules"):
+        (motion_module,) = block.motion_modules
+        sample = parts.motion(motion_module, sample, num_frames)
+        # The published weights were trained with this resnet run twice; without the repetition outputs drift.
+        sample = parts.resnet(second_resnet, sample, None, temb)
+    return sample
+
+
+def _resnet(resnet, sample, skip, temb):
+    return resnet(sample if skip is None else torch.cat([sample, skip], dim=1), temb)
+
+
+def _attention(attention, sample, encoder_hidden_states):
+    return attention(sample, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
 
 
 def _motion(motion_module, sample, num_frames):
     return motion_module(sample, num_frames=num_frames)
 
 
-def _mid(block, sample, temb, encoder_hidden_states, feature, num_frames):
-    (attention,), (resnet, second_resnet) = block.attentions, block.resnets
-    sample = resnet(sample, temb)
-    sample = attention(sample, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
-    sample = second_resnet(sample, temb)
-    if feature is not None:
-        sample = sample + feature
-    if hasattr(block, "motion_modules"):
-        (motion_module,) = block.motion_modules
-        sample = motion_module(sample, num_frames=num_frames)
-        # The published weights were trained with this resnet run twice; without the repetition outputs drift.
-        sample = second_resnet(sample, temb)
-    return sample
+def _upsample(upsampler, sample, size):
+    return upsampler(sample, output_size=size)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The functions that layers consist of, as they are here or compiled."""
+
+    resnet: Callable
+    attention: Callable
+    motion: Callable
+    upsample: Callable
+
+
+PARTS = Parts(_resnet, _attention, _motion, _upsample)
 
 
 def embed_timesteps(unet, timestep, batch_size):
@@ -124,6 +148,7 @@ class LayerWalk:
     """What the three models share: whole-layer gradient checkpointing, and a plain word about unused arguments."""
 
     gradient_checkpointing = False
+    parts = PARTS
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func=None):
         """Recompute every layer (resnet, attention, addition) and motion module as one unit in the backward pass.

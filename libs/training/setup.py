@@ -15,6 +15,7 @@ from dataset.loader import EpochSampler, TrainingClips
 from libs.base_model import LoadedBase
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.checkpoints.resume import BATCH_SETTINGS
+from libs.compiling import compile_models
 from libs.inpainter import cast_parameters
 from libs.training.config import settings_with
 from libs.training.cuda_graph import GraphedForwardBackward, leave_default_stream
@@ -100,7 +101,7 @@ def build_model(config, stage, accelerator, found):
     autocast_under_fsdp(accelerator, model)
     if config.compile:
         by_layer = config.cuda_graph or config.gradient_checkpointing
-        model.compile_models(by_layer, channels_last=not config.use_8bit_adam)
+        compile_models((model.unet_main, model.brushnet), by_layer, channels_last=not config.use_8bit_adam)
         log_compiling()
     log_parameters(model, config.checkpoints_total_limit)
     found.state.configs = {name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")}

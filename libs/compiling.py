@@ -1,0 +1,145 @@
+"""torch.compile for the models, and what their layers do otherwise for it: the same values with less memory traffic."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
+
+from libs.unet_walk import PARTS, Parts
+
+SHORT = 32  # tokens of a sequence that one block of a kernel holds; motion modules have a clip's frames, 22
+BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")  # of flex_attention's kernels
+
+
+def compile_models(models, by_layer, channels_last=True):
+    """torch.compile, in cuDNN's own memory format, or gradients would come in another one than weights.
+
+    Args:
+        models: UNet and BrushNet.
+        by_layer: compile the parts of layers, equal ones once, which takes half as long as each model as one graph, and
+            a fifth where layers are recomputed. The host has more to do in a step, which a CUDA graph hides.
+        channels_last: 8-bit optimizers know one format only, the other one.
+    """
+    torch._dynamo.config.optimize_ddp = False  # it would cut graphs at every 25 MiB of weights
+    torch._dynamo.config.recompile_limit = 128  # forms of a layer: its shapes, with gradients and without
+    for model in models:
+        replace_layers(model)
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
+        if by_layer:
+            model.parts = compiled_parts(channels_last)
+        else:
+            model.compile(fullgraph=True, dynamic=False)
+
+
+def compile_encoder(encoder):
+    """A VAE's, for slices of one shape; no gradients."""
+    encoder.to(memory_format=torch.channels_last)
+    for attention in encoder.mid_block.attentions:
+        attention.set_processor(WideHead())
+    encoder.compile(dynamic=False)
+
+
+def compiled_parts(channels_last):
+    parts = Parts(_resnet, PARTS.attention, _motion, PARTS.upsample) if channels_last else PARTS
+    return Parts(*map(partial(torch.compile, fullgraph=True, dynamic=False), vars(parts).values()))
+
+
+# --- Memory format ----------------------------------------------------------------------------------------------------
+
+
+class LaidOut(torch.autograd.Function):
+    """A sample as it is, whose gradient comes in channels_last: another format would have to be copied."""
+
+    @staticmethod
+    def forward(ctx, sample):
+        return sample.view_as(sample)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.contiguous(memory_format=torch.channels_last)
+
+
+def laid_out(sample):
+    return LaidOut.apply(sample) if sample is not None and sample.requires_grad else sample
+
+
+def _resnet(resnet, sample, skip, temb):
+    return PARTS.resnet(resnet, laid_out(sample), laid_out(skip), temb)
+
+
+def _motion(motion_module, sample, num_frames):
+    sample = PARTS.motion(motion_module, laid_out(sample), num_frames)
+    return sample.contiguous(memory_format=torch.channels_last)  # diffusers' leaves that format
+
+
+# --- Layers -----------------------------------------------------------------------------------------------------------
+
+
+def replace_layers(model):
+    """In place, by others of the same parameters."""
+    for name, module in model.named_modules():
+        if type(module) is nn.Conv2d and module.stride == (1, 1) and not module.weight.requires_grad:
+            module.__class__ = FrozenConv2d
+        elif "motion_modules" in name and hasattr(module, "set_processor"):
+            module.set_processor(FewFrames())
+
+
+class FrozenConvolution(torch.autograd.Function):
+    """Of stride 1. Compiled, torch's own keeps its input for a gradient that nobody asks for, or computes it again."""
+
+    @staticmethod
+    def forward(ctx, sample, weight, bias, padding):
+        ctx.save_for_backward(weight)
+        ctx.padding = padding
+        return F.conv2d(sample, weight, bias, padding=padding)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        return F.conv_transpose2d(gradient, weight, padding=ctx.padding), None, None, None
+
+
+class FrozenConv2d(nn.Conv2d):
+    def forward(self, sample):
+        return FrozenConvolution.apply(sample.to(self.weight.dtype), self.weight, self.bias, self.padding)
+
+
+class FewFrames(AttnProcessor2_0):
+    """Self-attention in blocks of 32 tokens: those of torch's kernels are mostly empty with a clip's 22 frames."""
+
+    def __call__(self, attention, hidden_states, **others):
+        _, frames, channels = hidden_states.shape
+        fits = frames <= SHORT and channels // attention.heads >= 16  # flex_attention's least
+        if fits and hidden_states.is_cuda and torch.compiler.is_compiling():
+            return self.in_small_blocks(attention, hidden_states)
+        return super().__call__(attention, hidden_states, **others)
+
+    @staticmethod
+    def in_small_blocks(attention, hidden_states):
+        """(L, f, c) to (L, f, c): every one of the L pixels' f frames see each other."""
+        heads = (
+            project(hidden_states).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for project in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        options = {**dict.fromkeys(BLOCKS, SHORT), "num_stages": 1, "num_warps": 4}
+        hidden_states = flex_attention(*heads, kernel_options=options).transpose(1, 2).flatten(2)
+        for layer in attention.to_out:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+class WideHead(AttnProcessor2_0):
+    """The VAE's attention with its one head of 512 channels, for which torch has no fast kernel: two plain products.
+
+    They hold every pair of pixels. Frames of any size, which are encoded without compiling, take torch's kernel.
+    """
+
+    plain = AttnProcessor()
+
+    def __call__(self, attention, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        arguments = attention, hidden_states, encoder_hidden_states, attention_mask, temb
+        return self.plain(*arguments) if torch.compiler.is_compiling() else super().__call__(*arguments)

@@ -1,0 +1,139 @@
+"""What compiled models do otherwise: the same values and gradients. No code is generated, which would take minutes."""
+
+from functools import partial
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from torch import nn
+
+from libs.compiling import FewFrames, FrozenConv2d, LaidOut, WideHead, compile_encoder, compiled_parts, replace_layers
+from libs.unet_walk import PARTS
+
+pytestmark = pytest.mark.filterwarnings("default")  # torch's tracing warns in passing
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile that runs what it has traced as it is. Lists the graphs."""
+    graphs = []
+    compile_module = nn.Module.compile
+
+    def compiled(module, **settings):
+        compile_module(
+            module, **settings, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward
+        )
+
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    yield graphs
+    torch._dynamo.reset()
+
+
+def test_a_compiled_encoder_gives_the_same_latents(traced):
+    """All of it in one graph, for which its attention is two plain products; of other sizes as ever."""
+    torch.manual_seed(0)
+    blocks = ("DownEncoderBlock2D", "DownEncoderBlock2D")
+    vae = AutoencoderKL(down_block_types=blocks, block_out_channels=(8, 16), norm_num_groups=4).requires_grad_(False)
+    pixels = torch.randn(3, 3, 16, 16)
+    expected = vae.encode(pixels).latent_dist.parameters
+    compile_encoder(vae.encoder)
+    torch.testing.assert_close(vae.encode(pixels).latent_dist.parameters, expected, rtol=1e-4, atol=1e-5)
+    (graph,) = traced
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert torch.bmm in called and torch._C._nn.scaled_dot_product_attention not in called
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(vae.encode(pixels).latent_dist.parameters, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_eager_attention_takes_torch_s_kernel(monkeypatch):
+    attention, sample = Attention(query_dim=16, heads=1, dim_head=16), torch.randn(2, 5, 16)
+    monkeypatch.setattr(WideHead, "plain", lambda *_: pytest.fail("every pair of pixels is held"))
+    attention.set_processor(WideHead())
+    attention(sample)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_frozen_convolutions_keep_no_input(kernel):
+    """Input gradients as torch's own, in memory formats as they come."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(6, 4, kernel, padding=kernel // 2).requires_grad_(False)
+    sample = torch.randn(2, 6, 5, 7).to(memory_format=torch.channels_last).requires_grad_()
+    weights = torch.randn(2, 4, 5, 7)
+    (expected,) = torch.autograd.grad((convolution(sample) * weights).sum(), sample)
+    model = nn.Sequential(convolution)
+    replace_layers(model)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = model(sample)
+    assert [tensor.shape for tensor in kept] == [convolution.weight.shape]
+    (gradient,) = torch.autograd.grad((output * weights).sum(), sample)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_which_layers_are_replaced():
+    """Trained convolutions need their input; those of stride 2 have a gradient that is no plain convolution."""
+    frozen = partial(lambda *args, **settings: nn.Conv2d(*args, **settings).requires_grad_(False), 2, 2, 3)
+    model = nn.ModuleDict({"trained": nn.Conv2d(2, 2, 3), "strided": frozen(stride=2), "frozen": frozen()})
+    model["spatial"], model["motion_modules"] = (Attention(query_dim=16, heads=1, dim_head=16) for _ in range(2))
+    state_dict = model.state_dict()
+    replace_layers(model)
+    assert [type(model[name]) for name in ("trained", "strided", "frozen")] == [nn.Conv2d, nn.Conv2d, FrozenConv2d]
+    assert [type(model[name].processor) for name in ("spatial", "motion_modules")] == [AttnProcessor2_0, FewFrames]
+    assert model.state_dict().keys() == state_dict.keys()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()  # of which there is none on CPUs
+def test_few_frames_see_each_other():
+    torch.manual_seed(0)
+    attention, sample = Attention(query_dim=32, heads=2, dim_head=16), torch.randn(6, 5, 32)
+    expected = attention(sample)
+    assert isinstance(attention.processor, AttnProcessor2_0)
+    torch.testing.assert_close(FewFrames.in_small_blocks(attention, sample), expected)
+    attention.set_processor(FewFrames())
+    torch.testing.assert_close(attention(sample), expected)  # not compiled
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="its kernels are for GPUs")
+@pytest.mark.parametrize(("pixels", "channels"), [(4096, 320), (1024, 640), (256, 1280)])
+def test_few_frames_on_a_gpu(pixels, channels):
+    torch.manual_seed(0)
+    attention = Attention(query_dim=channels, heads=8, dim_head=channels // 8).cuda()
+    sample = torch.randn(pixels, 22, channels, device="cuda", requires_grad=True)
+    weights = torch.randn_like(sample)
+    results = []
+    for processor in (AttnProcessor2_0(), FewFrames()):
+        attention.set_processor(processor)
+        run = torch.compile(attention, fullgraph=True, dynamic=False)
+        with torch.autocast("cuda", torch.float16):
+            output = run(sample)
+        results.append((output, *torch.autograd.grad((output * weights).sum(), [sample, *attention.parameters()])))
+        torch._dynamo.reset()
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_motion_modules_leave_channels_last():
+    """diffusers' change it, and every layer after them would change it back."""
+    settings = {"num_attention_heads": 2, "attention_head_dim": 4, "norm_num_groups": 4}
+    module = AnimateDiffTransformer3D(in_channels=8, **settings)
+    sample = torch.randn(6, 8, 3, 5).to(memory_format=torch.channels_last)
+    expected = PARTS.motion(module, sample, 3)
+    assert not expected.is_contiguous(memory_format=torch.channels_last)
+    found = compiled_parts(channels_last=True).motion.__wrapped__(module, sample, 3)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_gradients_come_in_channels_last():
+    sample = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
+    found = []
+    inner = LaidOut.apply(sample)
+    sample.register_hook(found.append)
+    (inner * torch.arange(120.0).view(2, 3, 4, 5)).sum().backward()
+    (gradient,) = found
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(gradient, torch.arange(120.0).view(2, 3, 4, 5))
