@@ -24,7 +24,7 @@ from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
 from libs.compiling import compile_models
 from libs.inpainter import INPAINTERS, cast_parameters
-from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward, leave_default_stream
+from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward
 from libs.training.loss import ForwardBackward
 from libs.training.optimizer import make_optimizer
 from libs.vae import FrozenVAE
@@ -99,8 +99,7 @@ class Step:
 
     def __init__(self, flags, stage):
         torch.manual_seed(0)
-        if flags.cuda_graph:
-            leave_default_stream()
+        torch.cuda.set_stream(torch.cuda.Stream() if flags.cuda_graph else torch.cuda.default_stream())
         self.flags, self.stage, self.nframes = flags, stage, INPAINTERS[stage].nframes
         self.accelerator = accelerator = Accelerator(mixed_precision=flags.mixed_precision)
         dtype = DTYPES[flags.mixed_precision]

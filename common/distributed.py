@@ -67,11 +67,11 @@ def check_distributed(args):
 
 def check_cuda_graph(args, sharded, processes, machines):
     """One graph holds a whole step of DDP, and nothing watches what it sends for a machine that is lost."""
-    lacking = "without FSDP" if sharded else "for one machine" if machines > 1 else None
+    other = "FSDP" if sharded else "several machines" if machines > 1 else None
     if processes > 1 and args.gradient_accumulation_steps > 1:
-        lacking = lacking or "without --gradient_accumulation_steps on several GPUs"
-    if lacking:
-        raise InputError(f"--cuda_graph works {lacking} only: drop it (CUDA_GRAPH=0)")
+        other = other or "--gradient_accumulation_steps on several GPUs"
+    if other:
+        raise InputError(f"--cuda_graph does not go with {other}: drop it (CUDA_GRAPH=0)")
 
 
 def count_machines():
@@ -95,8 +95,7 @@ def make_accelerator(args):
         step_scheduler_with_optimizer=False,  # the loop steps it, once per optimizer step in every process
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=args.distributed_timeout)),
-            # No second copy of the gradients; buffers are tables that never change.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
         ],
     )
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:

@@ -207,7 +207,7 @@ def trainer_flags(stage, engine, given):
         flags.append("--compile")
     accumulates = (given.gradient_accumulation_steps or variable("GRADIENT_ACCUMULATION_STEPS", "1")) != "1"
     one_graph = engine.processes == 1 or (engine.machines == 1 and not accumulates)
-    if variable("CUDA_GRAPH", "1" if compiles and one_graph else "0") == "1":
+    if variable("CUDA_GRAPH", "1" if compiles and fastest and one_graph else "0") == "1":
         flags.append("--cuda_graph")
     davis = os.environ.get("DAVIS_ROOT", "dataset/DAVIS") if given.davis_root is None else given.davis_root
     videos = find_validation_videos(Path(davis))

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -33,14 +33,6 @@ def compile_models(models, by_layer, channels_last=True):
             model.parts = compiled_parts(channels_last)
         else:
             model.compile(fullgraph=True, dynamic=False)
-
-
-def compile_encoder(encoder):
-    """A VAE's, for slices of one shape; no gradients."""
-    encoder.to(memory_format=torch.channels_last)
-    for attention in encoder.mid_block.attentions:
-        attention.set_processor(WideHead())
-    encoder.compile(dynamic=False)
 
 
 def compiled_parts(channels_last):
@@ -82,14 +74,20 @@ def _motion(motion_module, sample, num_frames):
 def replace_layers(model):
     """In place, by others of the same parameters."""
     for name, module in model.named_modules():
-        if type(module) is nn.Conv2d and module.stride == (1, 1) and not module.weight.requires_grad:
+        if type(module) is nn.Conv2d and is_plain(module) and not module.weight.requires_grad:
             module.__class__ = FrozenConv2d
         elif "motion_modules" in name and hasattr(module, "set_processor"):
             module.set_processor(FewFrames())
 
 
+def is_plain(convolution):
+    """Whether its input's gradient is a plain convolution too."""
+    settings = convolution.stride, convolution.dilation, convolution.groups, convolution.padding_mode
+    return settings == ((1, 1), (1, 1), 1, "zeros")
+
+
 class FrozenConvolution(torch.autograd.Function):
-    """Of stride 1. Compiled, torch's own keeps its input for a gradient that nobody asks for, or computes it again."""
+    """Compiled, torch's own keeps its input for a gradient that nobody asks for, or computes it again."""
 
     @staticmethod
     def forward(ctx, sample, weight, bias, padding):
@@ -112,8 +110,9 @@ class FewFrames(AttnProcessor2_0):
     """Self-attention in blocks of 32 tokens: those of torch's kernels are mostly empty with a clip's 22 frames."""
 
     def __call__(self, attention, hidden_states, **others):
-        _, frames, channels = hidden_states.shape
-        fits = frames <= SHORT and channels // attention.heads >= 16  # flex_attention's least
+        pixels, frames, channels = hidden_states.shape
+        # flex_attention may start as many rows of blocks, of which GPUs take 2^16 - 1, and needs heads of 16 channels.
+        fits = pixels * attention.heads < 2**16 and frames <= SHORT and channels // attention.heads >= 16
         if fits and hidden_states.is_cuda and torch.compiler.is_compiling():
             return self.in_small_blocks(attention, hidden_states)
         return super().__call__(attention, hidden_states, **others)
@@ -130,16 +129,3 @@ class FewFrames(AttnProcessor2_0):
         for layer in attention.to_out:
             hidden_states = layer(hidden_states)
         return hidden_states
-
-
-class WideHead(AttnProcessor2_0):
-    """The VAE's attention with its one head of 512 channels, for which torch has no fast kernel: two plain products.
-
-    They hold every pair of pixels. Frames of any size, which are encoded without compiling, take torch's kernel.
-    """
-
-    plain = AttnProcessor()
-
-    def __call__(self, attention, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        arguments = attention, hidden_states, encoder_hidden_states, attention_mask, temb
-        return self.plain(*arguments) if torch.compiler.is_compiling() else super().__call__(*arguments)

@@ -5,8 +5,6 @@ import math
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from libs.compiling import compile_encoder
-
 MAX_PIXELS_AT_ONCE = 11 * 512**2  # through the VAE's encoder, where they take 4 GiB
 MAX_PIXELS_DECODED = 4 * 512**2  # through its decoder, which takes more
 
@@ -28,7 +26,8 @@ class FrozenVAE:
         self.channels = vae.config.latent_channels
 
     def compile_encoder(self):
-        compile_encoder(self.vae.encoder)
+        self.vae.encoder.to(memory_format=torch.channels_last)
+        self.vae.encoder.compile(dynamic=False)
 
     @torch.no_grad()
     def posterior(self, pixel_values):

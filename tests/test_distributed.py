@@ -124,24 +124,24 @@ def test_engines_that_cannot_run_here(train, monkeypatch, capsys, engine, messag
 
 
 @pytest.mark.parametrize(
-    ("variables", "accumulation", "lacking"),
+    ("variables", "accumulation", "other"),
     [
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, 1, "without FSDP"),
-        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, 1, "for one machine"),
-        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 2, "without --gradient_accumulation_steps on several GPUs"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, 1, "FSDP"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, 1, "several machines"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 2, "--gradient_accumulation_steps on several GPUs"),
         ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 1, None),
         ({}, 2, None),
     ],
 )
-def test_where_a_cuda_graph_works(monkeypatch, variables, accumulation, lacking):
+def test_where_a_cuda_graph_works(monkeypatch, variables, accumulation, other):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("common.distributed.gpu_is_used", lambda: True)
     args = SimpleNamespace(
         cuda_graph=True, compile=False, use_8bit_adam=False, ema_decay=None, gradient_accumulation_steps=accumulation
     )
-    refused = pytest.raises(InputError, match=f"--cuda_graph works {lacking} only: drop it")
-    with refused if lacking else nullcontext():
+    refused = pytest.raises(InputError, match=f"--cuda_graph does not go with {other}: drop it")
+    with refused if other else nullcontext():
         check_distributed(args)
 
 

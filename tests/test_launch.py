@@ -197,6 +197,7 @@ def test_help(environment, tmp_path):
         ({"COMPILE": "0"}, []),
         ({"COMPILE": "0", "CUDA_GRAPH": "1"}, ["--cuda_graph"]),
         ({"LOW_MEMORY": "1"}, ["--gradient_checkpointing", "--use_8bit_adam"]),
+        ({"LOW_MEMORY": "1", "COMPILE": "1"}, ["--gradient_checkpointing", "--use_8bit_adam", "--compile"]),
         ({"LOW_MEMORY": "2"}, ["--gradient_checkpointing", "--use_8bit_adam", "--bf16_weights"]),
         ({"NUM_PROCESSES": "2"}, ["--compile", "--cuda_graph"]),
         ({"NUM_PROCESSES": "2", "GRADIENT_ACCUMULATION_STEPS": "2"}, ["--compile"]),

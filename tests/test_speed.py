@@ -17,10 +17,12 @@ from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.compiling import compile_models
 from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
+from libs.training.cuda_graph import GraphedForwardBackward
 from libs.training.latent_cache import LatentCache
 from libs.training.log import log_compiling
 from libs.training.loss import ForwardBackward
-from libs.training.optimizer import match_layout
+from libs.training.optimizer import eight_bit_adam, match_layout
+from libs.training.setup import set_up_torch
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from libs.vae import FrozenVAE, frames_at_once
@@ -308,6 +310,45 @@ def test_each_model_stays_one_graph_in_ddp(ddp, monkeypatch):
     inputs = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8), torch.tensor([20]), torch.randn(1, 7, 16)
     ddp(model)(*inputs).square().mean().backward()
     assert len(graphs) == 2
+
+
+def test_ddp_is_captured_after_the_passes_that_it_times(ddp, monkeypatch):
+    """Events that are read on the host cannot be captured."""
+    rates, accelerator = [], SimpleNamespace(gradient_accumulation_steps=1)
+    model = torch.nn.Linear(2, 2)
+    assert GraphedForwardBackward(accelerator, model, None).warm_up == 3
+    wrapped = ddp(model)
+    monkeypatch.setattr(wrapped, "_set_ddp_runtime_logging_sample_rate", rates.append)
+    assert GraphedForwardBackward(accelerator, wrapped, None).warm_up > 10 and rates[0] > 10**9
+
+
+def test_a_graph_s_run_leaves_the_default_stream(monkeypatch):
+    streams = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "another")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    for cuda_graph in (False, True):
+        set_up_torch(SimpleNamespace(seed=0, allow_tf32=False, cuda_graph=cuda_graph))
+    assert streams == ["another"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no streams")
+def test_eight_bit_updates_wait_for_gradients():
+    """bitsandbytes' kernels start in the default stream, gradients come from another: the same weights."""
+    results = []
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            torch.manual_seed(0)
+            weight = torch.nn.Parameter(torch.randn(4096, 4096, device="cuda"))
+            optimizer = eight_bit_adam()([weight], lr=0.1)
+            for _ in range(5):
+                product = torch.randn(4096, 4096, device="cuda")
+                for _ in range(20):
+                    product = (product @ weight.detach()).clamp(-1, 1)
+                weight.grad = product
+                optimizer.step()
+            results.append(weight.detach().clone())
+    torch.cuda.synchronize()
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_accumulated_gradients_stay_in_ddp_s_buckets(ddp):

@@ -179,7 +179,8 @@ class TrainConfig:
         launcher="1 on a GPU with a C compiler, unless `LOW_MEMORY` or FSDP")
     cuda_graph: bool = setting(
         False, "replay forward and backward pass as one CUDA graph: faster, more memory; one machine", on_change=LOGGED,
-        variable="CUDA_GRAPH", launcher="as `COMPILE`; 0 on several machines, or if several GPUs accumulate gradients")
+        variable="CUDA_GRAPH",
+        launcher="as `COMPILE`; 0 with `LOW_MEMORY`, several machines, or several GPUs that accumulate gradients")
     distributed_timeout: int = setting(
         1800, "how long a process waits for the others before it ends the run", metavar="SECONDS", check=one_or_more)
     allow_tf32: bool = setting(False, "TF32 in fp32 matrix products on Ampere and newer GPUs")

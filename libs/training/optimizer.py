@@ -1,6 +1,7 @@
 """The optimizer, and its state."""
 
 import importlib.util
+from contextlib import contextmanager
 
 import torch
 
@@ -29,12 +30,31 @@ def eight_bit_adam():
 
         # It waits for the GPU after every tensor, of which stage 1 has 1,424; only its paged optimizers need that.
         optimizer.sync_gpu = lambda tensor: None
-        return AdamW8bit
+
+        class OrderedAdamW8bit(AdamW8bit):
+            def step(self, closure=None):
+                with default_stream(self.param_groups[0]["params"][0].device):
+                    return super().step(closure)
+
+        return OrderedAdamW8bit
     if importlib.util.find_spec("torchao"):
         from torchao.optim import AdamW8bit
 
         return AdamW8bit
     raise InputError("--use_8bit_adam needs bitsandbytes or torchao: pip install bitsandbytes, or drop the flag")
+
+
+@contextmanager
+def default_stream(device):
+    """bitsandbytes starts its kernels there, whichever stream is the current one: each waits for the other."""
+    if device.type != "cuda":
+        yield
+        return
+    default, current = torch.cuda.default_stream(), torch.cuda.current_stream()
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        yield
+    current.wait_stream(default)
 
 
 def bf16_adam():
