@@ -22,8 +22,8 @@ from common.distributed import DTYPES
 from dataset.crop import RESOLUTION_HELP, resolution, sides
 from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
-from libs.compiling import compile_models
 from libs.inpainter import INPAINTERS, cast_parameters
+from libs.training.compiling import compile_models
 from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward
 from libs.training.loss import ForwardBackward
 from libs.training.optimizer import make_optimizer

@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import nn
 
-from libs.compiling import FewFrames, FrozenConv2d, LaidOut, compiled_parts, replace_layers
+from libs.training.compiling import FewFrames, FrozenConv2d, LaidOut, compiled_parts, replace_layers
 from libs.unet_walk import PARTS
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's tracing warns in passing

@@ -15,8 +15,8 @@ import libs.training.log
 import libs.unet_walk
 from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
-from libs.compiling import compile_models
 from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
+from libs.training.compiling import compile_models
 from libs.training.cuda_graph import GraphedForwardBackward
 from libs.training.latent_cache import LatentCache
 from libs.training.log import log_compiling

@@ -15,8 +15,8 @@ from dataset.loader import EpochSampler, TrainingClips
 from libs.base_model import LoadedBase
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.checkpoints.resume import BATCH_SETTINGS
-from libs.compiling import compile_models
 from libs.inpainter import cast_parameters
+from libs.training.compiling import compile_models
 from libs.training.config import settings_with
 from libs.training.cuda_graph import GraphedForwardBackward, leave_default_stream
 from libs.training.latent_cache import LatentCache
