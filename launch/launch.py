@@ -32,6 +32,7 @@ from common.command_line import Parser, require
 from common.errors import InputError, one_line_errors
 from common.files import written_whole
 from common.hardware import compiling_lacks, gpu_is_used
+from common.run_files import read_starts
 from dataset.folders import read_names
 from libs.training.config import flags_from_environment, switches
 from libs.training.stopping import STOP_FILE
@@ -74,7 +75,7 @@ def main(argv=None):
     )
     words = f"stage {stage}: training, log in {log.path} (tail -f {log.path}), checkpoints in {output_dir}/"
     print(f"{words}; {note}" if note else words, flush=True)
-    trainers = Trainers(arguments, log, f" stage {stage} on ", Path(output_dir))
+    trainers = Trainers(arguments, log, Path(output_dir))
     status = trainers.run()
     if trainers.stopped_early:
         print("stopped before training began: there was nothing to save")
@@ -165,6 +166,12 @@ def choose_engine(config):
         processes = machines * int(variable("NUM_PROCESSES", max(1, gpus) if own else 1))
     else:
         processes = config.num_processes
+    here = math.ceil(processes / machines)
+    require(
+        not gpus or here <= gpus,
+        f"{here} processes on this machine need as many GPUs, and {gpus} were found: NUM_PROCESSES counts GPUs "
+        "(CUDA_VISIBLE_DEVICES chooses them)",
+    )
     alone = not own and processes == 1 and machines == 1
     file = own or CONFIGS / ("one_gpu.yaml" if alone else "multi_gpu.yaml" if machines == 1 else "multi_node.yaml")
     configured = {False: "no"}.get(config.mixed_precision, config.mixed_precision)  # YAML takes a bare `no` for false
@@ -249,17 +256,14 @@ class Log:
         with open(self.path, "a", errors="backslashreplace") as file:  # names of folders may be no UTF-8
             file.writelines(f"{line}\n" for line in lines)
 
-    def lines(self):
-        """This run's."""
-        with open(self.path, errors="replace") as file:
-            file.seek(self.start)
-            yield from (line.rstrip("\n") for line in file)
-
     def end(self):
-        """The last lines, and after them every error."""
+        """This run's last lines, and after them every error; logs may be emptied or moved away while a run goes on."""
         last, errors = deque(maxlen=LINES_SHOWN), []
-        for line in self.lines():
-            (errors if line.startswith("error") else last).append(line)
+        with suppress(FileNotFoundError), open(self.path, errors="replace") as file:
+            if self.path.stat().st_size >= self.start:
+                file.seek(self.start)
+            for line in file:
+                (errors if line.startswith("error") else last).append(line.rstrip("\n"))
         return [*last, *errors]
 
 
@@ -273,12 +277,9 @@ class Trainers:
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
-    def __init__(self, arguments, log, training_began, output_dir):
-        """
-        Args:
-            training_began: words of the log line that says so; whoever asks to stop before finds nothing to save.
-        """
-        self.log, self.training_began, self.stop_file = log, training_began, output_dir / STOP_FILE
+    def __init__(self, arguments, log, output_dir):
+        self.log, self.output_dir, self.stop_file = log, output_dir, output_dir / STOP_FILE
+        self.earlier_starts = len(read_starts(output_dir))
         # Forked, so that torch and accelerate are imported once.
         self.process = multiprocessing.get_context("fork").Process(target=self.run_in_background, args=(arguments,))
         self.stopped_early = self.asked = False
@@ -311,7 +312,7 @@ class Trainers:
             self.kill()
             return
         self.asked = True
-        if not any(self.training_began in line for line in self.log.lines()):
+        if len(read_starts(self.output_dir)) == self.earlier_starts:  # it has not noted its own yet: nothing to save
             self.stopped_early = True
             self.kill()
             return

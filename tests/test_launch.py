@@ -221,10 +221,11 @@ def test_a_configuration_for_the_cpu(told, tmp_path):
 
 
 def test_a_signal_before_training(environment):
-    """The trainer's place is taken by a process that has not begun to train."""
+    """The trainer's place is taken by a process that has not begun to train; another run writes to the same log."""
     code = f"""import os, sys; sys.path.insert(0, {str(REPOSITORY)!r})
 from launch import launch
-launch.run_accelerate = lambda _: os.execlp("bash", "bash", "-c", "echo starting; exec tail -f /dev/null")
+begin = "echo '  stage 1 on cpu'; echo starting; exec tail -f /dev/null"
+launch.run_accelerate = lambda _: os.execlp("bash", "bash", "-c", begin)
 launch.main(["1"])"""
     script = subprocess.Popen(
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment,
@@ -318,6 +319,23 @@ def test_the_engine(told, tmp_path, gpus, variables, words):
         variables = {**variables, "ACCELERATE_CONFIG": str(own)}
     arguments, environment = told(gpus, variables)
     assert words in f"{' '.join(arguments)} allocator: {environment.get('PYTORCH_ALLOC_CONF')}"
+
+
+def test_more_processes_than_gpus(told, capsys):
+    """accelerate would start two on one GPU, where NCCL fails with many lines."""
+    with pytest.raises(SystemExit):
+        told(1, {"NUM_PROCESSES": "2"})
+    assert capsys.readouterr().err.startswith("error: 2 processes on this machine need as many GPUs, and 1 were found")
+
+
+def test_the_end_of_a_log_that_was_emptied(tmp_path):
+    log = launch.Log(tmp_path / "run.log")
+    log.write("an earlier run's line " * 9)
+    log = launch.Log(log.path)
+    log.path.write_text("error: one\nstep 1\n")
+    assert log.end() == ["step 1", "error: one"]
+    log.path.unlink()
+    assert log.end() == []
 
 
 WRONG_CONFIGS = {  # what it holds, and what the line says

@@ -171,8 +171,11 @@ def test_the_shell_script_passes_a_signal_on(weights, videos, tmp_path, processe
         for line in follow.stdout:
             if "step 2/5000" in line:
                 break
-        with open(log, "a") as file:  # that of a long run
-            file.write("2026-01-01 00:00:00  step 3/5000  loss 0.1000\n" * 10000)
+        if processes == 1:
+            with open(log, "a") as file:  # that of a long run
+                file.write("2026-01-01 00:00:00  step 3/5000  loss 0.1000\n" * 10000)
+        else:
+            log = log.rename(tmp_path / "run.log.1")  # as logs are rotated
         script.send_signal(signal.SIGTERM)
         output, _ = script.communicate(timeout=300)
     finally:
