@@ -257,6 +257,16 @@ def test_other_validation_videos_start_the_held_out_loss_anew(validated, videos,
     assert f"at the run's start {start:.4f}" in (tmp_path / "run/README.md").read_text()
 
 
+def test_held_out_losses_are_kept_when_a_run_starts_anew_twice(tmp_path):
+    """It was killed before its next checkpoint, and goes on from the same step."""
+    for content in ("first", "second", "third"):
+        (tmp_path / "held_out.csv").write_text(content)
+        libs.training.validation_loss.set_aside(tmp_path / "held_out.csv", 8)
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    names = ("held_out-until-8.csv", "held_out-until-8-2.csv", "held_out-until-8-3.csv")
+    assert kept == dict(zip(names, ("first", "second", "third"), strict=True))
+
+
 def test_the_run_notes_its_best_checkpoint(validated, tmp_path, capsys):
     validated(max_train_steps=2, checkpointing_steps=1, validation_steps=100, validation_minutes=1e-9)
     losses = {

@@ -110,9 +110,13 @@ def hole_words(in_hole):
 
 
 def set_aside(path, step):
-    """Rename held_out.csv to held_out-until-<step>.csv, so that one file holds what can be compared."""
+    """Rename held_out.csv to held_out-until-<step>.csv, so that one file holds what can be compared.
+
+    With a number behind it where a run that did not get beyond this step has left such a file.
+    """
     if path.is_file():
-        path.replace(path.with_stem(f"{path.stem}-until-{step}"))
+        names = (f"{path.stem}-until-{step}{number}" for number in ("", *(f"-{i}" for i in range(2, 1000))))
+        path.replace(next(kept for kept in map(path.with_stem, names) if not kept.exists()))
 
 
 def spread(accelerator, count, function, too_late=None):
