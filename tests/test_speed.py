@@ -1,8 +1,10 @@
 """What makes steps fast and small changes nothing in what they compute."""
 
 import os
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -139,6 +141,22 @@ def test_the_bound_is_in_bytes(tmp_path, frames):
         cache.add(cache.read(frames)[1][:1], torch.randn(1, *small))
         cache.close()
         assert [key is None for key in cache.read(frames)[1]].count(True) == kept
+
+
+def test_a_cache_that_is_deleted_or_anothers(monkeypatch, tmp_path, frames):
+    """It is made anew while the run goes on; what another user's killed run has left half-written stays."""
+    cache = LatentCache(tmp_path / "cache", "vae", (8, 2, 2), torch.float32)
+    shutil.rmtree(tmp_path / "cache")
+    cache.add(cache.read(frames)[1], torch.randn(3, 8, 2, 2))
+    cache.close()
+    assert cache.read(frames)[1] == [None] * 3
+    held = next((tmp_path / "cache").glob("*/*"))
+    abandoned = held.with_name(f"{1:032x}.4711")
+    abandoned.touch()
+    os.utime(abandoned, (0, 0))
+    monkeypatch.setattr("os.unlink", Mock(side_effect=PermissionError))
+    LatentCache(tmp_path / "cache", "vae", (8, 2, 2), torch.float32)
+    assert abandoned.is_file()
 
 
 def test_frames_are_encoded_in_slices_of_one_size():

@@ -55,7 +55,7 @@ class LatentCache:
         for subfolder in (path for path in self.folder.iterdir() if SUBFOLDER.fullmatch(path.name) and path.is_dir()):
             with os.scandir(subfolder) as entries:
                 for entry in entries:
-                    with suppress(FileNotFoundError):  # another run has renamed it
+                    with suppress(FileNotFoundError, PermissionError):  # another run's, which has renamed it or owns it
                         stat = entry.stat()
                         if PARTIAL.fullmatch(entry.name) and stat.st_mtime < time.time() - ABANDONED:
                             os.unlink(entry)
@@ -125,7 +125,7 @@ class LatentCache:
             for key, content in zip(keys, posteriors, strict=True):
                 content = content.contiguous().view(torch.uint8).numpy().tobytes()
                 file = self.file(key)
-                file.parent.mkdir(exist_ok=True)
+                file.parent.mkdir(parents=True, exist_ok=True)
                 partial = file.with_name(f"{key}.{os.getpid()}")
                 partial.write_bytes(content + zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big"))
                 partial.replace(file)
