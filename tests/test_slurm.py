@@ -64,13 +64,13 @@ def checkout(tmp_path):
     return folder
 
 
-def sbatch(stage, checkout, environment, signal_at=None):
+def sbatch(stage, checkout, environment, *flags, signal_at=None):
     """(status, output) of a job; with the signal that its header asks for when its log holds `signal_at`."""
     header = Path(checkout, "slurm/finetune.sbatch").read_text()
     assert "#SBATCH --requeue\n" in header and "#SBATCH --ntasks-per-node=1\n" in header
     number = signal.Signals["SIG" + re.search(r"#SBATCH --signal=B:(\w+)@\d+\n", header)[1]]
     job = subprocess.Popen(
-        ["bash", "slurm/finetune.sbatch", "--logging_steps=1", "--report_to=none"],
+        ["bash", "slurm/finetune.sbatch", "--logging_steps=1", "--report_to=none", *flags],
         cwd=checkout, env={**environment, "STAGE": stage}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
@@ -120,3 +120,8 @@ def test_a_job_that_fails_is_not_requeued(checkout, environment):
 def test_a_wrong_stage_is_one_line(checkout, environment):
     status, output = sbatch("3", checkout, environment)
     assert status == 1 and output == "error: STAGE=3: 1, 2 or both was needed\n"
+
+
+def test_a_folder_that_the_job_does_not_know_is_one_line(checkout, environment):
+    status, output = sbatch("1", checkout, environment, "--output_dir=elsewhere")
+    assert status == 1 and output == "error: --output_dir=elsewhere: OUTPUT_DIR was needed instead\n"
