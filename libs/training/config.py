@@ -314,7 +314,7 @@ CONFIGS = {1: Stage1Config, 2: Stage2Config}
 LAUNCHER_VARIABLES = (
     ("WEIGHTS", "`weights`", "the folder that the models' defaults above start with"),
     ("NUM_PROCESSES", "1; with `ACCELERATE_CONFIG` that file's number, else all GPUs", "GPUs to use on each machine"),
-    ("OMP_NUM_THREADS", "all cores", "CPU threads of the machine's processes together, without a GPU"),
+    ("OMP_NUM_THREADS", "all cores, shared out", "CPU threads of each process, without a GPU"),
     ("ACCELERATE_CONFIG", "`configs/accelerate/` `one_gpu.yaml`, `multi_gpu.yaml` or `multi_node.yaml`",
      "accelerate's configuration: one of these, `fsdp.yaml` or your own, whose processes, machines, address and "
      "precision count unless the variable is set"),
@@ -322,7 +322,8 @@ LAUNCHER_VARIABLES = (
     ("MACHINE_RANK", "0; under SLURM the node's number", "which of them this one is"),
     ("MAIN_ADDRESS", "", "name or address of machine 0"),
     ("MAIN_PORT", "29500; on one machine any free one", "a port of machine 0"),
-    ("LOG", "`finetune-stage<n>.log`, `-machine<rank>` beyond the first", "the log, which is appended to"),
+    ("LOG", "`finetune-stage<n>.log`, `-machine<rank>` beyond the first", "the log, which is appended to; set it to "
+     "another one on each of several machines"),
     ("PYTHON", "the active environment's or `.venv/bin/python`", "the interpreter"),
 )  # fmt: skip
 
