@@ -224,7 +224,8 @@ def is_hidden(name):
 
 def natural_key(name):
     """Numbers as numbers: 2 before 10. Names that are padded with zeros keep their order."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)], name
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name  # int takes no ² or ①
 
 
 def sort_folders(folders):

@@ -89,6 +89,16 @@ def test_names_that_were_in_order_keep_it():
     assert [path.name for path in sort_folders([Path(f"v{i}") for i in (10, 9, 1)])] == ["v1", "v9", "v10"]
 
 
+def test_numbers_of_other_scripts(tmp_path):
+    """Of digits that are no decimal ones, such as in circles or raised, names stay text."""
+    names = ["图1①.png", "图1②.png", "图2².png", "图10①.png", "２.png", "１０.png"]  # full-width ones are decimal
+    for name in names:
+        (tmp_path / name).touch()
+    assert {path.name for path in list_frames(tmp_path)} == set(names)
+    assert [path.name for path in list_frames(tmp_path) if path.name in names[:4]] == names[:4]
+    assert [path.name for path in list_frames(tmp_path) if path.name in names[4:]] == names[4:]
+
+
 @pytest.mark.parametrize("name", ["2024-01-01T12:30:45", "100%d clip_%03d", "caf\udce9", "我的 clip's"])
 def test_any_file_name(run, tmp_path, clip, name, capsys):
     """As a video file, as folders of frames and masks, and as the output folder."""
