@@ -98,6 +98,9 @@ def scan_jpeg(jpeg):
     """
     place, height, width = 2, 0, 0
     while jpeg[place : place + 1] == b"\xff" and jpeg[place + 1 : place + 2] != b"\xda":  # start of the picture's data
+        if jpeg[place + 1 : place + 2] == b"\xff":  # any number of them may fill the space before a marker
+            place += 1
+            continue
         if jpeg[place + 1 : place + 2] in START_OF_FRAME:
             height, width = (int.from_bytes(jpeg[place + k : place + k + 2], "big") for k in (5, 7))
         place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")

@@ -167,6 +167,20 @@ def test_whole_jpegs_with_anything_behind_them(tmp_path, jpeg, trailer):
     assert read_frame(tmp_path / "a.jpg").shape == (96, 128, 3)
 
 
+@pytest.mark.parametrize("marker", [b"\xff\xe1", b"\xff\xc0", b"\xff\xda"], ids=["first", "size", "data"])
+def test_jpegs_with_fill_bytes(tmp_path, jpeg, marker):
+    """Any number of ff before a marker: decoders pass over them. A cut behind them is found all the same."""
+    head, tail = jpeg.split(marker, 1) if marker == b"\xff\xe1" else jpeg.rsplit(marker, 1)
+    Path(tmp_path, "a.jpg").write_bytes(filled := head + b"\xff\xff" + marker + tail)
+    assert read_frame(tmp_path / "a.jpg").shape == (96, 128, 3)
+    Path(tmp_path, "a.jpg").write_bytes(filled[:-100])
+    with pytest.raises(BrokenFrame, match="is cut short"):
+        read_frame(tmp_path / "a.jpg")
+    Path(tmp_path, "a.jpg").write_bytes(head + b"\xff" * 100)
+    with pytest.raises(BrokenFrame, match="is cut short"):
+        read_frame(tmp_path / "a.jpg")
+
+
 @pytest.mark.parametrize("kept", [0.99, 0.5, 0.15, 0.02], ids=["marker", "half", "behind_the_thumbnail", "in_it"])
 @pytest.mark.parametrize("padding", [b"", bytes(512)], ids=["cut", "zero_filled"])
 def test_jpegs_cut_short(tmp_path, jpeg, kept, padding):
