@@ -9,7 +9,7 @@ import re
 import struct
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -137,11 +137,24 @@ def image_size(path):
     """Such as 854x480: the size of what `read_frame` and `read_mask` return, from the file's header alone."""
     try:
         with pillow(path) as image:
-            turned = image.format != "TIFF" and image.getexif().get(0x0112) in TURNED  # Pillow turns TIFFs itself
+            turned = orientation(image) in TURNED
             width, height = image.size
     except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is no readable image ({error}): fetch it again") from None
     return f"{height}x{width}" if turned else f"{width}x{height}"
+
+
+def orientation(image):
+    """EXIF's, 1 to 8, of a file opened by Pillow; 1, upright, of TIFFs, which Pillow and OpenCV turn themselves."""
+    return 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
+
+
+def upright(picture, image):
+    """What OpenCV or Pillow decoded as it lies in the file (h, w, ...), turned as the file's EXIF says."""
+    found = orientation(image)
+    picture = picture.swapaxes(0, 1) if found in TURNED else picture
+    columns, rows = -1 if found in (2, 3, 6, 7) else 1, -1 if found in (3, 4, 7, 8) else 1
+    return np.ascontiguousarray(picture[::rows, ::columns])
 
 
 def read_frames(paths):
@@ -172,6 +185,8 @@ def read_mask_values(path):
     mask = decode(path, content, cv2.IMREAD_UNCHANGED)
     if mask.ndim == 3 and mask.shape[2] == 4:
         mask = np.where(mask[..., 3] > 0, mask[..., :3].max(axis=-1), 0)
+        with suppress(*UNREADABLE), pillow(io.BytesIO(content)) as image:
+            mask = upright(mask, image)  # OpenCV turns nothing that it reads with alpha
     else:
         mask = decode(path, content, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)  # turned as EXIF says
         mask = mask.max(axis=-1) if mask.ndim == 3 else mask

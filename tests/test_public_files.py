@@ -154,14 +154,20 @@ def test_errors_say_what_a_folder_holds(tmp_path, run, clip):
 # Pictures and masks
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [("jpg", "RGB"), *((s, m) for s in ("png", "webp", "tif") for m in ("RGB", "RGBA")), ("png", "P")],
+)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_size_frame_and_mask_are_turned_alike(tmp_path, suffix, orientation):
+def test_size_frame_and_mask_are_turned_alike(tmp_path, suffix, mode, orientation):
     path, exif = tmp_path / f"a.{suffix}", Image.Exif()
     exif[0x0112] = orientation
     picture = np.zeros((32, 48, 3), np.uint8)
     picture[:10, :20] = 255
-    Image.fromarray(picture).save(path, exif=exif)
+    image = Image.fromarray(picture).convert(mode)
+    if mode == "RGBA":
+        image.putpixel((47, 31), (0, 0, 0, 0))  # WebP drops an alpha that is opaque everywhere
+    image.save(path, exif=exif)
     frame, mask = read_frame(path), read_mask(path)
     assert image_size(path) == size_of(frame) == size_of(mask) == ("48x32" if orientation < 5 else "32x48")
     assert np.mean((frame[..., 0] > 127) == (mask > 0)) > 0.97
