@@ -28,7 +28,7 @@ SYSTEM_NAMES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information
 MOST_PIXELS = 2**26  # 8192 x 8192; a damaged header may promise gigabytes
 NOISE = 24  # of 255: what compression leaves in a mask's background stays below
 SOME = 0.05  # share of a mask's pixels that is more than chance
-PALETTE = 3  # a PNG's colour type, in its 26th byte
+PALETTE = b"\x03"  # a PNG's colour type, in its 26th byte
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 START_OF_FRAME = (b"\xc0", b"\xc1", b"\xc2")  # the segments that hold a JPEG's size: baseline, extended, progressive
 UNREADABLE = (
@@ -178,10 +178,12 @@ def read_mask(path):
 def read_mask_values(path):
     """A mask file's own values (h, w) uint8 or uint16, and whether they are exact, which JPEG and lossy WebP are not.
 
-    Of colours the brightest channel; transparent pixels are 0. In palettes "0 = background" is black; where everything
-    is, the indices count: labels are saved without a palette too.
+    Of colours the brightest channel; transparent pixels are 0.
     """
     content = read_bytes(path)
+    if has_palette(content):
+        indices, values = read_palette(path, content)
+        return values[indices], True
     mask = decode(path, content, cv2.IMREAD_UNCHANGED)
     if mask.ndim == 3 and mask.shape[2] == 4:
         mask = np.where(mask[..., 3] > 0, mask[..., :3].max(axis=-1), 0)
@@ -190,11 +192,33 @@ def read_mask_values(path):
     else:
         mask = decode(path, content, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)  # turned as EXIF says
         mask = mask.max(axis=-1) if mask.ndim == 3 else mask
-        if content.startswith(PNG) and content[25] == PALETTE and not mask.any():
-            with pillow(io.BytesIO(content)) as image:
-                mask = np.array(image)
     lossy = content.startswith(JPEG) or (content.startswith(b"RIFF") and b"VP8 " in content[:64])
     return mask, not lossy
+
+
+def has_palette(content):
+    return content.startswith(PNG) and content[25:26] == PALETTE
+
+
+def read_palette(path, content):
+    """A palette PNG's indices (h, w) uint8, and the value (256,) uint8 of each: 0 = background.
+
+    The background is what is black or transparent, as its index may be any: Pillow's `quantize` puts white first. Where
+    the whole palette is black, the indices are the values: labels are saved without a palette too.
+    """
+    try:
+        with pillow(io.BytesIO(content)) as image:
+            image.apply_transparency()
+            colours = np.array(image.getpalette("RGBA"), np.uint8).reshape(-1, 4)
+            indices = upright(np.array(image), image)
+    except UNREADABLE as error:
+        raise BrokenFrame(f"{path} is no readable image ({error})") from None
+    values = np.zeros(256, np.uint8)
+    values[: len(colours)] = colours[:, :3].max(axis=1)
+    if not values.any():
+        values = np.arange(256, dtype=np.uint8)
+    values[: len(colours)][colours[:, 3] == 0] = 0
+    return indices, values
 
 
 def find_hole(values, exact):

@@ -4,7 +4,6 @@ Annotations are read for shapes only, and only those of videos that may be train
 of validation videos. In the masks made here 255 = hole, 0 = keep.
 """
 
-import io
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,19 +11,18 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from common.errors import InputError
 from dataset.images import (
-    PALETTE,
-    PNG,
     BrokenFrame,
     describe_content,
+    has_palette,
     image_size,
     list_frames,
     read_bytes,
     read_frames,
     read_mask,
+    read_palette,
     size_of,
 )
 from dataset.mask_kinds import grow, place
@@ -187,16 +185,20 @@ def window(rng, paths, length):
 
 
 def read_labels(path):
-    """(h, w) uint8: 0 = background, other values one object each; of masks without labels 255."""
+    """(h, w) uint8: 0 = background, other values one object each; of masks without labels 255.
+
+    Labels are a palette's indices. In one that has its object at 0, the background elsewhere, that object is 255.
+    """
     content = read_bytes(path)
-    if not content.startswith(PNG) or content[25] != PALETTE:
+    if not has_palette(content):
         return read_mask(path)
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            labels = np.array(image)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BrokenFrame(f"{path} is no readable image ({error})") from None
-    labels[labels == VOID] = 0
+    indices, values = read_palette(path, content)
+    labels = np.where(values > 0, np.arange(256), 0).astype(np.uint8)[indices]
+    void = labels == VOID
+    if void.any() and labels[~void].any():  # alone, 255 is the object of a mask of 0 and 255
+        labels[void] = 0
+    if values[0]:
+        labels[indices == 0] = 255
     return labels
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 import dataset.objects as objects
 from common.errors import InputError
 from dataset.finetune_dataset import FinetuneDataset
+from dataset.images import read_mask
 from dataset.loader import TrainingClips
 from dataset.objects import AnnotatedVideo, Objects, read_labels, window
 
@@ -65,6 +66,42 @@ def test_labels(root, tmp_path):
     mask[1:3] = 7
     Image.fromarray(mask).save(tmp_path / "grey.png")
     assert set(np.unique(read_labels(tmp_path / "grey.png"))) == {0, 255}
+
+
+PALETTES = {
+    "white_first": lambda picture: picture.quantize(2),
+    "grey": lambda picture: picture.convert("P"),  # white is at 255
+    "black": lambda picture: palette_picture(np.asarray(picture) // 85, [0, 0, 0] * 256),
+    "coloured": lambda picture: palette_picture(np.asarray(picture) // 255 * 4, [0, 0, 0, *range(1, 40)]),
+}
+
+
+def palette_picture(indices, palette):
+    picture = Image.fromarray(indices, mode="P")
+    picture.putpalette(palette)
+    return picture
+
+
+@pytest.mark.parametrize(("palette", "label"), [("white_first", 255), ("grey", 255), ("black", 3), ("coloured", 4)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_palettes_of_any_order(tmp_path, palette, label, orientation):
+    """Their background is black or, where everything is, at 0; labels and masks agree, turned as EXIF says."""
+    mask, path, exif = np.zeros((32, 48), np.uint8), tmp_path / "a.png", Image.Exif()
+    mask[:8, :20] = 255
+    exif[0x0112] = orientation
+    PALETTES[palette](Image.fromarray(mask)).save(path, exif=exif)
+    expected = np.rot90(mask, -1) if orientation == 6 else mask
+    assert np.array_equal(read_mask(path), expected)
+    assert np.array_equal(read_labels(path), expected // 255 * label)
+
+
+def test_palettes_without_an_object(tmp_path):
+    """A background that is not at 0 is none either where a frame shows nothing else; transparent pixels are none."""
+    path, indices = tmp_path / "a.png", np.ones((4, 4), np.uint8)
+    palette_picture(indices, [255, 255, 255, 0, 0, 0]).save(path)
+    assert not read_mask(path).any() and not read_labels(path).any()
+    palette_picture(indices, [0, 0, 0, 255, 255, 255]).save(path, transparency=1)
+    assert not read_mask(path).any() and not read_labels(path).any()
 
 
 def test_windows_are_consecutive_and_turn_at_a_short_videos_ends():
