@@ -81,9 +81,13 @@ class Track:
         return labels
 
     def pictures(self):
-        """The frames that belong to the masks, (h, w, 3) uint8, RGB."""
+        """The frames that belong to the masks, of their size, (h, w, 3) uint8, RGB."""
         with whose_frames(self.video):
-            return read_frames(frames_of(self.video, self.paths))
+            paths = frames_of(self.video, self.paths)
+            frames, wanted = read_frames(paths), image_size(self.paths[0])
+            if size_of(frames[0]) != wanted:  # else the object would be partly black
+                raise BrokenFrame(f"{paths[0]} is {size_of(frames[0])}, its mask {self.paths[0]} {wanted}")
+            return frames
 
 
 class Objects:

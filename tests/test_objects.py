@@ -1,5 +1,6 @@
 """Other videos' objects as holes, and pasted into clips; a video's own masks."""
 
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -222,6 +223,18 @@ def test_a_broken_annotation_is_named_by_its_own_video(root, tmp_path, settings)
     found = TrainingClips(dataset(tmp_path / "copy", **settings))
     broken = [line for index in range(len(found)) for line in found[0, index].broken]
     assert broken and all(line.startswith("annotations of birch: ") and "cut short" in line for line in broken)
+
+
+def test_frames_of_another_size_than_their_masks(root, tmp_path):
+    """Of a video behind the first, which alone is looked at before training: its objects stay out, and it is said."""
+    shutil.copytree(root, tmp_path / "copy")
+    for path in (tmp_path / "copy/JPEGImages/480p/birch").iterdir():
+        with Image.open(path) as frame:
+            frame.resize((WIDTH // 2, HEIGHT // 2)).save(path)
+    found = TrainingClips(dataset(tmp_path / "copy", paste=1.0))
+    broken = [line for index in range(len(found)) for line in found[0, index].broken]
+    sizes = r"annotations of birch: .*/(\d+\.png) is 36x24, its mask .*/Annotations/480p/birch/\1 72x48"
+    assert broken and all(re.fullmatch(sizes, line) for line in broken), broken
 
 
 def test_tracks_without_an_object(root, tmp_path):
