@@ -10,6 +10,7 @@ changes a number as published evaluations have it. The same command goes on wher
 
 import argparse
 
+import common.libraries  # noqa: F401
 from common.command_line import Parser, Renamed, at_least, require
 from common.errors import one_line_errors
 from common.files import locked

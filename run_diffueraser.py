@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import common.libraries  # noqa: F401
 from common.command_line import Parser, at_least, require
 from common.errors import InputError, one_line_errors
 from common.files import check_writable, is_filled, note_own, read_own, refuse_foreign

@@ -8,6 +8,7 @@ output_dir = "converted_weights/finetuned-stage1"
 model_config = "weights/diffuEraser"  # only read for checkpoints of the original scripts
 
 if __name__ == "__main__":
+    import common.libraries  # noqa: F401
     from libs.checkpoints.convert import main
 
     main(stage=1, input_dir=input_dir, output_dir=output_dir, model_config=model_config)

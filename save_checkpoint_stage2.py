@@ -11,6 +11,7 @@ variant = None  # of the files in pretrained_stage1, such as "fp16"
 export_motion_adapter = False  # also write motion_adapter/, which diffusers' MotionAdapter loads
 
 if __name__ == "__main__":
+    import common.libraries  # noqa: F401
     from libs.checkpoints.convert import main
 
     main(

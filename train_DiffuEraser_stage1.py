@@ -3,6 +3,7 @@
 Everything in both models is trained; the frames of a clip do not see each other.
 """
 
+import common.libraries  # noqa: F401
 from libs.brushnet_CA import BrushNetModel
 from libs.inpainter import FrameInpainter
 from libs.training.loop import run

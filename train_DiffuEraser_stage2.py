@@ -3,6 +3,7 @@
 Only the motion modules are trained; UNet2D's layers and BrushNet are frozen, in half precision on a GPU.
 """
 
+import common.libraries  # noqa: F401
 from libs.inpainter import ClipInpainter, train_motion_modules_only
 from libs.training.loop import run
 from libs.training.stage import Stage, open_frame_models

@@ -1,6 +1,7 @@
 """What users type: the shell scripts, `accelerate launch`, the converters, in processes of their own."""
 
 import ast
+import gc
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, equal_files, wait_for_line
+from diffusers.utils import is_bitsandbytes_available
 from safetensors.torch import load_file
 
 from common.errors import InputError
@@ -286,6 +288,16 @@ def test_paths_with_quotes(environment, tmp_path, videos):
     for name in ("--validation_image", "--validation_mask"):
         folders = ast.literal_eval(flags[name])
         assert len(folders) == 2 and all(Path(folder).is_dir() for folder in folders)
+
+
+def test_large_libraries_are_imported_quickly():
+    """By every script, before anything imports them as it comes."""
+    scripts = [path for path in REPOSITORY.glob("*.py") if "__main__" in path.read_text()]
+    assert len(scripts) == 6
+    for script in scripts:
+        imports = re.findall(r"^ *(?:from|import) ((?:common|dataset|libs)[.\w]*)", script.read_text(), re.M)
+        assert imports[0] == "common.libraries", script
+    assert gc.isenabled() and gc.get_freeze_count() > 100_000 and not is_bitsandbytes_available()
 
 
 OWN_CONFIG = """compute_environment: LOCAL_MACHINE
