@@ -1,10 +1,12 @@
 """Tiny weights and drawn videos, made once per test process, and the train scripts run in this process."""
 
+import copy
 import importlib
 import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from PIL import Image
 
 import run_diffueraser
 from toy.make_videos import make_videos
-from toy.make_weights import make_weights
+from toy.make_weights import SIZES, make_weights
 
 DATA = Path(__file__).parent / "data"
 REPOSITORY = Path(__file__).parents[1]
@@ -23,6 +25,12 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # scores' r
 # past their memory (torch 2.13 on a CPU).
 BF16 = {"bf16_weights": True, "use_8bit_adam": True, "gradient_checkpointing": True, "mixed_precision": "bf16",
         "resolution": 64}  # fmt: skip
+TWO_BLOCKS = copy.deepcopy(SIZES["tiny"])  # of the published layout's four: every tensor takes its time, however small
+TWO_BLOCKS["unet"] |= {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 
 torch.set_num_threads(1)
 os.environ["LATENT_CACHE"] = ""  # the shell scripts' default lies in the checkout
@@ -30,8 +38,17 @@ os.environ["LATENT_CACHE"] = ""  # the shell scripts' default lies in the checko
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """Tiny weights in the published layout."""
+    """Tiny weights with two blocks, in the folders of the published ones."""
     folder = tmp_path_factory.mktemp("weights")
+    with mock.patch.dict(SIZES, two_blocks=TWO_BLOCKS):
+        make_weights(folder, "two_blocks")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def published_layout(tmp_path_factory):
+    """Tiny weights with every layer of the published ones."""
+    folder = tmp_path_factory.mktemp("published_layout")
     make_weights(folder)
     return folder
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import equal_files, error_line, reset_accelerate
+from conftest import TWO_BLOCKS, equal_files, error_line, reset_accelerate
 from diffusers import DDPMScheduler
 from scipy import stats
 
@@ -19,6 +19,7 @@ from benchmarks import ablation
 from dataset.folders import scan_video
 from libs.evaluation.cases import TASKS, Case, make_cases, rim_error
 from libs.evaluation.intervals import compare
+from toy.make_weights import SIZES
 
 
 class InTurn:
@@ -55,6 +56,7 @@ def here(monkeypatch):
     monkeypatch.setattr(ablation, "run_command", run)
     monkeypatch.setattr(ablation, "ThreadPoolExecutor", InTurn)
     monkeypatch.setattr(ablation, "SAMPLER_STEPS", 1)
+    monkeypatch.setitem(SIZES, "tiny", TWO_BLOCKS)
     yield commands
     reset_accelerate()
 

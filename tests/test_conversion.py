@@ -130,9 +130,9 @@ def test_a_mistyped_option_is_one_line(argument, capsys):
 
 @pytest.mark.parametrize("prefix", ["", "module."], ids=["one_process", "ddp"])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_checkpoints_of_the_original_scripts(weights, tmp_path, stage, prefix, capsys):
+def test_checkpoints_of_the_original_scripts(published_layout, tmp_path, stage, prefix, capsys):
     """Two whole models as model.safetensors and model_1.safetensors, without any config."""
-    source = weights / "diffuEraser"
+    source = published_layout / "diffuEraser"
     unet = (
         UNet2DConditionModel.open_2d_part(source / "unet_main").load()
         if stage == 1

@@ -82,6 +82,12 @@ def write_lora(path, unet, rank=4, alpha=2.0, change=lambda tensors: None):
     return path
 
 
+@pytest.fixture(scope="session")
+def weights(published_layout):
+    """Few-step weights name its layers."""
+    return published_layout
+
+
 @pytest.fixture
 def unet(weights):
     return UNetMotionModel.from_pretrained(weights / "diffuEraser", "unet_main")

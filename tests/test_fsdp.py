@@ -1,7 +1,6 @@
 """Runs under FSDP2, on the CPU: the losses and weights of one plain process."""
 
 import re
-from unittest import mock
 
 import fsdp_on_cpu
 import pytest
@@ -12,24 +11,8 @@ from forked import finish, start
 from safetensors.torch import load_file
 
 from libs.checkpoints.convert import convert
-from toy.make_weights import SIZES, make_weights
 
 FINAL = "unet_main/diffusion_pytorch_model.safetensors"
-TWO_BLOCKS = {
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """Two blocks of the tiny models' four: sharding takes its time for every tensor, however small."""
-    folder = tmp_path_factory.mktemp("weights")
-    two_blocks = {**SIZES["tiny"], "unet": {**SIZES["tiny"]["unet"], **TWO_BLOCKS}}
-    with mock.patch.dict(SIZES, two_blocks=two_blocks):
-        make_weights(folder, "two_blocks")
-    return folder
 
 
 def losses(log):

@@ -54,8 +54,9 @@ def run(command, environment, **changes):
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_the_workflow(environment, tmp_path):
+def test_the_workflow(environment, published_layout, tmp_path):
     """Stage 1, resumed, converted; stage 2 from the converted folder, converted: the four commands of the guide."""
+    environment["WEIGHTS"] = str(published_layout)
     log = Path(environment["LOG"])
     first = run(["bash", "finetune_stage1.sh"], environment, VALIDATION_STEPS=1)
     assert first.returncode == 0, first.stderr
