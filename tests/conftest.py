@@ -21,6 +21,7 @@ from toy.make_weights import SIZES, make_weights
 DATA = Path(__file__).parent / "data"
 REPOSITORY = Path(__file__).parents[1]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # scores' recorded numbers hold on both
+STARTS_PROCESSES = ("test_distributed", "test_fsdp", "test_kill", "test_launch", "test_slurm")
 # Flags of LOW_MEMORY=2. At 32 px feature maps of one value come up, in whose gradients oneDNN's bf16 convolutions write
 # past their memory (torch 2.13 on a CPU).
 BF16 = {"bf16_weights": True, "use_8bit_adam": True, "gradient_checkpointing": True, "mixed_precision": "bf16",
@@ -34,6 +35,11 @@ TWO_BLOCKS["unet"] |= {
 
 torch.set_num_threads(1)
 os.environ["LATENT_CACHE"] = ""  # the shell scripts' default lies in the checkout
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests come first: one at the very end would leave the other worker idle."""
+    items.sort(key=lambda item: item.path.stem not in STARTS_PROCESSES)
 
 
 @pytest.fixture(scope="session")

@@ -10,4 +10,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash install.sh tests/requirements.txt
 # Two processes with one thread each: the models are so small that threads would only wait for each other.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal "$@"
+# One test at a time, in conftest.py's order.
+exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" --dist load --maxschedchunk 1 "$@"
