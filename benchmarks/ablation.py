@@ -43,6 +43,7 @@ from libs.evaluation.cases import TASKS, make_cases, noise_seed
 from libs.evaluation.intervals import compare_all, markdown
 from libs.evaluation.metrics import Score
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline
+from libs.training.config import shell_variables
 from libs.training.loss import EncodedBatch, predict, weighted_mse
 from toy import train_vae
 from toy.join_videos import join_videos
@@ -324,7 +325,9 @@ def run_command(command, gpu, log, deadline, variables=None):
     chosen = {"CUDA_VISIBLE_DEVICES": gpu, "PYTHON": sys.executable, "LOG": str(log), "COMPILE": "0"}
     # Twenty-four processes with 64 threads each took more than four times as long to score as with two.
     chosen["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "2")
-    environment = {**os.environ, "NUM_PROCESSES": "1", **chosen, **(variables or {})}
+    # What a user has set for another run would be a flag of every arm, the one compared with among them.
+    others = {name: value for name, value in os.environ.items() if name not in shell_variables()}
+    environment = {**others, "NUM_PROCESSES": "1", **chosen, **(variables or {})}
     with open(log, "ab") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
         try:

@@ -1,5 +1,6 @@
 """The laboratory: all four steps at the smallest size, its table by hand, and what is done is not done again."""
 
+import ast
 import csv
 import importlib
 import itertools
@@ -19,6 +20,7 @@ from benchmarks import ablation
 from dataset.folders import scan_video
 from libs.evaluation.cases import TASKS, Case, make_cases, rim_error
 from libs.evaluation.intervals import compare
+from libs.training.config import shell_variables
 from toy.make_weights import SIZES
 
 
@@ -153,6 +155,19 @@ def test_a_command_has_its_gpu_and_log_and_ends_in_time(tmp_path, capfd):
     assert log.read_text() == "3 ['flag']\n"
     ablation.run_command([sys.executable, "-c", show], "4", log, time.monotonic() + 1)  # nothing begins this late
     assert log.read_text() == "3 ['flag']\n" and not any(capfd.readouterr())
+
+
+def test_what_is_set_for_another_run_is_in_no_arm(tmp_path, monkeypatch):
+    """Only threads are the user's, and PYTHON is this one's."""
+    show = "import os; from libs.training.config import shell_variables as names; "
+    show += "print({name: os.environ[name] for name in names() if name in os.environ})"
+    for name in shell_variables():
+        monkeypatch.setenv(name, "3")
+    ablation.run_command([sys.executable, "-c", show], "", tmp_path / "log", time.monotonic() + 1000, {"SEED": "4"})
+    seen = ast.literal_eval((tmp_path / "log").read_text())
+    assert seen == {"PYTHON": sys.executable, "LOG": str(tmp_path / "log"), "COMPILE": "0", "NUM_PROCESSES": "1",
+                    "OMP_NUM_THREADS": "3", "SEED": "4"}  # fmt: skip
+    assert {"EMA_DECAY", "LOW_MEMORY", "MASK_BORDER", "PRETRAINED_STAGE1", "WEIGHTS"} < shell_variables()
 
 
 def test_jobs_that_fail_are_named_after_all_have_run(tmp_path, capsys):

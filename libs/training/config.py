@@ -399,6 +399,11 @@ def what_sets_clips(settings):
     return {name: settings.get(name, defaults[name]) for name in settings_with("sets_clips")}
 
 
+def shell_variables():
+    """Names of all variables that the shell scripts read."""
+    return {*settings_with("variable").values(), *(name for name, _, _ in LAUNCHER_VARIABLES)}
+
+
 def switches():
     """Variables that are 0 or 1."""
     all_fields = [f for config in CONFIGS.values() for f in fields(config) if f.type is bool and f.metadata["variable"]]
