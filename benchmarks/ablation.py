@@ -236,7 +236,8 @@ def score_one(lab):
     ((arm, seed),) = lab.pairs
     parser, side = Parser(), lab.size["resolution"]
     add_inference_flags(parser)
-    window = lab.size[2]["frames"] if lab.stage == 2 and lab.folder(arm, seed) != lab.start else lab.options.frames
+    trained = lab.size[2]["frames"] if lab.stage == 2 else lab.options.frames  # frames of the motion modules' window
+    window = lab.options.frames if lab.folder(arm, seed) == lab.start else trained
     args = parser.parse_args([*lab.base_flags(), f"--nframes={window}", f"--num_inference_steps={SAMPLER_STEPS}"])
     check_inference_flags(args)
     pipeline, prompt_embeds, _ = load_pipeline(args, lab.folder(arm, seed))
@@ -249,17 +250,18 @@ def score_one(lab):
         resolution = f"{side * 7 // 4 // 8 * 8}x{side}"
         for number, case in enumerate(make_cases(task, davis, videos, resolution, lab.options.frames)):
             filled = pipeline.fill(case.shown, case.holes, prompt_embeds, noise_seed(seed, number))
-            scores = {**case.score(filled), "noise": noise_error(pipeline, case, prompt_embeds, noise_seed(0, number))}
+            error = noise_error(pipeline, case, trained, prompt_embeds, noise_seed(0, number))
+            scores = {**case.score(filled), "noise": error}
             rows.append({"arm": arm, "seed": seed, "task": task, "video": case.video, **scores})
     with written_whole(lab.scores(arm, seed)) as partial:
         write_rows(partial, rows)
 
 
 @torch.no_grad()
-def noise_error(pipeline, case, prompt_embeds, seed):
-    """Mean squared error in the hole of the noise that the model predicts: training's loss on a case's first window.
-    Timesteps and noises are those of all arms; nan where no hole is as large as a pixel of the latents."""
-    window = slice(pipeline.nframes)
+def noise_error(pipeline, case, frames, prompt_embeds, seed):
+    """Mean squared error in the hole of the noise that the model predicts: training's loss on a case's first `frames`.
+    These, timesteps and noises are those of all arms; nan where no hole is as large as a pixel of the latents."""
+    window = slice(frames)
     truth, shown, holes = case.truth[window], case.shown[window], case.holes[window]
     conditioning = pipeline.encode_clip(shown, holes, None, seed, lambda frames: None).conditioning
     generator = torch.Generator(pipeline.device).manual_seed(seed)

@@ -76,23 +76,23 @@ def test_the_predicted_noise_is_scored_alike_for_all_arms():
         return answers[-1](noisy)
 
     pipeline = SimpleNamespace(
-        nframes=2, device=torch.device("cpu"), dtype=torch.float32, model=model,
+        device=torch.device("cpu"), dtype=torch.float32, model=model,
         sampler=DDPMScheduler(beta_start=0.5, beta_end=0.999),  # so noisy latents are noise alone, but for 1e-4
         encode_clip=lambda *_: SimpleNamespace(conditioning=torch.cat([torch.zeros(2, 4, 4, 4), masks], dim=1)),
         encode_whole=lambda frames, noise: torch.zeros(2, 4, 4, 4),
     )  # fmt: skip
 
-    assert ablation.noise_error(pipeline, case, None, seed=3) < 1e-3
+    assert ablation.noise_error(pipeline, case, 2, None, seed=3) < 1e-3
 
     answers.append(torch.zeros_like)
     expected = seen[0][:, :, :2].square().mean().item()
-    assert ablation.noise_error(pipeline, case, None, seed=3) == pytest.approx(expected, rel=1e-3)
+    assert ablation.noise_error(pipeline, case, 2, None, seed=3) == pytest.approx(expected, rel=1e-3)
     assert torch.equal(seen[0], seen[len(ablation.TIMESTEPS)])
     masks.fill_(1)
-    assert np.isnan(ablation.noise_error(pipeline, case, None, seed=3))
+    assert np.isnan(ablation.noise_error(pipeline, case, 2, None, seed=3))
 
 
-def test_all_steps_and_what_is_done_is_not_done_again(here, tmp_path, capsys):
+def test_all_steps_and_what_is_done_is_not_done_again(here, tmp_path, capsys, monkeypatch):
     flags = ["--size=tiny", f"--output_dir={tmp_path}", "--frames=2", "--seeds", "0"]
     arms = ["--arms", "guide", "all", "averaging", "--steps=3"]
     ablation.main(["start", "train", "score", "table", *flags, *arms])
@@ -112,7 +112,10 @@ def test_all_steps_and_what_is_done_is_not_done_again(here, tmp_path, capsys):
     assert here == [] and (tmp_path / "table-stage1.md").read_text() == text
     line = error_line(capsys, ablation.main, ["train", *flags, "--arms", "guide", "--steps=4"])
     assert "{'steps': 3, 'flags': []}, not {'steps': 4, 'flags': []}" in line
+    noise_error, windows = ablation.noise_error, []
+    monkeypatch.setattr(ablation, "noise_error", lambda *args: windows.append(args[2]) or noise_error(*args))
     ablation.main(["train", "score", "table", *flags, "--stage=2", "--arms", "own-noises", "start", "known"])
+    assert set(windows) == {3}  # frames that the motion modules are trained on, also of stage 1 itself
     assert here == ["known-0", "own-noises-0", "start-0", "known-0"]
     assert "| known | " in capsys.readouterr().out
     scores = [(tmp_path / f"stage2/{arm}-0.csv").read_text().split(",", 8)[-1] for arm in ("own-noises", "start")]
