@@ -364,7 +364,7 @@ def main(argv=None):
     add("--start_steps", type=int, help="of the common start (default: the size's)")
     add("--frames", type=int, default=26, help="of a held-out video are scored, at most (default: 26)")
     add("--jobs_per_gpu", type=int, default=1, help="arms that train at once on each GPU (default: 1)")
-    add("--minutes", type=float, default=1e4, help="then everything saves and ends (default: never)")
+    add("--minutes", type=float, default=float("inf"), help="then everything saves and ends (default: never)")
     options = parser.parse_args(argv)
     known, steps = ARMS[options.stage], {**STEPS, "score-one": score_one}
     options.arms, options.step = options.arms or list(known), options.step or list(STEPS)

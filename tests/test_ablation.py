@@ -153,8 +153,8 @@ def test_table_by_hand(tmp_path, capsys):
 
 def test_a_command_has_its_gpu_and_log_and_ends_in_time(tmp_path, capfd):
     show = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1:])"
-    log, later = tmp_path / "logs/job.log", time.monotonic() + 1000
-    ablation.run_command([sys.executable, "-c", show, "flag"], "3", log, later)
+    log, never = tmp_path / "logs/job.log", float("inf")
+    ablation.run_command([sys.executable, "-c", show, "flag"], "3", log, never)
     assert log.read_text() == "3 ['flag']\n"
     ablation.run_command([sys.executable, "-c", show], "4", log, time.monotonic() + 1)  # nothing begins this late
     assert log.read_text() == "3 ['flag']\n" and not any(capfd.readouterr())
@@ -177,10 +177,12 @@ def test_jobs_that_fail_are_named_after_all_have_run(tmp_path, capsys):
     options = ["--size=tiny", f"--output_dir={tmp_path}", "--arms", "guide", "--seeds", "0", "1"]
     (tmp_path / "start/brushnet").mkdir(parents=True)
     (tmp_path / "start/brushnet/config.json").touch()
+    deadlines = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation, "run_command", lambda *args: None)
+        patch.setattr(ablation, "run_command", lambda *args: deadlines.append(args[3]))
         line = error_line(capsys, ablation.main, ["train", *options])
     assert "2 of 2 not done (guide-0, guide-1); see " in line and line.endswith("stage1/guide-0.log")
+    assert deadlines == [float("inf")] * 2  # without --minutes
 
 
 def test_cases_are_the_same_for_all_arms_and_their_objects_are_others(videos):
