@@ -35,7 +35,7 @@ from diffusers import DDPMScheduler
 
 from common.command_line import Parser, at_least, require
 from common.errors import one_line_errors
-from common.files import write_json, written_whole
+from common.files import write_json
 from common.run_files import write_rows
 from dataset.folders import read_names, scan_video
 from libs.evaluation import cases
@@ -253,8 +253,7 @@ def score_one(lab):
             error = noise_error(pipeline, case, trained, prompt_embeds, noise_seed(0, number))
             scores = {**case.score(filled), "noise": error}
             rows.append({"arm": arm, "seed": seed, "task": task, "video": case.video, **scores})
-    with written_whole(lab.scores(arm, seed)) as partial:
-        write_rows(partial, rows)
+    write_rows(lab.scores(arm, seed), rows)
 
 
 @torch.no_grad()

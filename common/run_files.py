@@ -71,10 +71,15 @@ def append_row(path, row):
 
 
 def write_rows(path, rows):
-    """A new CSV file of {column: value} rows."""
-    path.unlink(missing_ok=True)
-    for row in rows:
-        append_row(path, row)
+    """A new CSV file of {column: value} rows, whole or not there; without rows there is none."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial, open(partial, "w", newline="", **ENCODING) as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_table(path):

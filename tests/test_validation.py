@@ -25,7 +25,7 @@ import libs.report.__main__
 import libs.training.validation
 import libs.training.validation_loss
 from common.errors import InputError
-from common.run_files import AS_DEPLOYED, append_row, read_rows, validation_form
+from common.run_files import AS_DEPLOYED, append_row, read_rows, validation_form, write_rows
 from libs.checkpoints.checkpoint import mark_best, prune, read_best
 from libs.checkpoints.rank import main as rank_checkpoints
 from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers
@@ -298,6 +298,20 @@ def test_a_torn_row_is_dropped(tmp_path, kept):
     append_row(path, {"step": 30, "loss": 0.25})
     assert read_rows(path) == [*before, {"step": "30", "loss": "0.25"}]
     assert before == [{"step": "10", "loss": "0.125"}][: kept >= 21]
+
+
+def test_rows_are_written_all_or_none(tmp_path):
+    """The same bytes as row by row; what cannot be written leaves the file that is there."""
+    rows = [{"video": "caf\udce9", "psnr": 0.1}, {"video": 'a, "b"\n', "psnr": None}, {"video": "c", "tc": np.nan}]
+    for row in rows:
+        append_row(tmp_path / "x.csv", row)
+    write_rows(tmp_path / "new/y.csv", rows)
+    assert (tmp_path / "new/y.csv").read_bytes() == (tmp_path / "x.csv").read_bytes()
+    with pytest.raises(UnicodeError):
+        write_rows(tmp_path / "new/y.csv", [{"video": "\ud800"}, *rows])
+    assert (tmp_path / "new/y.csv").read_bytes() == (tmp_path / "x.csv").read_bytes()
+    write_rows(tmp_path / "new/y.csv", [])
+    assert not any((tmp_path / "new").iterdir())
 
 
 def test_rows_that_are_not_whole(tmp_path):
