@@ -117,6 +117,8 @@ def test_clips_that_a_page_cannot_hold_lie_beside_it(evaluation, monkeypatch):
         ("evaluation.json", None, r"has no evaluation\.json: an output folder of eval_DiffuEraser\.py was needed"),
         ("evaluation.json", "[]", "holds files that are not an evaluation's any more"),
         ("evaluation.json", "{", "holds files that are not an evaluation's any more"),
+        ("evaluation.json", '{"methods": []}', r"an evaluation that is not finished: run the same command of eval_"),
+        ("evaluation.json", "{}", r"not an evaluation's any more \(KeyError\('scores'\)\)"),
         ("comparisons.csv", "score,mean\nghost,1\n", r"not an evaluation's any more \(KeyError\('ghost'\)\)"),
         ("report.html", "mine", r"holds report\.html, which no earlier result made"),
     ],

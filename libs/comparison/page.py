@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from urllib.parse import quote
 
-from common.command_line import Parser
+from common.command_line import Parser, require
 from common.errors import InputError, one_line_errors
 from common.files import refuse_foreign
 from common.pages import render, save_page
@@ -49,6 +49,9 @@ def gather(folder):
     if not (folder / "evaluation.json").is_file():
         raise InputError(f"{folder} has no evaluation.json: an output folder of eval_DiffuEraser.py was needed")
     made = json.loads((folder / "evaluation.json").read_bytes())
+    begun = "methods" in made and "scores" not in made  # the latter are written at the end
+    require(not begun, f"{folder} holds an evaluation that is not finished: run the same command of "
+            "eval_DiffuEraser.py again")  # fmt: skip
     texts = json.loads(Path(__file__).with_name("page_texts.json").read_bytes())
     scores, names = made["scores"], [method["name"] for method in made["methods"]]
     per_video = mean_of_seeds(read_table(folder / "scores.csv"), scores)
