@@ -392,7 +392,10 @@ def test_a_gif_is_whole_or_not_there(tmp_path, monkeypatch):
         assert gif.n_frames == 5 and gif.info["loop"] == 0
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 40), (11.44, 11.69), (0, 1e-5), (0, 123456), (0.5, 0.5), (0, 0)])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0, 1), (0, 40), (11.44, 11.69), (0, 1e-5), (0, 123456), (0.5, 0.5), (0, 0), (0, 1e-13), (0.5, 0.5 + 1e-13)],
+)
 def test_ticks_enclose_the_values(low, high):
     found = ticks(low, high)
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8 and found == sorted(set(found))

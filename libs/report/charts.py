@@ -43,11 +43,14 @@ class Chart:
 
 def ticks(low, high):
     """About five round numbers from at most `low` to at least `high`."""
-    span = high - low or abs(high) or 1
-    size = 10 ** math.floor(math.log10(span / 4))
+    span = high - low
+    if span <= 1e-9 * abs(high):  # equal, but for rounding
+        span = abs(high) or 1
+    exponent = math.floor(math.log10(span / 4))
+    size = 10**exponent
     size *= next(factor for factor in (1, 2, 5, 10) if factor * size >= span / 5)
     first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
-    return [round(i * size, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [round(i * size, -exponent) for i in range(first, max(last, first + 1) + 1)]
 
 
 def smooth(points):
