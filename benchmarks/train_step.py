@@ -16,7 +16,7 @@ import time
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import DDPMScheduler
 
 from common.distributed import DTYPES
 from dataset.crop import RESOLUTION_HELP, resolution, sides
@@ -29,7 +29,7 @@ from libs.training.loss import ForwardBackward
 from libs.training.optimizer import make_optimizer
 from libs.vae import FrozenVAE
 from toy.full_size import make_model
-from toy.make_weights import SCHEDULER, SIZES
+from toy.make_weights import SCHEDULER, SIZES, random_vae
 
 VARIANTS = {  # flags of the trainer
     "plain": {},
@@ -74,12 +74,8 @@ class Parts:
 
 
 def make_vae(dtype, nframes):
-    spec = SIZES["full"]["vae"]
-    blocks = len(spec["block_out_channels"])
     with torch.device("cuda"):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks, **spec
-        )
+        vae = random_vae(SIZES["full"]["vae"])
     return FrozenVAE(torch.nn.Module.to(vae, dtype), nframes)
 
 

@@ -150,12 +150,16 @@ def write_text_encoder(folder, spec, vocab_size, dtype):
     write_state_dict(folder / "model.safetensors", state_dict, dtype)
 
 
-def write_vae(folder, spec, dtype):
-    """Attention keys in the published form (query, key, value, proj_attn); latents of unit variance, as SD's are."""
+def random_vae(spec):
     blocks = len(spec["block_out_channels"])
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks, **spec
     )
+
+
+def write_vae(folder, spec, dtype):
+    """Attention keys in the published form (query, key, value, proj_attn); latents of unit variance, as SD's are."""
+    vae = random_vae(spec)
     with torch.no_grad():
         vae.quant_conv.bias[4:] -= 12  # log-variances: a posterior as sharp as a trained one's
         smooth = torch.nn.functional.interpolate(torch.rand(8, 3, 4, 4) * 2 - 1, size=64, mode="bicubic")
