@@ -2,16 +2,17 @@
 
 import json
 import re
+import shutil
 
 import pytest
+from conftest import error_line
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from common.errors import InputError
-from toy import train_vae
+from toy import make_videos, make_weights, train_vae
 from toy.join_videos import join_videos
 from toy.make_videos import DAVIS_TRAIN, DAVIS_VAL
-from toy.make_weights import make_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -19,7 +20,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def test_learning_from_scratch(train, videos, tmp_path, capsys):
     """The VAE learns, and its latents' scale is noted; stage 1 starts from the base model's UNet."""
     weights = tmp_path / "weights"
-    make_weights(weights)
+    make_weights.make_weights(weights)
     train_vae.main([f"--weights={weights}", f"--davis_root={videos / 'DAVIS'}", f"--ytvos_root={videos / 'YTBV'}",
                     "--resolution=32", "--steps=20", "--batch_size=4"])  # fmt: skip
     output = capsys.readouterr().out
@@ -38,6 +39,41 @@ def test_learning_from_scratch(train, videos, tmp_path, capsys):
     assert re.findall(r"step (\d)/2  loss \d", output) == ["1", "2"]
     trained, start = load_file(tmp_path / "run/unet_main" / WEIGHTS), load_file(base / "unet" / WEIGHTS)
     assert trained.keys() == start.keys() and sum(trained[key].equal(start[key]) for key in start) < 0.01 * len(start)
+
+
+def test_nothing_of_the_users_is_replaced(videos, published_layout, tmp_path, capsys):
+    """What these tools have made, also if they were stopped on the way, is made again."""
+    davis, base = tmp_path / "dataset/DAVIS", tmp_path / "weights/stable-diffusion-v1-5"
+    for name, text in (("train.txt", "bear\n"), ("val.txt", "goat\n")):
+        (davis / "ImageSets/2017").mkdir(parents=True, exist_ok=True)
+        (davis / "ImageSets/2017" / name).write_text(text)
+    (tmp_path / "other/YTBV/JPEGImages").mkdir(parents=True)
+    for folder in ("tokenizer", "../diffuEraser/unet_main", "../sd-vae-ft-mse"):
+        (base / folder).mkdir(parents=True)
+    (base / "tokenizer/merges.txt").write_text("#version: 0.2\ni n\n")
+    (base / "../sd-vae-ft-mse/config.json").write_text("{}")
+    before = files(tmp_path)
+    refused = [
+        (make_videos, "--output_dir", "dataset", "dataset/DAVIS was not drawn here: another --output_dir"),
+        (make_videos, "--output_dir", "other", "other/YTBV was not drawn here: another --output_dir"),
+        (make_weights, "--output_dir", "weights", "stable-diffusion-v1-5 was not made by this tool: another --output"),
+        (train_vae, "--weights", "weights", "sd-vae-ft-mse would be replaced"),
+    ]
+    for tool, flag, folder, message in refused:
+        assert message in error_line(capsys, tool.main, [f"{flag}={tmp_path / folder}"])
+    assert files(tmp_path) == before
+
+    made = ((make_videos, videos, "YTBV"), (make_weights, published_layout, "diffuEraser/brushnet"))
+    for tool, source, last in made:
+        shutil.copytree(source, tmp_path / "own")
+        shutil.rmtree(tmp_path / "own" / last)
+        tool.main([f"--output_dir={tmp_path / 'own'}"])
+        assert files(tmp_path / "own") == files(source)
+        shutil.rmtree(tmp_path / "own")
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_datasets_are_joined_by_links(videos, tmp_path):

@@ -11,6 +11,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from common.command_line import require
+from common.errors import one_line_errors
+from common.files import is_filled
+
 HEIGHT, WIDTH, FRAMES = 96, 160, 26
 DAVIS_TRAIN = ("kites", "marbles", "balloons", "leaves")
 DAVIS_VAL = ("buoy", "lantern")
@@ -21,21 +25,25 @@ PALETTE = [0, 0, 0, 128, 0, 0]  # DAVIS's first two colours: background and the 
 def make_videos(output_dir, seed=0, more=0, held_out=0):
     """Write `output_dir`/DAVIS (4 training videos, 2 and `held_out` for validation) and /YTBV (4 and `more`).
 
-    All have annotations: the nearest shape.
+    All have annotations: the nearest shape. Raises: InputError where there are other videos, whose lists would be lost.
     """
     rng = np.random.default_rng(seed)
     davis, ytvos = Path(output_dir, "DAVIS"), Path(output_dir, "YTBV")
+    lists = davis / "ImageSets/2017"
+    train, val = lists / "train.txt", lists / "val.txt"
+    drawn = train.is_file() and train.read_text().split() == list(DAVIS_TRAIN)
+    for folder in (davis, ytvos):
+        require(drawn or not is_filled(folder), f"{folder} was not drawn here: another --output_dir was needed")
     in_ytvos, held_out = [f"{i:010x}" for i in range(more)], [f"held-out-{i}" for i in range(held_out)]
+    lists.mkdir(parents=True, exist_ok=True)
+    train.write_text("\n".join(DAVIS_TRAIN) + "\n")  # first, as it tells whose videos these are
+    val.write_text("\n".join([*DAVIS_VAL, *held_out]) + "\n")
     for name in DAVIS_TRAIN + DAVIS_VAL:
         write_video(davis, "480p", name, *make_scene(rng))
     for name in (*YTVOS, *in_ytvos):
         write_video(ytvos, "", name, *make_scene(rng), name_step=5)
     for name in held_out:  # last, so that the others are the same without them
         write_video(davis, "480p", name, *make_scene(rng))
-    lists = davis / "ImageSets/2017"
-    lists.mkdir(parents=True, exist_ok=True)
-    (lists / "train.txt").write_text("\n".join(DAVIS_TRAIN) + "\n")
-    (lists / "val.txt").write_text("\n".join([*DAVIS_VAL, *held_out]) + "\n")
 
 
 def make_scene(rng):
@@ -84,11 +92,16 @@ def write_video(root, size, name, frames, masks, name_step=1):
         image.save(annotations / f"{i * name_step:05d}.png")
 
 
-if __name__ == "__main__":
+@one_line_errors
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="toy/data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--more", type=int, default=0, metavar="N", help="N more training videos in YTBV")
     parser.add_argument("--held_out", type=int, default=0, metavar="N", help="N more validation videos in DAVIS")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     make_videos(options.output_dir, options.seed, options.more, options.held_out)
+
+
+if __name__ == "__main__":
+    main()

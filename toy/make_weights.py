@@ -15,6 +15,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from common.command_line import require
+from common.errors import one_line_errors
+from common.files import is_filled
 from libs.brushnet_CA import BrushNetModel
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
@@ -65,10 +68,15 @@ SCHEDULER = {  # stable-diffusion-v1-5/scheduler/scheduler_config.json
     "clip_sample": False,
 }
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+FOLDERS = ("stable-diffusion-v1-5", "sd-vae-ft-mse", "animatediff-motion-adapter-v1-5-2", "diffuEraser")
+NO_MERGES = "#version: 0.2\n"
 
 
 def make_weights(output_dir, size="tiny", dtype=torch.float32, seed=0):
-    """Write stable-diffusion-v1-5, sd-vae-ft-mse, animatediff-motion-adapter-v1-5-2 and diffuEraser folders."""
+    """Write FOLDERS. Raises: InputError where others' weights are."""
+    ours = made_here(output_dir)
+    for folder in (Path(output_dir, name) for name in FOLDERS):
+        require(ours or not is_filled(folder), f"{folder} was not made by this tool: another --output_dir was needed")
     torch.manual_seed(seed)
     output_dir, spec = Path(output_dir), SIZES[size]
     base = output_dir / "stable-diffusion-v1-5"
@@ -100,6 +108,12 @@ def make_weights(output_dir, size="tiny", dtype=torch.float32, seed=0):
     save(brushnet, output_dir / "diffuEraser" / "brushnet", dtype)
 
 
+def made_here(output_dir):
+    """Whether a folder's weights are random ones: a tokenizer without merges, which is written first, tells them."""
+    merges = Path(output_dir, "stable-diffusion-v1-5/tokenizer/merges.txt")
+    return merges.is_file() and merges.read_text() == NO_MERGES
+
+
 def save(model, folder, dtype):
     model.save_config(folder)
     write_state_dict(folder / "diffusion_pytorch_model.safetensors", model.state_dict(), dtype)
@@ -122,8 +136,9 @@ def write_tokenizer(folder):
     shifted = [256 + i for i in range(256 - len(printable))]  # how byte-level BPE writes the other bytes
     letters = [chr(code) for code in printable + shifted]
     tokens = letters + [letter + "</w>" for letter in letters] + [BOS, EOS]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "merges.txt").write_text(NO_MERGES)
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    (folder / "merges.txt").write_text("#version: 0.2\n")
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
     write_json(folder / "special_tokens_map.json", special)
     write_json(
@@ -175,12 +190,17 @@ def write_vae(folder, spec, dtype):
     write_state_dict(folder / "diffusion_pytorch_model.safetensors", state_dict, dtype)
 
 
-if __name__ == "__main__":
+@one_line_errors
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="toy/weights")
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     diffusers.utils.logging.set_verbosity_error()
     make_weights(options.output_dir, options.size, getattr(torch, options.dtype), options.seed)
+
+
+if __name__ == "__main__":
+    main()

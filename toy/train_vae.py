@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 
+from common.command_line import require
 from common.errors import one_line_errors
 from common.hardware import accelerator_or_cpu
 from dataset.crop import RESOLUTION_HELP, Crop, resolution, sides
 from dataset.folders import list_videos
 from dataset.images import read_frame
 from libs.base_model import quiet_libraries
+from toy.make_weights import made_here
 
 KL_WEIGHT = 1e-6  # just enough to keep the latents' scale in bounds, as Stable Diffusion's VAE does
 
@@ -43,6 +45,8 @@ def load_frames(args):
 
 def train(args):
     folder = Path(args.weights, "sd-vae-ft-mse")
+    require(made_here(args.weights), f"{folder} would be replaced, and is not of toy.make_weights: other --weights "
+            "were needed")  # fmt: skip
     device = accelerator_or_cpu()
     torch.manual_seed(args.seed)
     with quiet_libraries():
