@@ -1,15 +1,18 @@
 """What toy/learn.sh does: a VAE and stage 1 from scratch."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 
 import pytest
-from conftest import error_line
+from conftest import REPOSITORY, error_line
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from common.errors import InputError
+from libs.training.config import shell_variables
 from toy import make_videos, make_weights, train_vae
 from toy.join_videos import join_videos
 from toy.make_videos import DAVIS_TRAIN, DAVIS_VAL
@@ -74,6 +77,21 @@ def test_nothing_of_the_users_is_replaced(videos, published_layout, tmp_path, ca
 
 def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_learning_is_not_changed_by_what_is_set_for_other_runs(tmp_path):
+    """Its own variables count."""
+    python, seen = tmp_path / "python", tmp_path / "seen"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *launch.launch*) env >> {seen}; esac\n')
+    python.chmod(0o755)
+    taken = {"RESOLUTION": "48", "LEARNING_RATE": "0.5", "DAVIS_ROOT": "davis", "YTVOS_ROOT": "ytvos"}
+    others = dict.fromkeys(shell_variables() - taken.keys() - {"OMP_NUM_THREADS"}, "of another run")
+    environment = {**os.environ, **others, **taken, "PYTHON": str(python), "RUN": str(tmp_path / "run")}
+    learn = subprocess.run(["bash", "toy/learn.sh"], cwd=REPOSITORY, env=environment, capture_output=True)
+    assert learn.returncode == 0
+    lines = seen.read_text().splitlines()
+    assert not any("of another run" in line for line in lines) and lines.count("RESOLUTION=48") == 3
+    assert [line for line in lines if line.startswith("LEARNING_RATE=")][1:] == ["LEARNING_RATE=0.5"] * 2
 
 
 def test_datasets_are_joined_by_links(videos, tmp_path):

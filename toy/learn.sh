@@ -4,6 +4,11 @@
 # DAVIS_ROOT and YTVOS_ROOT may name real videos, to which drawn ones are added.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+run=${RUN:-toy/learn}
+# What a user has set for another run is not meant here, but for these four.
+unset $(grep -o 'variable="[A-Z_0-9]*"' libs/training/config.py | cut -d '"' -f 2 |
+  grep -vx 'DAVIS_ROOT\|YTVOS_ROOT\|RESOLUTION\|LEARNING_RATE') \
+  ACCELERATE_CONFIG MACHINE_RANK MAIN_ADDRESS MAIN_PORT NUM_MACHINES NUM_PROCESSES SLURM_NODEID
 export PYTHON=${PYTHON:-.venv/bin/python}
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   : "${SIZE:=medium}" "${RESOLUTION:=64}" "${VAE_STEPS:=3000}" "${LEARNING_RATE:=5e-4}"
@@ -14,7 +19,6 @@ else
   : "${STAGE1_STEPS:=2500}" "${STAGE1_CLIPS:=4}" "${STAGE1_FRAMES:=2}" "${DRAWN_VIDEOS:=60}"
   : "${STAGE2_STEPS:=600}" "${STAGE2_CLIPS:=1}" "${STAGE2_FRAMES:=22}"
 fi
-run=${RUN:-toy/learn}
 "$PYTHON" -m toy.make_videos --output_dir "$run/drawn" --more "$DRAWN_VIDEOS" --seed 1
 "$PYTHON" -m toy.make_weights --output_dir "$run/weights" --size "$SIZE"
 
