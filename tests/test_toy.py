@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from functools import partial
 
 import pytest
 from conftest import REPOSITORY, error_line
@@ -80,18 +81,24 @@ def files(folder):
 
 
 def test_learning_is_not_changed_by_what_is_set_for_other_runs(tmp_path):
-    """Its own variables count."""
+    """Its own variables count, and nothing is done beside an earlier run."""
     python, seen = tmp_path / "python", tmp_path / "seen"
     python.write_text(f'#!/bin/sh\ncase "$*" in *launch.launch*) env >> {seen}; esac\n')
     python.chmod(0o755)
     taken = {"RESOLUTION": "48", "LEARNING_RATE": "0.5", "DAVIS_ROOT": "davis", "YTVOS_ROOT": "ytvos"}
     others = dict.fromkeys(shell_variables() - taken.keys() - {"OMP_NUM_THREADS"}, "of another run")
     environment = {**os.environ, **others, **taken, "PYTHON": str(python), "RUN": str(tmp_path / "run")}
-    learn = subprocess.run(["bash", "toy/learn.sh"], cwd=REPOSITORY, env=environment, capture_output=True)
-    assert learn.returncode == 0
+    learn = partial(subprocess.run, ["bash", "toy/learn.sh"], cwd=REPOSITORY, env=environment, capture_output=True)
+    assert learn().returncode == 0
     lines = seen.read_text().splitlines()
     assert not any("of another run" in line for line in lines) and lines.count("RESOLUTION=48") == 3
     assert [line for line in lines if line.startswith("LEARNING_RATE=")][1:] == ["LEARNING_RATE=0.5"] * 2
+
+    seen.unlink()
+    (tmp_path / "run/start").mkdir(parents=True)
+    again = learn(text=True)
+    assert again.returncode == 1 and not again.stdout and not seen.exists()
+    assert again.stderr == f"error: {tmp_path / 'run'} holds an earlier run: remove it, or set RUN to another folder\n"
 
 
 def test_datasets_are_joined_by_links(videos, tmp_path):

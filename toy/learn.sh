@@ -5,6 +5,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run=${RUN:-toy/learn}
+[[ ! -e "$run/start" ]] || {
+  echo "error: $run holds an earlier run: remove it, or set RUN to another folder" >&2
+  exit 1
+}
 # What a user has set for another run is not meant here, but for these four.
 unset $(grep -o 'variable="[A-Z_0-9]*"' libs/training/config.py | cut -d '"' -f 2 |
   grep -vx 'DAVIS_ROOT\|YTVOS_ROOT\|RESOLUTION\|LEARNING_RATE') \
