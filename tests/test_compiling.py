@@ -1,5 +1,6 @@
-"""What compiled models do otherwise: the same values and gradients. No code is generated, which would take minutes."""
+"""What compiled models do otherwise: the same values and gradients. Code is hardly generated: it would take minutes."""
 
+import shutil
 from functools import partial
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import nn
+from torch._dynamo.utils import counters
 
-from libs.training.compiling import FewFrames, FrozenConv2d, LaidOut, compiled_parts, replace_layers
+from libs.training.compiling import FewFrames, FrozenConv2d, LaidOut, compile_models, compiled_parts, replace_layers
 from libs.unet_walk import PARTS
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's tracing warns in passing
@@ -103,3 +105,16 @@ def test_gradients_come_in_channels_last():
     (gradient,) = found
     assert gradient.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(gradient, torch.arange(120.0).view(2, 3, 4, 5))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs it on CPUs")
+def test_what_is_compiled_is_found_again(monkeypatch, tmp_path):
+    """By a later start, custom gradients and all."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compile_models((), by_layer=True)
+    for found in ("autograd_cache_miss", "autograd_cache_hit"):
+        torch._dynamo.reset()
+        counters.clear()
+        run = torch.compile(lambda sample: LaidOut.apply(sample) * 2, fullgraph=True, dynamic=False)
+        run(torch.randn(2, 3, 4, 5, requires_grad=True)).sum().backward()
+        assert counters["aot_autograd"][found] == 1 and not counters["aot_autograd"]["autograd_cache_bypass"]

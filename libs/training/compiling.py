@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
@@ -25,6 +26,8 @@ def compile_models(models, by_layer, channels_last=True):
     """
     torch._dynamo.config.optimize_ddp = False  # it would cut graphs at every 25 MiB of weights
     torch._dynamo.config.recompile_limit = 128  # forms of a layer: its shapes, with gradients and without
+    # Else torch's disk cache leaves out what holds an autograd.Function, such as those below: every start traces it.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     for model in models:
         replace_layers(model)
         if channels_last:
