@@ -204,8 +204,10 @@ def read_palette(path, content):
     """A palette PNG's indices (h, w) uint8, and the value (256,) uint8 of each: 0 = background.
 
     The background is what is black or transparent, as its index may be any: Pillow's `quantize` puts white first. Where
-    the whole palette is black, the indices are the values: labels are saved without a palette too.
+    nothing is black, it is index 0, as labels have it. Where the whole palette is, the indices are the values: labels
+    are saved without a palette too.
     """
+    decode(path, content, cv2.IMREAD_ANYCOLOR)  # raises where data are damaged, which Pillow does not look for
     try:
         with pillow(io.BytesIO(content)) as image:
             image.apply_transparency()
@@ -217,6 +219,8 @@ def read_palette(path, content):
     values[: len(colours)] = colours[:, :3].max(axis=1)
     if not values.any():
         values = np.arange(256, dtype=np.uint8)
+    elif len(colours) > 1 and values[: len(colours)].all():  # one colour alone is a frame that is all hole
+        values[0] = 0
     values[: len(colours)][colours[:, 3] == 0] = 0
     return indices, values
 

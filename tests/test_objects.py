@@ -11,7 +11,7 @@ from PIL import Image
 import dataset.objects as objects
 from common.errors import InputError
 from dataset.finetune_dataset import FinetuneDataset
-from dataset.images import read_mask
+from dataset.images import BrokenFrame, read_mask
 from dataset.loader import TrainingClips
 from dataset.objects import AnnotatedVideo, Objects, read_labels, window
 
@@ -94,6 +94,30 @@ def test_palettes_of_any_order(tmp_path, palette, label, orientation):
     expected = np.rot90(mask, -1) if orientation == 6 else mask
     assert np.array_equal(read_mask(path), expected)
     assert np.array_equal(read_labels(path), expected // 255 * label)
+
+
+def test_palettes_without_black(tmp_path):
+    """As of labels drawn in colours of a plot: index 0 is the background, unless it is all that there is."""
+    for colours, expected in (([31, 119, 180, 255, 127, 14], [0, 1]), ([255, 255, 255], [255, 255])):
+        image = Image.fromarray(np.array([[0, 1 if len(colours) > 3 else 0]], np.uint8))
+        image.putpalette(colours)
+        image.save(tmp_path / "a.png")
+        assert read_labels(tmp_path / "a.png").tolist() == [expected]
+        assert (read_mask(tmp_path / "a.png") > 0).tolist() == [[value > 0 for value in expected]]
+
+
+def test_damaged_palette_masks(tmp_path):
+    """Pillow does not look at checksums, and would read another mask."""
+    mask, path = np.random.default_rng(0).integers(0, 3, (64, 64), np.uint8), tmp_path / "a.png"
+    image = Image.fromarray(mask)
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    image.save(path)
+    content = bytearray(path.read_bytes())
+    content[-30] ^= 1
+    path.write_bytes(content)
+    for read in (read_mask, read_labels):
+        with pytest.raises(BrokenFrame):
+            read(path)
 
 
 def test_palettes_without_an_object(tmp_path):
