@@ -42,7 +42,7 @@ def read_starts(run_dir):
 
 
 def is_start(entry):
-    return isinstance(entry, dict) and "command" in entry and "logging_dir" in entry.get("settings", {})
+    return isinstance(entry, dict) and "command" in entry and "logging_dir" in (entry.get("settings") or ())
 
 
 def append_row(path, row):

@@ -166,11 +166,11 @@ def choose_engine(config):
         processes = machines * int(variable("NUM_PROCESSES", max(1, gpus) if own else 1))
     else:
         processes = config.num_processes
-    here = math.ceil(processes / machines)
+    here = math.ceil(processes / max(1, machines))
     require(
         not gpus or here <= gpus,
-        f"{here} processes on this machine need as many GPUs, and {gpus} were found: NUM_PROCESSES counts GPUs "
-        "(CUDA_VISIBLE_DEVICES chooses them)",
+        f"{here} processes on this machine need as many GPUs, and {gpus} were found: lower NUM_PROCESSES, or "
+        "num_processes of ACCELERATE_CONFIG (CUDA_VISIBLE_DEVICES chooses GPUs)",
     )
     alone = not own and processes == 1 and machines == 1
     file = own or CONFIGS / ("one_gpu.yaml" if alone else "multi_gpu.yaml" if machines == 1 else "multi_node.yaml")
@@ -279,7 +279,7 @@ class Trainers:
 
     def __init__(self, arguments, log, output_dir):
         self.log, self.output_dir, self.stop_file = log, output_dir, output_dir / STOP_FILE
-        self.earlier_starts = len(read_starts(output_dir))
+        self.earlier_starts = self.starts()
         # Forked, so that torch and accelerate are imported once.
         self.process = multiprocessing.get_context("fork").Process(target=self.run_in_background, args=(arguments,))
         self.stopped_early = self.asked = False
@@ -307,12 +307,17 @@ class Trainers:
             os.dup2(log.fileno(), 2)
         run_accelerate(arguments)
 
+    def starts(self):
+        """How many the run's folder notes; None where it cannot be read, of which the trainer says more."""
+        with suppress(OSError):
+            return len(read_starts(self.output_dir))
+
     def handle(self, number, frame):
         if self.asked:
             self.kill()
             return
         self.asked = True
-        if len(read_starts(self.output_dir)) == self.earlier_starts:  # it has not noted its own yet: nothing to save
+        if self.starts() == self.earlier_starts:  # training has not begun: there is nothing to save
             self.stopped_early = True
             self.kill()
             return

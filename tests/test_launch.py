@@ -224,7 +224,10 @@ def test_a_configuration_for_the_cpu(told, tmp_path):
 
 
 def test_a_signal_before_training(environment):
-    """The trainer's place is taken by a process that has not begun to train; another run writes to the same log."""
+    """The trainer's place is taken by a process that has not begun to train; another run writes to the same log, and an
+    earlier one has been in the folder."""
+    Path(environment["OUTPUT_DIR"]).mkdir()
+    Path(environment["OUTPUT_DIR"], "config.json").write_text('[{"command": [], "settings": {"logging_dir": ""}}]')
     code = f"""import os, sys; sys.path.insert(0, {str(REPOSITORY)!r})
 from launch import launch
 begin = "echo '  stage 1 on cpu'; echo starting; exec tail -f /dev/null"
@@ -335,7 +338,7 @@ def test_the_engine(told, tmp_path, gpus, variables, words):
 
 
 def test_more_processes_than_gpus(told, capsys):
-    """accelerate would start two on one GPU, where NCCL fails with many lines."""
+    """accelerate would start two on one GPU, where NCCL fails and says that another machine is lost."""
     with pytest.raises(SystemExit):
         told(1, {"NUM_PROCESSES": "2"})
     assert capsys.readouterr().err.startswith("error: 2 processes on this machine need as many GPUs, and 1 were found")
