@@ -58,8 +58,8 @@ def test_nothing_of_the_users_is_replaced(videos, published_layout, tmp_path, ca
     (base / "../sd-vae-ft-mse/config.json").write_text("{}")
     before = files(tmp_path)
     refused = [
-        (make_videos, "--output_dir", "dataset", "dataset/DAVIS was not drawn here: another --output_dir"),
-        (make_videos, "--output_dir", "other", "other/YTBV was not drawn here: another --output_dir"),
+        (make_videos, "--output_dir", "dataset", "dataset/DAVIS was not drawn here, or not to its end: "),
+        (make_videos, "--output_dir", "other", "other/YTBV was not drawn here, or not to its end: "),
         (make_weights, "--output_dir", "weights", "stable-diffusion-v1-5 was not made by this tool: another --output"),
         (train_vae, "--weights", "weights", "sd-vae-ft-mse would be replaced"),
     ]

@@ -33,7 +33,10 @@ def make_videos(output_dir, seed=0, more=0, held_out=0):
     train, val = lists / "train.txt", lists / "val.txt"
     drawn = train.is_file() and train.read_text().split() == list(DAVIS_TRAIN)
     for folder in (davis, ytvos):
-        require(drawn or not is_filled(folder), f"{folder} was not drawn here: another --output_dir was needed")
+        require(
+            drawn or not is_filled(folder),
+            f"{folder} was not drawn here, or not to its end: remove it, or choose another --output_dir",
+        )
     in_ytvos, held_out = [f"{i:010x}" for i in range(more)], [f"held-out-{i}" for i in range(held_out)]
     lists.mkdir(parents=True, exist_ok=True)
     train.write_text("\n".join(DAVIS_TRAIN) + "\n")  # first, as it tells whose videos these are
