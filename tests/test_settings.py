@@ -187,13 +187,14 @@ def test_resuming_with_another_value(name):
 
 
 def test_where_holes_come_from_on_resuming(monkeypatch):
-    """Objects that are turned on or off are a changed --mask_mix, which is logged; other videos' are refused."""
+    """Objects or videos' own masks that are turned on or off are logged; those of other videos are refused."""
     none = described()
     sources, policy = iter((["object of bear"], ["object of hike"])), resume_policy()
     monkeypatch.setattr(Dataset, "holes", SimpleNamespace(sources=lambda: next(sources)))
     bear, hike = described(), described()
-    for saved, now in ((none, bear), (bear, none)):
-        assert go_on_from("checkpoint-1", saved, now, policy, resume_anyway=False)[1] == []
+    for saved, now, use in ((none, bear, "used from here on"), (bear, none, "not used any more")):
+        _, changes = go_on_from("checkpoint-1", saved, now, policy, resume_anyway=False)
+        assert changes == [f"changed since the checkpoint: masks of videos are {use}"]
     with pytest.raises(InputError, match="videos that masks and objects are taken from"):
         go_on_from("checkpoint-1", bear, hike, policy, resume_anyway=False)
 

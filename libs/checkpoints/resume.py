@@ -17,6 +17,7 @@ OPTIMIZER = "refused always: another form of optimizer state"
 BATCH = "logged if processes x batch x accumulation stay, else refused"  # a step then is the mean over the same clips
 LOGGED = "logged"
 CONTENT = "path free; other content refused"
+VIDEOS = "path free; other videos, by name and number of frames, refused"
 IN_WORDS = {
     "clips": "clips an epoch",
     "videos": "videos, by a hash of names and lengths,",
@@ -87,9 +88,12 @@ def go_on_from(checkpoint, saved, now, policy, resume_anyway):
     changes, earlier = [], {**now.settings, **policy.defaults, **saved.settings}
     for name, value in now.settings.items():
         before = earlier[name]
-        if before == value or (name == "hole_videos" and "" in (before, value)):  # none: --mask_mix and the like say so
+        if before == value:
             continue
-        if policy.on_change.get(name) == LOGGED or (name in BATCH_SETTINGS and same_batch):
+        if name == "hole_videos" and "" in (before, value):
+            use = "used from here on" if value else "not used any more"
+            changes.append(f"changed since the checkpoint: masks of videos are {use}")
+        elif policy.on_change.get(name) == LOGGED or (name in BATCH_SETTINGS and same_batch):
             changes.append(f"changed since the checkpoint: {name} from {before} to {value}")
         else:
             decisive.append(f"{IN_WORDS.get(name, name)} {before}, now {value}")

@@ -31,7 +31,7 @@ from dataset.mask_kinds import GUIDES_MIX, MIX_HELP, NO_GROWTH, parse_growth, pa
 from dataset.pairs import settle_paired_share
 from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, mask_span, split_mask_span
 from libs.checkpoints.checkpoint import HELD_OUT
-from libs.checkpoints.resume import BATCH, CONTENT, LOGGED, OPTIMIZER, REFUSED, ResumePolicy
+from libs.checkpoints.resume import BATCH, CONTENT, LOGGED, OPTIMIZER, REFUSED, VIDEOS, ResumePolicy
 from libs.training.loss_weights import loss_weights
 
 
@@ -84,13 +84,13 @@ class TrainConfig:
 
     davis_root: str = setting(
         "dataset/DAVIS", "DAVIS-2017's root; '' leaves it out", group="data", metavar="DIR",
-        variable="DAVIS_ROOT", may_be_empty=True, on_change=CONTENT, per_machine=True)
+        variable="DAVIS_ROOT", may_be_empty=True, on_change=VIDEOS, per_machine=True)
     ytvos_root: str = setting(
         "dataset/YTBV", "YouTube-VOS's root; '' leaves it out", metavar="DIR",
-        variable="YTVOS_ROOT", may_be_empty=True, on_change=CONTENT, per_machine=True)
+        variable="YTVOS_ROOT", may_be_empty=True, on_change=VIDEOS, per_machine=True)
     paired_root: str | None = setting(
         None, "pairs: per video with/, without/ and masks/, with an object, without it, and where it is", metavar="DIR",
-        variable="PAIRED_ROOT", on_change=CONTENT, per_machine=True)
+        variable="PAIRED_ROOT", on_change=VIDEOS, per_machine=True)
     paired_share: float | None = setting(
         None, "share of the clips that come from pairs", metavar="P", check=share, variable="PAIRED_SHARE",
         default_text="0.3 with --paired_root, 1 where it is the only data", on_change=LOGGED, on_card=True)
@@ -123,10 +123,10 @@ class TrainConfig:
         check=share, variable="MASK_BORDER", on_change=LOGGED, on_card=True, sets_clips=True)
     mask_root: str | None = setting(
         None, "a folder of masks per video, whose objects are borrowed beside those of the datasets' Annotations/",
-        metavar="DIR", variable="MASK_ROOT", on_change=CONTENT, per_machine=True)
+        metavar="DIR", variable="MASK_ROOT", on_change=VIDEOS, per_machine=True)
     masks_of_videos: str | None = setting(
         None, "a folder of masks per training video: a video named there has these holes, or a drawn one where a "
-        "window has none", metavar="DIR", variable="MASKS_OF_VIDEOS", on_change=CONTENT, per_machine=True)
+        "window has none", metavar="DIR", variable="MASKS_OF_VIDEOS", on_change=VIDEOS, per_machine=True)
     paste: float = setting(
         0.0, "share of clips into which another annotated video's object is pasted, to be removed", metavar="P",
         check=share, variable="PASTE", on_change=LOGGED, on_card=True, sets_clips=True)
@@ -385,7 +385,7 @@ def settings_with(key):
 
 def resume_policy():
     """What checkpoints record, and what resuming makes of a change."""
-    on_change = {name: policy for name, policy in settings_with("on_change").items() if policy != CONTENT}
+    on_change = {name: policy for name, policy in settings_with("on_change").items() if policy not in (CONTENT, VIDEOS)}
     defaults = {f.name: default_of(f) for f in fields(TrainConfig) if f.name in on_change}
     return ResumePolicy(on_change, defaults, tuple(settings_with("sets_clips")))
 
