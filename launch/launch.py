@@ -55,7 +55,8 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 @one_line_errors
 def main(argv=None):
-    stage, *extra = sys.argv[1:] if argv is None else argv
+    stage, *extra = (sys.argv[1:] if argv is None else argv) or [""]
+    require(stage in ("1", "2"), f"{stage or 'nothing'} is no stage: 1 or 2 was needed")
     given = read_flags(extra)
     check_variables()
     engine = choose_engine(read_engine_config())
@@ -79,6 +80,7 @@ def main(argv=None):
     status = trainers.run()
     if trainers.stopped_early:
         print("stopped before training began: there was nothing to save")
+        status = 128 + trainers.stopped_early
     elif status:
         words = f"stage {stage} failed with status {status}; the end of {log.path}:"
         print(words, *log.end(), sep="\n", file=sys.stderr)
@@ -263,7 +265,8 @@ class Log:
             if self.path.stat().st_size >= self.start:
                 file.seek(self.start)
             for line in file:
-                (errors if line.startswith("error") else last).append(line.rstrip("\n"))
+                if not line.startswith(("===== ", "command: ")):  # which the terminal need not be told
+                    (errors if line.startswith("error") else last).append(line.rstrip("\n"))
         return [*last, *errors]
 
 
@@ -282,7 +285,8 @@ class Trainers:
         self.earlier_starts = self.starts()
         # Forked, so that torch and accelerate are imported once.
         self.process = multiprocessing.get_context("fork").Process(target=self.run_in_background, args=(arguments,))
-        self.stopped_early = self.asked = False
+        self.stopped_early = None  # the signal's number, where it came before training
+        self.asked = False
 
     def run(self):
         """Wait for the end; returns the exit status."""
@@ -318,7 +322,7 @@ class Trainers:
             return
         self.asked = True
         if self.starts() == self.earlier_starts:  # training has not begun: there is nothing to save
-            self.stopped_early = True
+            self.stopped_early = number
             self.kill()
             return
         try:

@@ -240,7 +240,7 @@ launch.main(["1"])"""
     wait_for_line(Path(environment["LOG"]), "starting")
     script.send_signal(signal.SIGTERM)
     output, _ = script.communicate(timeout=300)
-    assert script.returncode == 137 and len(output.splitlines()) == 2, output
+    assert script.returncode == 128 + signal.SIGTERM and len(output.splitlines()) == 2, output
     assert output.endswith("stopped before training began: there was nothing to save\n")
 
 
@@ -344,11 +344,18 @@ def test_more_processes_than_gpus(told, capsys):
     assert capsys.readouterr().err.startswith("error: 2 processes on this machine need as many GPUs, and 1 were found")
 
 
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["3"]])
+def test_a_stage_is_1_or_2(capsys, arguments):
+    with pytest.raises(SystemExit):
+        launch.main(arguments)
+    assert capsys.readouterr().err.endswith("is no stage: 1 or 2 was needed\n")
+
+
 def test_the_end_of_a_log_that_was_emptied(tmp_path):
     log = launch.Log(tmp_path / "run.log")
     log.write("an earlier run's line " * 9)
     log = launch.Log(log.path)
-    log.path.write_text("error: one\nstep 1\n")
+    log.path.write_text("===== stage 1\ncommand: accelerate launch\nerror: one\nstep 1\n")
     assert log.end() == ["step 1", "error: one"]
     log.path.unlink()
     assert log.end() == []
