@@ -2,6 +2,7 @@
 # The whole workflow on tiny random weights and drawn videos: a few minutes on two CPU cores, nothing to download but
 # the Python packages. Then the same commands run with real weights and data.
 set -euo pipefail
+[[ $# -eq 0 ]] || { echo "error: $0 takes no arguments, and $* was given" >&2; exit 1; }
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash install.sh
 python=.venv/bin/python

@@ -14,6 +14,7 @@ from dataset.finetune_dataset import FinetuneDataset
 from dataset.images import BrokenFrame, read_mask
 from dataset.loader import TrainingClips
 from dataset.objects import AnnotatedVideo, Objects, read_labels, window
+from libs.training.checks import open_dataset
 
 HEIGHT, WIDTH, LENGTH = 48, 72, 8
 # Of every video the background's grey, and its objects' (label, colour, height, width).
@@ -215,6 +216,15 @@ def test_known_frames_of_pasted_clips_are_clean(root):
                 known += 1
                 assert np.array_equal(frame, shown)
     assert known > len(VIDEOS)
+
+
+def test_own_masks_are_counted(root, tmp_path):
+    """So that a misnamed folder is noticed."""
+    (tmp_path / "alder").symlink_to(root / "Annotations/480p/alder")
+    args = SimpleNamespace(davis_root=root, ytvos_root="", nframes=4, resolution=48, scan_data=False, paired_root=None)
+    assert "own masks" not in open_dataset(args)[1]
+    args.masks_of_videos = tmp_path
+    assert ", own masks of 1 video(s)" in open_dataset(args)[1]
 
 
 def test_own_masks_follow_their_frames(root, tmp_path):

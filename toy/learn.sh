@@ -3,6 +3,7 @@
 # and the plain ways to fill a hole. About 20 minutes on a GPU; on a CPU core a smaller model takes 40.
 # DAVIS_ROOT and YTVOS_ROOT may name real videos, to which drawn ones are added.
 set -euo pipefail
+[[ $# -eq 0 ]] || { echo "error: $0 takes no arguments, and $* was given" >&2; exit 1; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run=${RUN:-toy/learn}
 [[ ! -e "$run/start" ]] || {

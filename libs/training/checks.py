@@ -222,7 +222,7 @@ def open_dataset(args):
         frames = sum(len(video.frames) for video in dataset.pairs)
         found += f", {dataset.paired_share:.0%} of them of {len(dataset.pairs)} pairs, {frames} frames"
     if dataset.holes.own:
-        found += f", own masks of {len(dataset.holes.own)} videos"
+        found += f", own masks of {len(dataset.holes.own)} video(s)"
     for count, reason in (
         (len(dataset.too_short), f"shorter than {dataset.span} frames"),
         (len(dataset.validation_videos), "used for validation"),
