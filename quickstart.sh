@@ -14,10 +14,8 @@ mkdir -p "$run"
 "$python" -m toy.make_weights --output_dir toy/weights
 "$python" -m toy.make_videos --output_dir toy/data
 
-# What the scripts read from the environment, at sizes for a CPU and at a learning rate for random weights. What a user
-# has set for another run is not meant here.
-unset $(grep -o 'variable="[A-Z_0-9]*"' libs/training/config.py | cut -d '"' -f 2) \
-  ACCELERATE_CONFIG MACHINE_RANK MAIN_ADDRESS MAIN_PORT NUM_MACHINES NUM_PROCESSES SLURM_NODEID
+# What the scripts read from the environment, at sizes for a CPU and at a learning rate for random weights.
+source toy/unset_settings.sh
 export PYTHON=$python WEIGHTS=toy/weights DAVIS_ROOT=toy/data/DAVIS YTVOS_ROOT=toy/data/YTBV
 export RESOLUTION=64 DATALOADER_NUM_WORKERS=0 LEARNING_RATE=1e-3 CHECKPOINTING_STEPS=50 VALIDATION_STEPS=100
 export RESUME_FROM_CHECKPOINT= PRETRAINED_STAGE1=$run/finetuned-stage1 LATENT_CACHE=$run/latent-cache

@@ -10,10 +10,7 @@ run=${RUN:-toy/learn}
   echo "error: $run holds an earlier run: remove it, or set RUN to another folder" >&2
   exit 1
 }
-# What a user has set for another run is not meant here, but for these four.
-unset $(grep -o 'variable="[A-Z_0-9]*"' libs/training/config.py | cut -d '"' -f 2 |
-  grep -vx 'DAVIS_ROOT\|YTVOS_ROOT\|RESOLUTION\|LEARNING_RATE') \
-  ACCELERATE_CONFIG MACHINE_RANK MAIN_ADDRESS MAIN_PORT NUM_MACHINES NUM_PROCESSES SLURM_NODEID
+source toy/unset_settings.sh DAVIS_ROOT YTVOS_ROOT RESOLUTION LEARNING_RATE
 export PYTHON=${PYTHON:-.venv/bin/python}
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   : "${SIZE:=medium}" "${RESOLUTION:=64}" "${VAE_STEPS:=3000}" "${LEARNING_RATE:=5e-4}"
