@@ -23,7 +23,7 @@ from dataset.crop import RESOLUTION_HELP, resolution, sides
 from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
 from libs.inpainter import INPAINTERS, cast_parameters
-from libs.training.compiling import compile_models
+from libs.training.compiling import compile_encoder, compile_models
 from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward
 from libs.training.loss import ForwardBackward
 from libs.training.optimizer import make_optimizer
@@ -108,7 +108,7 @@ class Step:
         if flags.compile:
             by_layer = flags.cuda_graph or flags.gradient_checkpointing
             compile_models((model.unet_main, model.brushnet), by_layer, channels_last=not flags.use_8bit_adam)
-            vae.compile_encoder()
+            compile_encoder(vae.vae.encoder)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(flags, parameters, flags.learning_rate, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)

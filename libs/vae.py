@@ -25,10 +25,6 @@ class FrozenVAE:
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent
         self.channels = vae.config.latent_channels
 
-    def compile_encoder(self):
-        self.vae.encoder.to(memory_format=torch.channels_last)
-        self.vae.encoder.compile(dynamic=False)
-
     @torch.no_grad()
     def posterior(self, pixel_values):
         """(N, 3, 8h, 8w) to the posterior (N, 2c, h, w), in the VAE's type.

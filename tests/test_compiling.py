@@ -5,12 +5,23 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import nn
 from torch._dynamo.utils import counters
 
-from libs.training.compiling import FewFrames, FrozenConv2d, LaidOut, compile_models, compiled_parts, replace_layers
+from libs.training.compiling import (
+    FewFrames,
+    FrozenConv2d,
+    LaidOut,
+    NormByChannel,
+    SplitGEGLU,
+    compile_encoder,
+    compile_models,
+    compiled_parts,
+    replace_layers,
+)
 from libs.unet_walk import PARTS
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's tracing warns in passing
@@ -32,6 +43,47 @@ def test_frozen_convolutions_keep_no_input(kernel):
     assert [tensor.shape for tensor in kept] == [convolution.weight.shape]
     (gradient,) = torch.autograd.grad((output * weights).sum(), sample)
     torch.testing.assert_close(gradient, expected)
+
+
+def test_halves_of_geglu():
+    torch.manual_seed(0)
+    layer = GEGLU(6, 8)
+    sample, weights = torch.randn(2, 5, 6, requires_grad=True), torch.randn(2, 5, 8)
+    results = []
+    for _ in range(2):
+        output = layer(sample)
+        results.append((output, *torch.autograd.grad((output * weights).sum(), [sample, *layer.parameters()])))
+        replace_layers(nn.Sequential(layer))
+    assert type(layer) is SplitGEGLU
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("size", [(7, 5), (35,)])
+def test_norms_by_channel(size):
+    """Also where a channel's mean is far from its group's, and where one channel is a group."""
+    torch.manual_seed(0)
+    sample = 3 * torch.randn(2, 12, *size) + 5 * torch.randn(12).view(1, 12, *[1] * len(size))
+    for groups in (3, 12):
+        norm = NormByChannel(groups, 12)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        expected = norm(sample)  # not compiled: torch's own
+        torch.testing.assert_close(norm.by_channel(sample), expected)
+        found = norm.half().by_channel(sample.half())
+        assert found.dtype == torch.half
+        torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_norms_of_a_compiled_encoder(monkeypatch):
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
+    sample, by_channel, calls = torch.randn(2, 3, 5, 7), NormByChannel.by_channel, []
+    expected = encoder(sample)
+    monkeypatch.setattr(NormByChannel, "by_channel", lambda *args: calls.append(1) or by_channel(*args))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    compile_encoder(encoder)
+    torch.testing.assert_close(encoder.forward(sample), expected)
+    assert calls == [1] and encoder.state_dict().keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
 def test_which_layers_are_replaced():

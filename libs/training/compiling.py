@@ -5,6 +5,7 @@ from functools import partial
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
@@ -36,6 +37,15 @@ def compile_models(models, by_layer, channels_last=True):
             model.parts = compiled_parts(channels_last)
         else:
             model.compile(fullgraph=True, dynamic=False)
+
+
+def compile_encoder(encoder):
+    """torch.compile for the frozen VAE's encoder, in place."""
+    for module in encoder.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.__class__ = NormByChannel
+    encoder.to(memory_format=torch.channels_last)
+    encoder.compile(dynamic=False)
 
 
 def compiled_parts(channels_last):
@@ -81,6 +91,8 @@ def replace_layers(model):
             module.__class__ = FrozenConv2d
         elif "motion_modules" in name and hasattr(module, "set_processor"):
             module.set_processor(FewFrames())
+        elif type(module) is GEGLU:
+            module.__class__ = SplitGEGLU
 
 
 def is_plain(convolution):
@@ -107,6 +119,35 @@ class FrozenConvolution(torch.autograd.Function):
 class FrozenConv2d(nn.Conv2d):
     def forward(self, sample):
         return FrozenConvolution.apply(sample.to(self.weight.dtype), self.weight, self.bias, self.padding)
+
+
+class SplitGEGLU(GEGLU):
+    """GEGLU (https://arxiv.org/abs/2002.05202) as two products: in one, its halves' gradients are joined in memory."""
+
+    def forward(self, sample):
+        halves = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
+        values, gate = (F.linear(sample, weight, bias) for weight, bias in halves)
+        return values * self.gelu(gate)
+
+
+class NormByChannel(nn.GroupNorm):
+    """GroupNorm by statistics of channels first: in channels_last, the values of a group do not lie together."""
+
+    def forward(self, sample):
+        return self.by_channel(sample) if torch.compiler.is_compiling() else super().forward(sample)
+
+    def by_channel(self, sample):
+        """(N, c, h, w), or (N, c, pixels) as in diffusers' attention."""
+        variance, mean = torch.var_mean(sample.flatten(2).float(), dim=2, correction=0)
+        means = mean.unflatten(1, (self.num_groups, -1))
+        group_mean = means.mean(2, keepdim=True)
+        within = variance.unflatten(1, (self.num_groups, -1)).mean(2, keepdim=True)
+        group_variance = within + (means - group_mean).square().mean(2, keepdim=True)
+        weight, bias = (values.float().unflatten(0, (self.num_groups, -1)) for values in (self.weight, self.bias))
+        scale = weight * torch.rsqrt(group_variance + self.eps)
+        shift = bias - group_mean * scale
+        scale, shift = (values.flatten(1)[(...,) + (None,) * (sample.ndim - 2)] for values in (scale, shift))
+        return (sample * scale + shift).to(sample.dtype)
 
 
 class FewFrames(AttnProcessor2_0):

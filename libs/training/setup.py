@@ -16,7 +16,7 @@ from libs.base_model import LoadedBase
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.checkpoints.resume import BATCH_SETTINGS
 from libs.inpainter import cast_parameters
-from libs.training.compiling import compile_models
+from libs.training.compiling import compile_encoder, compile_models
 from libs.training.config import settings_with
 from libs.training.cuda_graph import GraphedForwardBackward, leave_default_stream
 from libs.training.latent_cache import LatentCache
@@ -68,7 +68,7 @@ def load_base(config, accelerator, found):
     cache = open_latent_cache(config, accelerator, found.base, half)
     vae = found.base.load_vae(device, half, config.nframes, cache)
     if config.compile:
-        vae.compile_encoder()
+        compile_encoder(vae.vae.encoder)
     base = LoadedBase(vae, found.base.noise_scheduler, embeds[: len(prompts)], device)
     return base, embeds[len(prompts) :]
 
