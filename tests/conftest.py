@@ -20,7 +20,7 @@ from toy.make_weights import SIZES, make_weights
 
 DATA = Path(__file__).parent / "data"
 REPOSITORY = Path(__file__).parents[1]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # scores' recorded numbers hold on both
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]  # scores' recorded numbers hold on both
 STARTS_PROCESSES = ("test_distributed", "test_fsdp", "test_kill", "test_launch", "test_slurm")
 # Flags of LOW_MEMORY=2. At 32 px feature maps of one value come up, in whose gradients oneDNN's bf16 convolutions write
 # past their memory (torch 2.13 on a CPU).
@@ -37,8 +37,24 @@ torch.set_num_threads(1)
 os.environ["LATENT_CACHE"] = ""  # the shell scripts' default lies in the checkout
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run the tests that need a GPU, and no others")
+
+
+def pytest_configure(config):
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits that are compared are a CPU's: GPUs do not repeat all of theirs
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu: torch finds no GPU here")
+
+
+def pytest_collection_modifyitems(config, items):
     """The longest tests come first: one at the very end would leave the other worker idle."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if config.getoption("--gpu"):
+        items[:] = on_gpu
+    for item in on_gpu:
+        item.add_marker(pytest.mark.skipif("not config.option.gpu", reason="needs a GPU, and --gpu"))
     items.sort(key=lambda item: item.path.stem not in STARTS_PROCESSES)
 
 

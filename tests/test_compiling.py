@@ -112,7 +112,7 @@ def test_few_frames_see_each_other():
     torch.testing.assert_close(attention(sample), expected)  # not compiled
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="its kernels are for GPUs")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("pixels", "channels"), [(4096, 320), (1024, 640), (256, 1280), (8192, 320)])
 def test_few_frames_on_a_gpu(monkeypatch, pixels, channels):
     """More blocks than a GPU starts are left to torch's own."""

@@ -349,7 +349,7 @@ def test_a_graph_s_run_leaves_the_default_stream(monkeypatch):
     assert streams == ["another"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no streams")
+@pytest.mark.gpu
 def test_eight_bit_updates_wait_for_gradients():
     """bitsandbytes' kernels start in the default stream, gradients come from another: the same weights."""
     results = []

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-import torch
 from clips import moving_video, write_frames
 from conftest import equal_files, error_line
 from PIL import Image
@@ -403,7 +402,7 @@ def test_ticks_enclose_the_values(low, high):
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8 and found == sorted(set(found))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "changes",
     [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True, "use_8bit_adam": True}],
