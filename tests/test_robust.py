@@ -439,6 +439,38 @@ def test_fp16_may_be_turned_on_and_off(train, tmp_path, capsys, monkeypatch):
     assert steps_of(capsys.readouterr().out) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_step_that_overflows_counts_for_the_schedule(train, capsys, monkeypatch, recwarn, fused):
+    """The scaler leaves the weights alone then, which accelerate cannot see of a fused optimizer."""
+    make, weights = libs.training.loop.make_accelerator, []
+
+    def make_with_scaler(args):
+        accelerator = make(args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        return accelerator
+
+    def make_optimizer(args, parameters, learning_rate, device):
+        return torch.optim.AdamW(parameters, lr=learning_rate, fused=fused)
+
+    def overflow_at_first(self, batch):
+        loss = forward_backward(self, batch)
+        parameter = next(parameter for parameter in self.model.parameters() if parameter.grad is not None)
+        weights.append(parameter.detach().clone())
+        if len(weights) == 1:
+            parameter.grad.fill_(torch.inf)
+        return loss
+
+    forward_backward = libs.training.loss.ForwardBackward.__call__
+    monkeypatch.setattr(libs.training.loop, "make_accelerator", make_with_scaler)
+    monkeypatch.setattr(libs.training.setup, "make_optimizer", make_optimizer)
+    monkeypatch.setattr(libs.training.loss.ForwardBackward, "__call__", overflow_at_first)
+    train(1, max_train_steps=4, learning_rate=1e-5, lr_scheduler="linear", lr_warmup_steps=2)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[3])
+    rates = re.findall(r"lr (\S+)", capsys.readouterr().out)
+    assert rates == ["5e-06", "1e-05", "5e-06", "0"]  # the last step of the run is the schedule's last
+    assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
+
+
 def test_check_only(train, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train(1, check_only=True, scan_data=True)

@@ -87,9 +87,9 @@ def train(config, stage, accelerator, found, stop):
         if not accelerator.sync_gradients:
             continue  # more passes belong to this step
 
+        # A step whose gradients overflowed, so that fp16's scaler left the weights alone, counts like any other.
         ema.update()
-        if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips steps whose gradients overflow
-            schedule.step()
+        schedule.step()
         state.global_step += 1
         state.clips_done += found.global_batch
         step, last = state.global_step, state.global_step == last_step

@@ -1,6 +1,7 @@
 """How the parts of a run are made: base models, model, data, optimizer and schedule; and a resumed start."""
 
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -52,6 +53,8 @@ def what_must_agree(config, found):
 def set_up_torch(config):
     """Seeds, products in TF32, the stream that everything runs in."""
     set_seed(config.seed)
+    # torch's advice after a first step whose gradients overflowed, as they often do in fp16: it counts all the same.
+    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if config.cuda_graph:
         leave_default_stream()
