@@ -315,7 +315,7 @@ def test_files_behind_linked_folders_count(tmp_path):
 def test_a_hole_that_vanishes_and_a_name_as_long_as_can_be(evaluate, data, capsys):
     """The one is named and left out, the other, of 228 bytes, is scored."""
     mask = np.zeros((1, 32, 40, 3), np.uint8)
-    mask[:, 1, 1] = 255
+    mask[:, 0, 0] = 255
     for frame in range(4):
         Image.fromarray(mask[0]).save(data / f"masks/road/{frame:05d}.png")
     long = "很" * 76

@@ -9,7 +9,7 @@ from clips import moving_video
 from diffusers import UniPCMultistepScheduler
 
 from libs.base_model import BaseModel, quiet_libraries
-from libs.inference.composition import paste
+from libs.inference.composition import paste, resize_picture
 from libs.inference.few_step import FewStepSampler
 from libs.inference.pipeline import Pipeline
 from libs.inference.windows import CrossFadedLatents, ramp
@@ -154,6 +154,19 @@ def test_paste_leaves_the_rest_untouched(soft_edge):
         ring = (distance > 0) & (distance < soft_edge)
         assert not soft_edge or (result[ring] > frame[ring]).any()
     assert np.array_equal(paste(frames, new, np.zeros_like(holes), soft_edge), frames)
+
+
+@pytest.mark.parametrize("times", [2, 3, 4, 8])
+def test_a_shrunk_mask_stays_where_it_was(times):
+    """Each side within half of a small pixel: further off, an object's rim would be shown, and left in the result."""
+    for start, stop in ((64 + i, 128 + i) for i in range(times)):
+        mask = np.zeros((192, 192), np.uint8)
+        mask[start:stop, start:stop] = 255
+        small = resize_picture(mask, 192 // times, 192 // times)
+        for axis in (0, 1):
+            found = np.flatnonzero(small.any(axis=axis))
+            assert abs(times * found[0] - start) <= times / 2
+            assert abs(times * (found[-1] + 1) - stop) <= times / 2
 
 
 def test_a_real_vae(weights):

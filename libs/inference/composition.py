@@ -21,9 +21,9 @@ def resize_picture(picture, height, width):
     """A frame at another size by area, a mask by nearest, so that it stays binary."""
     if picture.shape[:2] == (height, width):
         return picture
-    return cv2.resize(
-        picture, (width, height), interpolation=cv2.INTER_AREA if picture.ndim == 3 else cv2.INTER_NEAREST
-    )
+    # EXACT: the other one takes a block's first pixel, not its middle one, so that masks move right and down.
+    method = cv2.INTER_AREA if picture.ndim == 3 else cv2.INTER_NEAREST_EXACT
+    return cv2.resize(picture, (width, height), interpolation=method)
 
 
 def size_as_deployed(height, width, longest):
