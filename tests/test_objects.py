@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from clips import write_frames
 from PIL import Image
 
 import dataset.objects as objects
@@ -195,6 +196,21 @@ def test_pasted_clips(root):
         covered += outside < 0.005
     assert uncovered > 10 and covered > 10
     assert all(clip.conditioning_frames is None for clip in clips(dataset(root, paste=0.0)))
+
+
+def test_a_thin_object_keeps_its_hole(tmp_path):
+    """A pole of 8 pixels, of which holes that fall short of it by 4 or 5 would leave nothing."""
+    mask = np.zeros((480, 854), np.uint8)
+    mask[100:300, 400:408] = 255
+    write_frames(tmp_path / "masks", np.repeat(mask[None, ..., None], 3, axis=3))
+    write_frames(tmp_path / "frames", np.full((1, 480, 854, 3), 90, np.uint8))
+    pole = Objects([AnnotatedVideo("a", tmp_path / "masks", tmp_path / "frames")])
+    clean = np.full((1, 512, 512, 3), 200, np.uint8)
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        track = pole.draw_track(rng, 1, 512, 512, "b", with_frames=True)
+        _, holes = objects.paste(rng, clean, track)
+        assert np.count_nonzero(holes) >= 0.25 * np.count_nonzero(track.masks(512, 512))
 
 
 def test_shadows_only_darken(root):
