@@ -96,9 +96,10 @@ class Holes:
         )
 
     def grown(self, rng, holes):
-        """Holes that have grown or shrunk by what is drawn for the clip; as they were where next to none would stay."""
-        changed = grow(holes, int(rng.integers(self.growth[0], self.growth[1] + 1)))
-        return changed if np.count_nonzero(changed) >= MIN_HOLE * changed.size else holes
+        """Holes that have grown or shrunk by what is drawn for the clip; unchanged where next to none would be left."""
+        pixels = int(rng.integers(self.growth[0], self.growth[1] + 1))
+        changed = grow(holes, pixels)
+        return changed if pixels > 0 or np.count_nonzero(changed) >= MIN_HOLE * changed.size else holes
 
     def read_own(self, crop, video, paths):
         """The video's own masks (f, h, w) of these frames, cropped as they are."""

@@ -1,11 +1,13 @@
 """Mask synthesis: polarity, motion, spans, and the original's measured distribution."""
 
 import re
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
+from dataset.holes import Holes
 from dataset.mask_kinds import KINDS, draw_kind, grow, parse_growth, parse_mix
 from dataset.utils import create_random_shape_with_random_motion
 
@@ -122,6 +124,16 @@ def test_holes_grow_and_shrink():
     assert [np.count_nonzero(hole) for hole in grow(holes, 3)] == [16 * 26] * 2
     assert [np.count_nonzero(hole) for hole in grow(holes, -3)] == [4 * 14] * 2
     assert grow(holes, 0) is holes
+
+
+@pytest.mark.parametrize(("pixels", "expected"), [(1, 8 * 8), (-4, 6 * 6)])
+def test_small_masks_of_a_videos_own_grow_too(pixels, expected):
+    """They may be less than the hundredth of a clip that drawn holes are; shrinking is what may go too far."""
+    holes = np.zeros((2, 100, 100), np.uint8)
+    holes[:, 10:16, 10:16] = 255
+    settings = SimpleNamespace(mask_growth=f"{pixels},{pixels}")
+    found = Holes(settings, videos=[], excluded=()).grown(np.random.default_rng(0), holes)
+    assert [np.count_nonzero(hole) for hole in found] == [expected] * 2
 
 
 @pytest.mark.parametrize(
