@@ -83,6 +83,11 @@ def test_machines_that_disagree_are_named(flags, videos, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").symlink_to(videos)
     compare(facts(davis_root=tmp_path / "elsewhere/DAVIS", output_dir=tmp_path / "mine", dataloader_num_workers=1))
     validation = [f"['{videos}/DAVIS/{kind}/480p/buoy']" for kind in ("JPEGImages", "Annotations")]
+    shutil.copytree(videos / "DAVIS", tmp_path / "shorter")
+    sorted((tmp_path / "shorter/JPEGImages/480p").glob("*/*"))[0].unlink()
+    masks, name = tmp_path / "masks", (videos / "DAVIS/ImageSets/2017/train.txt").read_text().split()[0]
+    masks.mkdir()
+    (masks / name).symlink_to(videos / "DAVIS/Annotations/480p" / name)
     for difference, message in (
         ({"davis_root": ""}, "the number of clips an epoch is 44 in process 0 and 4 in process 1: all machines need"),
         ({"lr_scheduler": "cosine"}, "--lr_scheduler is constant in process 0 and cosine in process 1"),
@@ -90,6 +95,8 @@ def test_machines_that_disagree_are_named(flags, videos, tmp_path, monkeypatch):
             {"validation_image": validation[0], "validation_mask": validation[1]},
             "--validation_prompt is [] in process 0 and",
         ),
+        ({"davis_root": tmp_path / "shorter"}, "the hash of the videos' names and lengths is "),
+        ({"masks_of_videos": masks}, "the hash of the names of videos that masks are of is none in process 0 and "),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             compare(facts(**difference))

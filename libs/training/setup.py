@@ -36,15 +36,18 @@ def require_agreement(accelerator, config, found):
 
 def what_must_agree(config, found):
     """{name: value} that all processes need in common."""
+    settings = found.state.settings
     flags = {f"--{name}": value for name, value in vars(config).items() if name not in settings_with("per_machine")}
     files = {name: weights.files for name, weights in found.opened.items() if weights}
     files["VAE"] = weight_files(found.base.vae_folder, found.base.variant)
     return {
         **flags,
         **{f"the {name}'s fingerprint": fingerprint(paths) for name, paths in files.items()},
-        "the list of validation videos": found.state.settings["validation_image"],
+        "the list of validation videos": settings["validation_image"],
         "the number of clips an epoch": len(found.dataset),
         "the number of pairs": len(found.dataset.pairs),
+        "the hash of the videos' names and lengths": settings["videos"],
+        "the hash of the names of videos that masks are of": settings["hole_videos"] or "none",
         "the networks that score": [network.columns for network in found.networks],
         "the checkpoint to resume from": found.checkpoint.name if found.checkpoint else "none",
     }
