@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import BF16, REPOSITORY, equal_files
 from PIL import Image
+from torch.optim import AdamW
 
 import libs.training.checks
 import libs.training.loop
@@ -28,6 +29,7 @@ from dataset.folders import scan_video
 from dataset.loader import TrainingClips
 from libs.training.checks import check_flags
 from libs.training.config import parse_args
+from libs.training.optimizer import match_layout
 from libs.training.saving import Checkpoints
 from libs.training.stopping import StopRequest
 from train_DiffuEraser_stage1 import Stage1
@@ -35,6 +37,18 @@ from train_DiffuEraser_stage1 import Stage1
 
 def steps_of(output):
     return [int(step) for step in re.findall(r"step (\d+)/\d+  loss", output)]
+
+
+def scale_gradients(monkeypatch):
+    """As only fp16 does, which a CPU does not have."""
+    make = libs.training.loop.make_accelerator
+
+    def make_with_scaler(args):
+        accelerator = make(args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        return accelerator
+
+    monkeypatch.setattr(libs.training.loop, "make_accelerator", make_with_scaler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -386,6 +400,23 @@ def test_the_optimizer_follows_its_flags_on_resuming(train, tmp_path, capsys):
     assert [(group["betas"], group["weight_decay"]) for group in state["param_groups"]] == [((0.5, 0.999), 0)]
 
 
+def test_a_run_goes_on_where_the_optimizer_is_fused(train, tmp_path, monkeypatch):
+    """Begun on a CPU: of a kernel that is not fused, torch refuses to scale gradients by fp16's scaler."""
+    train(1, max_train_steps=1)
+    scale_gradients(monkeypatch)
+    make_optimizer = "libs.training.setup.make_optimizer"
+    monkeypatch.setattr(make_optimizer, lambda args, weights, rate, device: AdamW(weights, rate, fused=True))
+    train(1, max_train_steps=2, resume_from_checkpoint="latest")
+    state = torch.load(tmp_path / "run/checkpoint-2/optimizer.bin", weights_only=True)
+    assert [group["fused"] for group in state["param_groups"]] == [True]
+
+    weight = torch.nn.Parameter(torch.empty(2, device="meta"))  # on a GPU, say
+    for fused, device in ((True, "meta"), (False, "cpu")):
+        groups, states = [{"params": [weight], "fused": fused}], {weight: {"step": torch.tensor(1.0)}}
+        match_layout(SimpleNamespace(param_groups=groups, state=states))
+        assert states[weight]["step"].device.type == device
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -424,14 +455,7 @@ def test_out_of_memory_is_one_line(train, tmp_path, capsys, monkeypatch):
 def test_fp16_may_be_turned_on_and_off(train, tmp_path, capsys, monkeypatch):
     """With the gradient scaler that only fp16 has: a checkpoint without its state, then one with it."""
     train(1, max_train_steps=1)
-    make = libs.training.loop.make_accelerator
-
-    def make_with_scaler(args):
-        accelerator = make(args)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-        return accelerator
-
-    monkeypatch.setattr(libs.training.loop, "make_accelerator", make_with_scaler)
+    scale_gradients(monkeypatch)
     train(1, max_train_steps=2, resume_from_checkpoint="latest")
     assert torch.load(tmp_path / "run/checkpoint-2/scaler.pt", weights_only=True)["scale"] == 2.0
     monkeypatch.undo()
@@ -442,15 +466,10 @@ def test_fp16_may_be_turned_on_and_off(train, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_step_that_overflows_counts_for_the_schedule(train, capsys, monkeypatch, recwarn, fused):
     """The scaler leaves the weights alone then, which accelerate cannot see of a fused optimizer."""
-    make, weights = libs.training.loop.make_accelerator, []
-
-    def make_with_scaler(args):
-        accelerator = make(args)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-        return accelerator
+    weights = []
 
     def make_optimizer(args, parameters, learning_rate, device):
-        return torch.optim.AdamW(parameters, lr=learning_rate, fused=fused)
+        return AdamW(parameters, learning_rate, fused=fused)
 
     def overflow_at_first(self, batch):
         loss = forward_backward(self, batch)
@@ -461,7 +480,7 @@ def test_a_step_that_overflows_counts_for_the_schedule(train, capsys, monkeypatc
         return loss
 
     forward_backward = libs.training.loss.ForwardBackward.__call__
-    monkeypatch.setattr(libs.training.loop, "make_accelerator", make_with_scaler)
+    scale_gradients(monkeypatch)
     monkeypatch.setattr(libs.training.setup, "make_optimizer", make_optimizer)
     monkeypatch.setattr(libs.training.loss.ForwardBackward, "__call__", overflow_at_first)
     train(1, max_train_steps=4, learning_rate=1e-5, lr_scheduler="linear", lr_warmup_steps=2)

@@ -94,8 +94,11 @@ def round_stochastically(values, generator):
 
 def match_layout(optimizer):
     """Bring loaded moments into their weights' memory format: with and without compiled models it is another one, and a
-    fused optimizer reads both in the order of memory."""
+    fused optimizer reads both in the order of memory. It also counts steps where the weights are, others on the CPU."""
+    fused = {parameter for group in optimizer.param_groups if group.get("fused") for parameter in group["params"]}
     for parameter, state in optimizer.state.items():
+        if parameter in fused and "step" in state:
+            state["step"] = state["step"].to(parameter.device)
         for name, value in state.items():
             if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

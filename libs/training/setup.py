@@ -172,14 +172,13 @@ def resume(config, accelerator, optimizer, schedule, found):
     checkpoint, state = found.checkpoint, found.state
     if not checkpoint:
         return
-    settings = ("betas", "eps", "weight_decay")
-    given = [{name: group[name] for name in settings} for group in optimizer.param_groups]
+    followed = ("params", "lr", "initial_lr")  # rates follow from the schedule, below
+    given = [{name: value for name, value in group.items() if name not in followed} for group in optimizer.param_groups]
     base_lrs = list(schedule.scheduler.base_lrs)
     scaler = accelerator.scaler
     if not Path(checkpoint, SCALER_FILE).is_file():  # it was written without fp16: there is none to load
         accelerator.scaler = None
     accelerator.load_state(str(checkpoint))
-    match_layout(optimizer)
     accelerator.scaler = scaler
     accelerator.step = 0  # of accumulation: checkpoints are written between optimizer steps
     # The schedule's state brings the old learning rate back; the flag decides.
@@ -192,5 +191,6 @@ def resume(config, accelerator, optimizer, schedule, found):
         lr = base_lr * factor(schedule.last_epoch)
         group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr  # torchao's is a tensor
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    match_layout(optimizer)
     epoch = state.clips_done // len(found.dataset)
     log.info("resumed from %s at step %d, epoch %d", checkpoint, state.global_step, epoch)
