@@ -27,7 +27,9 @@ from common.errors import InputError
 from common.run_files import AS_DEPLOYED, append_row, read_rows, validation_form, write_rows
 from libs.checkpoints.checkpoint import mark_best, prune, read_best
 from libs.checkpoints.rank import main as rank_checkpoints
+from libs.evaluation.baselines import telea
 from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers
+from libs.inference.composition import resize_picture
 from libs.inference.pipeline import Pipeline
 from libs.inference.video import write_gif
 from libs.inpainter import FrameInpainter
@@ -456,17 +458,30 @@ def test_the_form_to_show_follows_from_the_newest_start():
     assert validation_form(both) == "" and validation_form(both, deployed_first=True) == AS_DEPLOYED
 
 
-def test_priors_of_validation_videos(validated, weights, tmp_path, capsys):
-    """A folder of frames per video; what is not there is said before weights load."""
+def test_priors_of_validation_videos(validated, weights, tmp_path, capsys, monkeypatch):
+    """A folder of frames per video, for its object: in the synthetic hole, which is scored, they would show the truth.
+    What is not there is said before weights load."""
     pcm_weights = tmp_path / "pcm_sd15_2step.safetensors"
     write_lora(pcm_weights, UNet2DConditionModel.from_pretrained(weights / "stable-diffusion-v1-5/unet"))
     settings = {"pcm_weights": pcm_weights, "prior": tmp_path / "priors", "max_train_steps": 1}
     assert "priors/buoy holds 0 frames" in error_line(capsys, validated, **settings)
     write_frames(tmp_path / "priors/buoy", moving_video(3, 90, 160)[0])
     assert "priors/buoy is 160x90, " in error_line(capsys, validated, **settings)
+    given, _ = moving_video(3, 96, 160)
     for name in ("buoy", "lantern"):
-        write_frames(tmp_path / "priors" / name, moving_video(3, 96, 160)[0])
+        write_frames(tmp_path / "priors" / name, given)
+    filled, fill = [], Pipeline.fill
+
+    def watch(self, frames, holes, prompt_embeds, seed, prior):
+        filled.append((frames, holes, np.stack(list(prior))))
+        return fill(self, frames, holes, prompt_embeds, seed, prior)
+
+    monkeypatch.setattr(Pipeline, "fill", watch)
     validated(**settings)
+    for k, (frames, holes, prior) in enumerate(filled):
+        expected = telea(frames, holes) if k % 2 else np.stack([resize_picture(x, *holes.shape[1:]) for x in given])
+        assert np.array_equal(prior, expected)
+    assert len(filled) == 4
     assert "prior " + str(tmp_path / "priors") in capsys.readouterr().out
     assert (tmp_path / "run/logs-finetune-stage1/samples/sample-1/2-as-deployed.gif").is_file()
 

@@ -266,7 +266,8 @@ class TrainConfig:
         metavar="FILE", variable="PCM_WEIGHTS", per_machine=True)
     prior: str = setting(
         "telea", "what that starts from: telea, median or none, made on the spot, or a folder with a folder of frames "
-        "per validation video", metavar="NAME|DIR", per_machine=True)
+        "per validation video, its object filled (synthetic holes start from telea then)", metavar="NAME|DIR",
+        per_machine=True)
     validate_as_trained: bool = setting(False, "with --pcm_weights: also fill holes as without them")
     lpips_weights: str | None = setting(
         None, "score LPIPS too: folder with alexnet-owt-7be5be79.pth of torchvision and alex.pth of lpips 0.1",

@@ -169,7 +169,11 @@ class Validation:
         """The whole generated frames; as deployed with an empty prompt, and from a prior."""
         if form != AS_DEPLOYED:
             return pipeline.fill(video.frames, holes, video.prompt_embeds, self.config.seed)
-        prior = make_prior(self.config.prior, video.frames, holes) if video.prior is None else video.prior
+        prior = video.prior
+        if prior is None:
+            prior = make_prior(self.config.prior, video.frames, holes)
+        elif holes is video.synthetic_holes:  # in it a folder's frames, whose object is filled, show the truth
+            prior = make_prior("telea", video.frames, holes)
         return pipeline.fill(video.frames, holes, self.base.prompt_embeds[1:], self.config.seed, prior)
 
     @torch.compiler.set_stance("force_eager")
