@@ -18,7 +18,7 @@ from dataset.images import list_frames
 from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, mask_span, split_mask_span
 from libs.comparison.page import write_page
 from libs.comparison.plan import Plan
-from libs.comparison.protocols import PROTOCOLS
+from libs.comparison.protocols import PROTOCOLS, follows_seed
 from libs.comparison.results import Results
 from libs.comparison.scoring import Tools, score
 from libs.evaluation.baselines import BASELINES
@@ -82,6 +82,9 @@ def check(args):
     plan = Plan.of(args)
     require(plan.protocol.takes_priors or args.prior in ON_THE_SPOT,
             f"--prior={args.prior}: --protocol={args.protocol} takes one of {', '.join(ON_THE_SPOT)}")  # fmt: skip
+    require(args.prior in ON_THE_SPOT or args.seeds == 1 or not follows_seed(plan.protocol, args),
+            f"--prior={args.prior} --seeds={args.seeds}: every seed draws other holes, and a folder of frames has "
+            "one of them filled: give --masks, or one seed")  # fmt: skip
     if plan.protocol.takes_priors:
         for folder in plan.folders:
             check_prior(args.prior, folder, list_frames(folder), plan.size)

@@ -118,6 +118,7 @@ def test_bilinear_without_averaging_is_what_moves_the_score(tmp_path):
         (["--protocol=propainter-davis", "--masks="], "--protocol=propainter-davis needs --masks"),
         (["--protocol=pasted-objects", "--prior=frames"], "--prior=frames: --protocol=pasted-objects takes one of"),
         (["--protocol=davis-removal", "--i3d_weights=x.pt"], "--i3d_weights: VFID needs true videos"),
+        (["--masks=", "--prior=frames", "--seeds=2"], "--prior=frames --seeds=2: every seed draws other holes"),
         (["--seeds=0"], "--seeds=0: 1 or more"),
         (["--seeds=1001"], "--seeds=1001: at most 1000"),
         (["--num_processes=0"], "--num_processes=0: 1 or more"),
