@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 
-def window_starts(length, nframes, overlap, first=0):
-    """From `first` on, each `nframes - overlap` after the one before, and one that is flush with the clip's end."""
-    return [*range(first, length - nframes, nframes - overlap), max(length - nframes, 0)]
+def cover(length, nframes, overlap, first=0):
+    """Windows from `first` on, each `nframes - overlap` after the one before; the last is flush with the clip's end."""
+    starts = [*range(first, length - nframes, nframes - overlap), max(length - nframes, 0)]
+    return [(start, min(start + nframes, length)) for start in starts]
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,7 @@ class BlendedPredictions:
 
     def at_step(self, length, number):
         """The windows of the sampler's step `number`: the same in every one."""
-        return [
-            (start, min(start + self.nframes, length)) for start in window_starts(length, self.nframes, self.overlap)
-        ]
+        return cover(length, self.nframes, self.overlap)
 
     def distinct_noises(self, length):
         """How many frames' noises are drawn for so many frames, and then repeated."""
@@ -57,10 +56,9 @@ class CrossFadedLatents:
     overlap: int
 
     def at_step(self, length, number):
-        starts = window_starts(length, self.nframes, self.overlap)
         if number % 2 and length > self.nframes:
-            starts = [0, *window_starts(length, self.nframes, self.overlap, first=self.nframes // 2)]
-        return [(start, min(start + self.nframes, length)) for start in starts]
+            return [(0, self.nframes), *cover(length, self.nframes, self.overlap, first=self.nframes // 2)]
+        return cover(length, self.nframes, self.overlap)
 
     def distinct_noises(self, length):
         return min(self.nframes, length)
