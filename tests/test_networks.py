@@ -179,8 +179,8 @@ def test_mmd_by_its_definition():
 
 @pytest.mark.parametrize(
     ("box", "expected"),
-    [((40, 40, 70, 60), (30, 25, 80, 75)), ((2, 40, 32, 60), (0, 33, 34, 67)), ((0, 0, 95, 90), (0, 0, 90, 90)),
-     ((10, 10, 11, 11), (10, 10, 11, 11)), ((70, 5, 100, 25), (70, 0, 100, 30))]
+    [((40, 40, 30, 20), (30, 25, 80, 75)), ((2, 40, 30, 20), (0, 33, 34, 67)), ((0, 0, 95, 90), (0, 0, 90, 90)),
+     ((10, 10, 1, 1), (10, 10, 11, 11)), ((70, 5, 30, 20), (70, 0, 100, 30))]
 )  # fmt: skip
 def test_square_around_a_hole(box, expected):
     """A third of its side more on all sides, or as much as the nearest border leaves to all of them."""

@@ -88,7 +88,7 @@ class RemovalCoherence:
         union = holes.any(axis=0)
         if not union.any():
             return np.nan
-        square = square_around(box_of(union), *union.shape)
+        square = square_around(cv2.boundingRect(union.astype(np.uint8)), *union.shape)
         both = np.logical_and(*(self.pooled(hole[square]) for hole in holes))
         shared = [window[both.flat[window]] for window in windows(len(both))]
         sets = [(places, places + both.size) for places in shared if len(places) >= LEAST_TEMPORAL]
@@ -108,25 +108,19 @@ def resized(side):
 
 
 def pieces(hole):
-    """Boxes (left, top, right, bottom) of a hole's connected pieces, without small ones beside larger ones."""
+    """Boxes (x, y, width, height) of a hole's connected pieces, without small ones beside larger ones."""
     _, _, stats, _ = cv2.connectedComponentsWithStats((hole > 0).astype(np.uint8), connectivity=4)
     stats = stats[1:]  # the first is what is not hole
     least = min(SMALLEST_PIECE, stats[:, cv2.CC_STAT_AREA].max())
-    return [(x, y, x + width, y + height) for x, y, width, height, area in stats.tolist() if area >= least]
-
-
-def box_of(hole):
-    """(left, top, right, bottom) of a hole (h, w)."""
-    rows, columns = (np.flatnonzero(hole.any(axis=axis)) for axis in (1, 0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    return [box for *box, area in stats.tolist() if area >= least]
 
 
 def square_around(box, height, width):
-    """The slices of a square with the box in its middle and a third of its side more all around, as far as the frame
-    goes; where it does not go that far, the margin is narrower on all sides."""
-    left, top, right, bottom = box
-    side = max(right - left, bottom - top)
-    x, y = round((left + right) / 2 - side / 2), round((top + bottom) / 2 - side / 2)
+    """The slices of a square with the box (x, y, width, height) in its middle and a third of its side more all around,
+    as far as the frame goes; where it does not go that far, the margin is narrower on all sides."""
+    left, top, box_width, box_height = box
+    side = max(box_width, box_height)
+    x, y = round(left + (box_width - side) / 2), round(top + (box_height - side) / 2)
     margin = max(0, min(round(side / 3), x, y, width - x - side, height - y - side, side // 2))
     side = min(side + 2 * margin, width, height)
     x, y = (min(max(0, start - margin), whole - side) for start, whole in ((x, width), (y, height)))
