@@ -106,13 +106,19 @@ def read_masked(folder, args):
     masks = Path(args.masks, folder.name)
     pairs = pair_by_name(folder, masks, ("--frames", "--masks"))
     frames = np.stack(read_frames([frame for frame, _ in pairs]))
-    found = [(mask.name, *find_hole(*read_mask_values(mask))) for _, mask in pairs]
-    holes = stack([(name, hole) for name, hole, _ in found], masks)
+    holes, note = read_holes([mask for _, mask in pairs], masks)
     if holes.shape != frames.shape[:3]:
         raise InputError(f"{masks} and {folder} hold pictures of different sizes: masks of the frames' were needed")
     if not holes.any():
         raise InputError(f"{masks} marks nothing: any value above 0 is hole; mend them, or leave the video out")
-    return frames, holes, next((f"{name} has {note}" for name, _, note in found if note), "")
+    return frames, holes, note
+
+
+def read_holes(paths, folder):
+    """(holes (f, h, w), what is worth saying of the first mask that is not two-valued, or "") of masks in a folder."""
+    found = [(path.name, *find_hole(*read_mask_values(path))) for path in paths]
+    note = next((f"{name} has {note}" for name, _, note in found if note), "")
+    return stack([(name, hole) for name, hole, _ in found], folder), note
 
 
 def fit(folder, frames, holes, args):
@@ -178,11 +184,10 @@ def read_pair(folder, number, seed, args):
     if pair.broken:
         raise BrokenFrame(pair.broken)
     truth, shown = (np.stack(frames) for frames in read_window(pair, range(len(pair.frames))))
-    found = [(path.name, *find_hole(*read_mask_values(path))) for path in pair.masks]
-    holes = stack([(name, hole) for name, hole, _ in found], folder / FOLDERS[-1])
+    holes, note = read_holes(pair.masks, folder / FOLDERS[-1])
     truth, resized = fit(folder, truth, holes, args)
     shown, _ = fit(folder, shown, holes, args)
-    return Clip(shown, resized, truth, next((f"{name} has {note}" for name, _, note in found if note), ""))
+    return Clip(shown, resized, truth, note)
 
 
 def check_pasted(args, folders):
