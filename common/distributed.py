@@ -22,7 +22,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.hardware import gpu_is_used
 
 ADAM_STATE_BYTES = 16  # per trained parameter: weight, gradient and Adam's two moments, fp32
@@ -173,7 +173,7 @@ def lost_processes_named(output_dir):
         if not is_lost_process(error):
             raise
         # Without the source line in front and the advice behind: "Timed out waiting 1800000ms for recv operation ..."
-        reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
+        reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).split(". ")[0]
         raise InputError(
             f"another process has ended or cannot be reached ({reason}): see the logs of the other machines, then run "
             f"the same command on all of them to go on from the newest checkpoint in {output_dir}"

@@ -116,7 +116,7 @@ def resolve_folder(path, subfolder=None, revision=None, **hub):
     try:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns, **hub), subfolder or "")
     except OSError as error:  # every error of the Hub's client is one
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{folder} is not a folder, and the Hugging Face Hub gave no model {path}: {reason}") from None
 
 

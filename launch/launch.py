@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from common.command_line import Parser, require
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, first_line, one_line_errors
 from common.files import written_whole
 from common.hardware import compiling_lacks, gpu_is_used
 from common.run_files import read_starts
@@ -353,9 +353,9 @@ def run_accelerate(arguments):
     except subprocess.CalledProcessError as error:
         end_as("the trainer", error.returncode)
     except (ConnectionError, DistError, RendezvousError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"the machines did not find each other ({reason}): check MAIN_ADDRESS, MAIN_PORT and that all are started"
+            f"the machines did not find each other ({first_line(error)}): check MAIN_ADDRESS, MAIN_PORT and that all "
+            "are started"
         ) from None
 
 
