@@ -112,10 +112,8 @@ def load_pipeline(args, weights):
     folder = Path(weights)
     if not Path(folder, "unet_main").is_dir():
         raise InputError(f"{folder} has no unet_main/: a converted folder was needed; run save_checkpoint_stage<n>.py")
-    class_name = read_config(folder / "unet_main", *(cls.unet_class.__name__ for cls in INPAINTERS.values()))[
-        "_class_name"
-    ]
-    inpainter = next(cls for cls in INPAINTERS.values() if cls.unet_class.__name__ == class_name)
+    by_unet = {cls.unet_class.__name__: cls for cls in INPAINTERS.values()}
+    inpainter = by_unet[read_config(folder / "unet_main", *by_unet)["_class_name"]]
     unet = inpainter.unet_class.open(folder, "unet_main", variant=args.variant)
     brushnet = BrushNetModel.open(folder, "brushnet", variant=args.variant)
     base = BaseModel(args)
