@@ -61,9 +61,14 @@ class StrictLoading:
     @classmethod
     def on_meta(cls, config):
         """The model a config describes, without memory for its weights."""
-        accepted = inspect.signature(cls.__init__).parameters
         with torch.device("meta"):
-            return cls(**{key: value for key, value in config.items() if key in accepted and not key.startswith("_")})
+            return cls(**accepted_entries(cls, config))
+
+
+def accepted_entries(cls, config):
+    """Those of a config that a model class takes: no notes of diffusers', such as _class_name."""
+    accepted = inspect.signature(cls.__init__).parameters
+    return {key: value for key, value in config.items() if key in accepted}
 
 
 class OpenedWeights:

@@ -3,7 +3,6 @@
 "CA": its blocks keep their cross-attention, as DiffuEraser's do (https://arxiv.org/abs/2501.10018).
 """
 
-import inspect
 from dataclasses import dataclass
 
 import diffusers
@@ -12,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
-from common.weights import StrictLoading
+from common.weights import StrictLoading, accepted_entries
 from libs.unet_walk import LayerWalk, embed_timesteps, walk
 
 BRUSHNET_SETTINGS = (  # config entries that a UNet2D does not have
@@ -107,11 +106,9 @@ class BrushNetModel(LayerWalk, StrictLoading, diffusers.UNet2DConditionModel):
         conv_in_condition gets the UNet's conv_in weights for the noisy latents (channels 0-3) and again for the masked
         image's latents (4-7), zeros for the mask, and a copy of its bias.
         """
-        accepted = inspect.signature(cls.__init__).parameters
-        config = {key: value for key, value in unet.config.items() if key in accepted and not key.startswith("_")}
         brushnet = cls.from_config(
             {
-                **config,
+                **accepted_entries(cls, unet.config),
                 "conditioning_channels": conditioning_channels,
                 "brushnet_conditioning_channel_order": brushnet_conditioning_channel_order,
             }

@@ -1,12 +1,10 @@
 """UNet2DConditionModel: diffusers' SD1.5 UNet, with BrushNet's features added at every layer."""
 
-import inspect
-
 import diffusers
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import apply_lora_scale
 
-from common.weights import OpenedWeights, StrictLoading, read_config, resolve_folder
+from common.weights import OpenedWeights, StrictLoading, accepted_entries, read_config, resolve_folder
 from libs.unet_walk import LayerWalk, embed_timesteps, walk
 
 
@@ -64,8 +62,7 @@ def gather_features(down, mid, up):
 
 def config_from_motion(motion_config):
     """The config of a UNetMotionModel's 2D part."""
-    accepted = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters
-    config = {key: value for key, value in motion_config.items() if key in accepted and not key.startswith("_")}
+    config = accepted_entries(diffusers.UNet2DConditionModel, motion_config)
     for blocks in ("down_block_types", "up_block_types"):
         config[blocks] = [name.replace("Motion", "2D") for name in motion_config[blocks]]
     # UNetMotionModel names the number of heads correctly, UNet2DConditionModel calls it attention_head_dim.
