@@ -24,8 +24,6 @@ class Inpainter(nn.Module, ABC):
     inference_steps: int  # of the sampler
     shared_noise: bool  # sampling starts all frames from the same noise
 
-    trains_brushnet = True
-
     # The layers that the walk calls, and FSDP gathers and frees as one. Blocks are never called themselves.
     _no_split_modules = ("ResnetBlock2D", "Transformer2DModel")
 
@@ -44,7 +42,7 @@ class Inpainter(nn.Module, ABC):
         """
         num_frames = noisy_latents.shape[0] // timesteps.shape[0]
         per_frame = timesteps.repeat_interleave(num_frames), encoder_hidden_states.repeat_interleave(num_frames, dim=0)
-        with torch.set_grad_enabled(self.trains_brushnet and torch.is_grad_enabled()):
+        with torch.set_grad_enabled("brushnet" in self.trains and torch.is_grad_enabled()):
             down, mid, up = self.brushnet(noisy_latents, *per_frame, brushnet_cond=conditioning, return_dict=False)
         features = {"down_block_add_samples": down, "mid_block_add_sample": mid, "up_block_add_samples": up}
         return self.call_unet(noisy_latents, (timesteps, encoder_hidden_states), per_frame, num_frames, features)[0]
@@ -87,7 +85,6 @@ class ClipInpainter(Inpainter):
     inference_steps = 20
     shared_noise = False
 
-    trains_brushnet = False
     _no_split_modules = (*Inpainter._no_split_modules, "AnimateDiffTransformer3D")
 
     def call_unet(self, noisy_latents, per_clip, per_frame, num_frames, features):
