@@ -155,14 +155,14 @@ class Validation:
                 yield deployed_pipeline(model, self.few_step, self.base, self.device, nframes, shared_noise)
         else:
             yield Pipeline(
-                model,
-                self.base.vae,
-                self.sampler,
-                self.device,
-                nframes,
-                0,
-                self.inpainter.inference_steps,
-                shared_noise,
+                model=model,
+                vae=self.base.vae,
+                sampler=self.sampler,
+                device=self.device,
+                nframes=nframes,
+                overlap=0,
+                num_inference_steps=self.inpainter.inference_steps,
+                shared_noise=shared_noise,
             )
 
     def fill(self, pipeline, form, video, holes):
