@@ -18,8 +18,8 @@ from libs.evaluation.contact_sheet import contact_sheet, stack_sheets
 from libs.evaluation.metrics import Reference
 from libs.evaluation.networks import load_networks
 from libs.evaluation.vfid import load_i3d
-from libs.inference.composition import paste, resize_picture
-from libs.inference.prior import open_prior
+from libs.inference.composition import paste
+from libs.inference.prior import read_prior
 from libs.inference.video import describe_holes, write_image
 
 
@@ -84,19 +84,18 @@ def score_jobs(plan, jobs, tools, goes_on=lambda: True):
         key = plan.key(number)
         try:
             clip = plan.protocol.read(plan.folders[number], number, seed, plan.args)
-            part = score_clip(plan, tools, number, seed, clip, read_prior(plan, number, clip))
+            part = score_clip(plan, tools, number, seed, clip, find_prior(plan, number, clip))
         except (InputError, torch.OutOfMemoryError) as error:
             part = {"broken": first_line(error)}
         write_json(plan.part(number, seed), {"key": key, **part})
 
 
-def read_prior(plan, number, clip):
+def find_prior(plan, number, clip):
     """Another method's frames of a video in the clip's size, or None."""
     folder = plan.folders[number]
     if not plan.protocol.takes_priors:
         return None
-    prior = open_prior(plan.args.prior, folder, list_frames(folder), plan.size)
-    return prior if prior is None else np.stack([resize_picture(frame, *clip.holes.shape[1:]) for frame in prior])
+    return read_prior(plan.args.prior, folder, list_frames(folder), clip.holes.shape[1:], plan.size)
 
 
 def score_clip(plan, tools, number, seed, clip, prior):

@@ -7,19 +7,22 @@ import numpy as np
 from common.errors import InputError
 from dataset.images import image_size, list_frames, read_frames
 from libs.evaluation.baselines import median_plate, telea, with_plate
+from libs.inference.composition import resize_picture
 from libs.inference.streams import Mapped, pick
 
 ON_THE_SPOT = ("telea", "median", "none")  # what else --prior takes beside a path
 MEDIAN_FRAMES = 100  # of a clip, spread over it, that a median is taken of: 123 MB at 854x480
 
 
-def open_prior(name, folder, paths, size=None):
-    """The video in `folder`, whose frames lie at `paths`, as another method filled it: (f, h, w, 3); None where `name`
-    is no folder. Raises InputError as `check_prior` does, and where a frame cannot be read."""
+def read_prior(name, folder, paths, shape, size=None):
+    """The video in `folder`, whose frames lie at `paths`, as another method filled it, scaled to `shape`, (h, w):
+    (f, h, w, 3) uint8; None where `name` is no folder. Raises InputError as `check_prior` does, and where a frame
+    cannot be read."""
     if name in ON_THE_SPOT:
         return None
     check_prior(name, folder, paths, size)
-    return np.stack(read_frames(list_frames(Path(name, folder.name))[: len(paths)]))
+    frames = read_frames(list_frames(Path(name, folder.name))[: len(paths)])
+    return np.stack([resize_picture(frame, *shape) for frame in frames])
 
 
 def check_prior(name, folder, paths, size=None):

@@ -24,10 +24,10 @@ from libs.evaluation.baselines import telea
 from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers, stack_sheets
 from libs.evaluation.metrics import SCORES, Reference, average, table
 from libs.evaluation.networks import on_device
-from libs.inference.composition import MASK_DILATIONS, paste, resize_picture
+from libs.inference.composition import MASK_DILATIONS, paste
 from libs.inference.few_step import FewStepWeights
 from libs.inference.pipeline import Pipeline, deployed_pipeline
-from libs.inference.prior import make_prior, open_prior
+from libs.inference.prior import make_prior, read_prior
 from libs.inference.video import dilate, resize, stack, write_gif, write_image
 from libs.training.log import log
 from libs.training.validation_loss import ValidationLoss, attempt, spread
@@ -75,15 +75,14 @@ def load_validation_video(images, masks, prompt_embeds, config, number, networks
     follow from the seed and the video's number.
     """
     pairs = pair_by_name(images, masks)[: config.nframes]
-    frames = np.stack(read_frames([frame for frame, _ in pairs]))
+    paths = [frame for frame, _ in pairs]
+    frames = np.stack(read_frames(paths))
     holes = stack([(path.name, read_mask(path)) for _, path in pairs], masks)
     scale = min(1, Crop.of(*holes.shape[1:], config.resolution).scale.min())
     height, width = (round(side * scale) for side in holes.shape[1:])
     frames, holes = resize(frames, dilate(holes, MASK_DILATIONS), height, width)
     synthetic = draw_holes(len(frames), height, width, config, number)
-    prior = open_prior(config.prior, Path(images), [frame for frame, _ in pairs]) if config.pcm_weights else None
-    if prior is not None:
-        prior = np.stack([resize_picture(frame, height, width) for frame in prior])
+    prior = read_prior(config.prior, Path(images), paths, (height, width)) if config.pcm_weights else None
     return ValidationVideo(Path(images), frames, holes, synthetic, prompt_embeds, prior, networks)
 
 
