@@ -4,6 +4,8 @@ Each takes frames (f, h, w, 3) uint8 RGB and holes (f, h, w) uint8, non-zero = h
 and returns the filled frames; known pixels stay.
 """
 
+from functools import partial
+
 import cv2
 import numpy as np
 
@@ -15,23 +17,19 @@ ROWS = 32  # of the whole video whose median is taken at a time: memory stays sm
 
 def telea(frames, holes):
     """https://doi.org/10.1080/10867651.2004.10487596"""
-    return inpaint_frames(frames, holes, cv2.INPAINT_TELEA)
+    return np.stack(list(in_threads(inpaint_frame, zip(frames, holes, strict=True))))
 
 
 def navier_stokes(frames, holes):
     """https://doi.org/10.1109/CVPR.2001.990497"""
-    return inpaint_frames(frames, holes, cv2.INPAINT_NS)
+    method = partial(inpaint_frame, method=cv2.INPAINT_NS)
+    return np.stack(list(in_threads(method, zip(frames, holes, strict=True))))
 
 
-def inpaint_frames(frames, holes, method):
-    def fill(frame, hole):
-        return cv2.inpaint(blank(frame, hole), (hole > 0).astype(np.uint8), RADIUS, method)
-
-    return np.stack(list(in_threads(fill, zip(frames, holes, strict=True))))
-
-
-def blank(frame, hole):
-    return np.where(hole[..., None] > 0, 0, frame).astype(np.uint8)
+def inpaint_frame(frame, hole, method=cv2.INPAINT_TELEA):
+    """A frame (h, w, 3) uint8 with its hole (h, w), non-zero = hole, filled by OpenCV."""
+    known = np.where(hole[..., None] > 0, 0, frame).astype(np.uint8)
+    return cv2.inpaint(known, (hole > 0).astype(np.uint8), RADIUS, method)
 
 
 def temporal_median(frames, holes):
@@ -55,7 +53,7 @@ def with_plate(frame, hole, plate, never_seen):
     """A frame (h, w, 3) with the plate in its hole (h, w), and Telea where the plate shows nothing."""
     filled = np.where(hole[..., None] > 0, plate, frame)
     unknown = never_seen & (hole > 0)
-    return telea(filled[None], unknown[None])[0] if unknown.any() else filled
+    return inpaint_frame(filled, unknown) if unknown.any() else filled
 
 
 def mean_colour(frames, holes):

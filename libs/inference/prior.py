@@ -6,7 +6,7 @@ import numpy as np
 
 from common.errors import InputError
 from dataset.images import image_size, list_frames, read_frames
-from libs.evaluation.baselines import median_plate, telea, with_plate
+from libs.evaluation.baselines import inpaint_frame, median_plate, with_plate
 from libs.inference.composition import resize_picture
 from libs.inference.streams import Mapped, pick
 
@@ -49,7 +49,7 @@ def make_prior(name, frames, holes):
     if name == "none":
         return None
     if name == "telea":
-        return Mapped(lambda frame, hole: telea(frame[None], hole[None])[0], frames, holes)
+        return Mapped(inpaint_frame, frames, holes)
     count = min(len(frames), MEDIAN_FRAMES)
     numbers = [i * len(frames) // count for i in range(count)]
     plate, never_seen = median_plate(pick(frames, numbers), pick(holes, numbers))
