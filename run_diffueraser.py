@@ -30,7 +30,7 @@ from libs.inference.composition import (
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline, own_default
 from libs.inference.prior import ON_THE_SPOT, make_prior
 from libs.inference.streams import Mapped, Stream
-from libs.inference.video import dilate, open_masks, open_video, upscale, write_image
+from libs.inference.video import Masks, dilate, open_video, upscale, write_image
 from libs.inference.video_file import DEFAULT_FPS, VideoWriter
 
 RESULTS = ("frames", "result.mp4")
@@ -65,7 +65,7 @@ def build_parser():
 def open_clip(args):
     """The clip and its masks, of one size and length; both are read to their ends, and held nowhere."""
     require(Path(args.video).resolve() != Path(args.mask).resolve(), f"--mask={args.mask} is the clip itself")
-    video, masks = open_video(args.video), open_masks(args.mask)
+    video, masks = open_video(args.video), Masks(args.mask)
     sizes = [f"{clip.width}x{clip.height}" for clip in (masks, video)]
     if sizes[0] != sizes[1]:
         raise InputError(
@@ -132,7 +132,7 @@ def remove_object(pipeline, prompt_embeds, clip, prior, size, args):
         def compose(frame, new, hole):
             if args.soft_edge is None:
                 return compose_as_deployed(frame, new, hole)
-            return paste_frame(frame, upscale(new[None], *hole.shape)[0], hole, args.soft_edge)
+            return paste_frame(frame, upscale(new, *hole.shape), hole, args.soft_edge)
 
         yield from in_threads(compose, zip(clip[0], filled, clip[1], strict=True))
 

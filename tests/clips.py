@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import torch
 
-from libs.inference.video import open_masks, open_video, write_image
+from libs.inference.video import Masks, open_video, write_image
 from libs.inference.video_file import ACCURATE, VideoWriter
 
 OPTIONS = {"libx264": {"crf": "5"}, "libvpx": {"deadline": "realtime"}}
@@ -36,7 +36,7 @@ def read_video(path):
 
 def read_masks(path):
     """(f, h, w) uint8, 255 = hole, of all masks."""
-    return np.stack(list(open_masks(path).frames()))
+    return np.stack(list(Masks(path).frames()))
 
 
 def write_frames(folder, frames):

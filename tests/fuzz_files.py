@@ -21,7 +21,7 @@ from PIL import Image
 from common.errors import InputError
 from dataset.folders import read_names
 from dataset.images import find_hole, image_size, read_frame, read_mask_values
-from libs.inference.video import open_masks, open_video
+from libs.inference.video import Masks, open_video
 from tests.clips import moving_video, write_mp4
 
 IMAGES = (".jpg", ".png", ".webp", ".tif", ".bmp")
@@ -91,7 +91,7 @@ def read_clip(path):
 
 
 def read_mask_clip(path):
-    for _ in open_masks(path).frames():
+    for _ in Masks(path).frames():
         pass
 
 

@@ -29,7 +29,7 @@ from dataset.images import (
     size_of,
     sort_folders,
 )
-from libs.inference.video import open_masks, open_video
+from libs.inference.video import Masks, open_video
 from libs.report.__main__ import write_report
 
 # DAVIS's palette from the background to the eighth object
@@ -363,4 +363,4 @@ def test_masks_are_one_size(tmp_path):
     write_frames(tmp_path / "masks", moving_video(1, 16, 16)[0])
     Image.fromarray(np.zeros((20, 16), np.uint8)).save(tmp_path / "masks/1.png")
     with pytest.raises(InputError, match=r"1\.png is 16x20, 00000\.png is 16x16: one size"):
-        open_masks(tmp_path / "masks")
+        Masks(tmp_path / "masks")

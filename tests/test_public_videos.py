@@ -14,7 +14,7 @@ from PIL import Image
 
 import run_diffueraser
 from common.errors import InputError
-from libs.inference.video import open_masks, open_video
+from libs.inference.video import Masks, open_video
 from libs.inference.video_file import VideoWriter
 
 # A chart of eight known colours
@@ -191,7 +191,7 @@ def test_transparent_pixels_of_mask_videos_are_no_hole(clip, tmp_path):
     for picture in pictures:
         picture.paste((255, 255, 255, 255), (10, 10, 20, 20))
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], disposal=2)
-    assert open_masks(tmp_path / "a.gif").shares[0] == pytest.approx(100 / (48 * 64))
+    assert Masks(tmp_path / "a.gif").shares[0] == pytest.approx(100 / (48 * 64))
 
 
 @pytest.mark.parametrize("size", [(47, 64), (48, 63), (47, 63)])

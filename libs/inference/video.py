@@ -55,6 +55,8 @@ class Masks:
 
     Attributes: height, width; shares, the hole's share of every mask; note, what is worth saying of masks that are not
     two-valued, or "". See `dataset.images.find_hole`.
+
+    Raises: InputError as `open_video` does.
     """
 
     def __init__(self, path):
@@ -116,11 +118,6 @@ def open_video(path):
     return VideoFile(path)
 
 
-def open_masks(path):
-    """Masks: len(), height, width, shares, describe(), frames(). Raises: InputError as `open_video` does."""
-    return Masks(path)
-
-
 def list_pictures(path, what):
     """The files of a folder, or of a single image."""
     if not path.is_dir():
@@ -173,11 +170,11 @@ def resize(frames, holes, height, width):
     return tuple(np.stack([resize_picture(picture, height, width) for picture in clip]) for clip in (frames, holes))
 
 
-def upscale(frames, height, width):
-    """The way back from a smaller size."""
-    if frames.shape[1:3] == (height, width):
-        return frames
-    return np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC) for frame in frames])
+def upscale(frame, height, width):
+    """(height, width, 3) uint8, the way back of a frame from a smaller size."""
+    if frame.shape[:2] == (height, width):
+        return frame
+    return cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def write_gif(path, frames):
