@@ -31,7 +31,7 @@ MOST_SEEDS = 1000  # beyond, videos would share their noise; see noise_seed
 
 
 def build_parser():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("videos and scores").add_argument
     add("--frames", required=True, metavar="DIR",
         help="folder with a folder of frames per video, or one of with/, without/ and masks/")  # fmt: skip

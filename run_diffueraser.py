@@ -4,7 +4,6 @@ python run_diffueraser.py --video clip.mp4 --mask mask.mp4 --output_dir results/
 python run_diffueraser.py --video clip.mp4 --mask mask.mp4 --output_dir results/clip --as_deployed --prior prior.mp4
 """
 
-import argparse
 import os
 import signal
 import sys
@@ -39,7 +38,7 @@ SMALLEST_SIDE = 8  # pixels, one of the latents
 
 
 def build_parser():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("clip").add_argument
     add("--video", required=True, metavar="PATH", help="a video file, a folder of frames, or an image")
     add("--mask", required=True, metavar="PATH",

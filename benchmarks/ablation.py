@@ -15,7 +15,6 @@ videos, to which drawn ones are added. Small models from scratch are not the pub
 part turns the result, not how far.
 """
 
-import argparse
 import csv
 import itertools
 import json
@@ -351,7 +350,7 @@ STEPS = {"start": start, "train": train, "score": score, "table": table}
 
 @one_line_errors
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, allow_abbrev=True)
     add = parser.add_argument
     add("step", nargs="*", help=f"{', '.join(STEPS)} (default: all); score-one: one arm and seed, in this process")
     add("--output_dir", default="ablation", metavar="DIR", help="everything goes there (default: %(default)s)")

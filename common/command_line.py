@@ -10,6 +10,12 @@ from common.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):
+    """Of a script: its docstring as it stands, flags by their whole names, errors of one line."""
+
+    def __init__(self, description=None, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                 **others):  # fmt: skip
+        super().__init__(description=description, formatter_class=formatter_class, allow_abbrev=allow_abbrev, **others)
+
     def error(self, message):
         raise InputError(f"{message}; --help lists the options")
 
@@ -66,7 +72,7 @@ def add_setting(add, field):
 
 def build_settings_parser(config_class, description, removed_flags):
     """The parser of a dataclass of settings, in argument groups. `removed_flags`: {flag: what to use instead}."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = Parser(description, HelpFormatter)
     for name, members in settings_by_group(config_class).items():
         group = parser.add_argument_group(name)
         for field in members:

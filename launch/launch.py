@@ -101,7 +101,7 @@ def check_variables():
 
 def read_flags(extra):
     """Those of the trainer's flags that concern the launcher too."""
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--output_dir")
     parser.add_argument("--davis_root")
     parser.add_argument("--validation_image")

@@ -278,11 +278,8 @@ def read_prompt(folder):
 @one_line_errors
 def main(stage, argv=None, **defaults):
     """The command line of both converters: every constant is also an option of its name, and which weights to take."""
-    parser = Parser(
-        description=f"Convert a stage {stage} checkpoint into unet_main/ and brushnet/.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    description = f"Convert a stage {stage} checkpoint into unet_main/ and brushnet/."
+    parser = Parser(description, argparse.ArgumentDefaultsHelpFormatter)
     for name, value in defaults.items():
         form = {"action": "store_true"} if isinstance(value, bool) else {"metavar": "DIR" if value else "NAME"}
         parser.add_argument(f"--{name}", default=value, help=HELP[name], **form)

@@ -6,7 +6,6 @@ Reads what the run's validations have written for every video: checkpoints count
 Intervals are over videos: a few of them show large differences only.
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -23,7 +22,7 @@ MEASURES = {HELD_OUT: Score("held-out loss", "", 4, False), **SCORES}
 
 
 def build_parser():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("run_dir", type=Path, metavar="DIR", help="a training run's output folder")
     parser.add_argument("--by", choices=MEASURES, help="a score, or the held-out loss (default: the run's --best_by)")
     return parser

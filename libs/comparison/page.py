@@ -3,7 +3,6 @@
 python -m libs.comparison.page evaluation
 """
 
-import argparse
 import base64
 import json
 import math
@@ -176,7 +175,7 @@ def as_text(value):
 
 @one_line_errors
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("output_dir", help="an evaluation's output folder, such as evaluation")
     parser.add_argument("--overwrite", action="store_true", help="replace a report.html that no earlier report made")
     print(write_page(**vars(parser.parse_args(argv))))

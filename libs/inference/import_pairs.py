@@ -7,7 +7,6 @@ overwritten: what is there already is kept, so that the same command goes on whe
 docs/data.md.
 """
 
-import argparse
 import functools
 import shutil
 import sys
@@ -142,7 +141,7 @@ def write_hole(is_hole, path, frame):
 
 @one_line_errors
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help="the dataset's folder, as it was downloaded and unpacked")
     parser.add_argument("target", type=Path, help="the folder to write to: --paired_root")
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N pairs by name only")

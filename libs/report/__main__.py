@@ -3,7 +3,6 @@
 python -m libs.report finetune-stage1
 """
 
-import argparse
 from pathlib import Path
 
 from common.command_line import Parser
@@ -34,7 +33,7 @@ def write_report(run_dir, output=None, overwrite=False):
 
 @one_line_errors
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("run_dir", help="a run's output folder, such as finetune-stage1")
     parser.add_argument("--output", metavar="FILE", help="where to write (default: report.html in that folder)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that no earlier report made")
