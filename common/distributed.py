@@ -57,7 +57,7 @@ def check_distributed(args):
         raise InputError("--compile does not go with fsdp, whose layers gather their weights: drop it (COMPILE=0)")
     if sharded and args.ema_decay is not None:
         raise InputError("--ema_decay does not go with fsdp, which shards the weights: drop it (EMA_DECAY=)")
-    processes, machines = int(os.environ.get("WORLD_SIZE", 1)), count_machines()
+    processes, machines = count_processes(), count_machines()
     if args.cuda_graph:
         check_cuda_graph(args, sharded, processes, machines)
     if processes == 1:
@@ -74,8 +74,13 @@ def check_cuda_graph(args, sharded, processes, machines):
         raise InputError(f"--cuda_graph does not go with {other}: drop it (CUDA_GRAPH=0)")
 
 
+def count_processes():
+    """Of all machines together, as `accelerate launch` passes it on."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def count_machines():
-    return math.ceil(int(os.environ.get("WORLD_SIZE", 1)) / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return math.ceil(count_processes() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def state_bytes(trained, frozen, kind, processes):
@@ -86,7 +91,7 @@ def state_bytes(trained, frozen, kind, processes):
 def make_accelerator(args):
     accelerator = Accelerator(
         # Several processes without a GPU (gloo): accelerate would let each of them train on its own.
-        cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
+        cpu=count_processes() > 1 and not torch.accelerator.is_available(),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,

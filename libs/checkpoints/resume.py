@@ -2,11 +2,10 @@
 
 import hashlib
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.distributed import distributed_type
+from common.distributed import count_processes, distributed_type
 from common.errors import InputError
 from common.weights import fingerprint
 from libs.checkpoints.checkpoint import TrainerState
@@ -45,7 +44,7 @@ def describe_run(args, stage, opened, dataset, policy):
     """
     settings = {
         "engine": distributed_type(),
-        "num_processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "num_processes": count_processes(),
         "clips": len(dataset),
         "videos": hash_of_names(f"{video.folder.name} {len(video.frames)}" for video in dataset.videos + dataset.pairs),
         "hole_videos": hash_of_names(dataset.holes.sources()),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate.tracking import LoggerType, get_available_trackers
 
-from common.distributed import check_distributed, distributed_type, state_bytes
+from common.distributed import check_distributed, count_processes, distributed_type, state_bytes
 from common.errors import InputError
 from common.files import check_writable
 from common.hardware import compiling_lacks, gpu_is_used
@@ -348,7 +348,7 @@ def check_disk_space(args, stage, opened):
 def check_memory(args, stage, opened):
     """Weights, gradients and what is kept of them must fit the GPU; activations are an estimate from measured runs."""
     trained, frozen = count_parameters(stage, opened)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = count_processes()
     state = state_bytes(trained, frozen, distributed_type(), processes)
     state += trained * EMA_BYTES * (args.ema_decay is not None)
     state -= trained * (EIGHT_BIT_SAVES * args.use_8bit_adam + 2 * BF16_SAVES * args.bf16_weights)  # gradients too
