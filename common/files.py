@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import tempfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -104,6 +105,14 @@ def locked(folder):
 def locked_by_main_process(folder, accelerator):
     """`locked` in the main process, nothing in the others."""
     return locked(folder) if accelerator.is_main_process else nullcontext()
+
+
+def list_numbered(folder, name):
+    """[(number, path)] of what is called <name>-<number> in a folder, by number; [] where there is no folder."""
+    if not Path(folder).is_dir():
+        return []
+    matches = ((re.fullmatch(rf"{name}-(\d+)", path.name), path) for path in Path(folder).iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def flush(path):

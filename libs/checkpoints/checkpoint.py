@@ -8,7 +8,6 @@ EMA, and trainer_state.json, which is written last.
 import json
 import math
 import os
-import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 
 from common.distributed import unsharded_state_dict
 from common.errors import InputError
-from common.files import flush, write_json
+from common.files import flush, list_numbered, write_json
 from common.weights import compare_shapes, open_weights, read_shapes, read_tensors
 
 MODEL_FILE = "model.safetensors"
@@ -89,10 +88,7 @@ def is_original_form(folder):
 
 def list_checkpoints(run_dir):
     """[(step, folder)] of everything that is named like a finished checkpoint, oldest first."""
-    if not Path(run_dir).is_dir():
-        return []
-    matches = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(run_dir).iterdir())
-    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
+    return [(step, path) for step, path in list_numbered(run_dir, "checkpoint") if path.is_dir()]
 
 
 def find_latest(run_dir, for_conversion=False):

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import re
 import struct
 from collections import defaultdict
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from common.errors import InputError
+from common.files import list_numbered
 from common.run_files import (
     CONTACT_SHEET,
     HELD_OUT_FILE,
@@ -130,15 +130,9 @@ def curves(history, held_out, scores):
     ]
 
 
-def list_samples(folder):
-    """[(step, folder)] of the validations, oldest first."""
-    matches = ((re.fullmatch(r"sample-(\d+)", path.name), path) for path in folder.glob("sample-*"))
-    return sorted((int(match[1]), path) for match, path in matches if match)
-
-
 def samples(folder, videos, form):
     """(steps, [(video, [animation, or None, at each step])])."""
-    validations = evenly(list_samples(folder), SAMPLES)
+    validations = evenly(list_numbered(folder, "sample"), SAMPLES)
     rows = [
         (video, [animation(path / f"{n}{form}.gif") for _, path in validations])
         for n, video in enumerate(videos, start=1)
@@ -163,7 +157,7 @@ def animation(path):
 
 def newest_sheet(folder, form):
     """The newest whole contact sheet's data URL, or None."""
-    for _, path in reversed(list_samples(folder)):
+    for _, path in reversed(list_numbered(folder, "sample")):
         try:
             content = (path / of_form(CONTACT_SHEET, form)).read_bytes()
             Image.open(io.BytesIO(content)).load()
