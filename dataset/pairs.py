@@ -47,13 +47,12 @@ class PairedVideo(Video):
     def read(self):
         """Read every picture. Raises BrokenFrame."""
         for paths in (self.frames, self.with_frames):
-            read_as(self.size, read_frames, paths)
-        read_as(self.size, lambda paths: [read_mask(path) for path in paths], self.masks)
+            refuse_other_size(self.size, paths, read_frames(paths))
+        refuse_other_size(self.size, self.masks, [read_mask(path) for path in self.masks])
 
 
-def read_as(size, read, paths):
-    """The pictures that `read` makes of paths, all of that size. Raises BrokenFrame."""
-    pictures = read(paths)
+def refuse_other_size(size, paths, pictures):
+    """The pictures, as they were read from the paths. Raises BrokenFrame for one of another size."""
     for path, picture in zip(paths, pictures, strict=True):
         if size_of(picture) != size:
             raise BrokenFrame(f"{path} is {size_of(picture)}, the pair's other pictures are {size}")
@@ -157,7 +156,8 @@ def draw_window(rng, video, span, stride, crop):
 
     @cache
     def hole(i):
-        (mask,) = read_as(video.size, lambda paths: [read_mask(paths[0])], [video.masks[i]])
+        mask = read_mask(video.masks[i])
+        refuse_other_size(video.size, [video.masks[i]], [mask])
         out = np.empty(crop.size[::-1], np.uint8)
         crop.resize(mask, out, nearest=True)
         return out
@@ -174,4 +174,5 @@ def draw_window(rng, video, span, stride, crop):
 
 def read_window(video, window):
     """The frames without and with the object, two lists of (h, w, 3) uint8. Raises BrokenFrame."""
-    return (read_as(video.size, read_frames, [paths[i] for i in window]) for paths in (video.frames, video.with_frames))
+    chosen = ([paths[i] for i in window] for paths in (video.frames, video.with_frames))
+    return (refuse_other_size(video.size, paths, read_frames(paths)) for paths in chosen)
