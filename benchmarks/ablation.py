@@ -15,7 +15,6 @@ videos, to which drawn ones are added. Small models from scratch are not the pub
 part turns the result, not how far.
 """
 
-import csv
 import itertools
 import json
 import os
@@ -35,7 +34,7 @@ from diffusers import DDPMScheduler
 from common.command_line import Parser, at_least, require
 from common.errors import one_line_errors
 from common.files import write_json
-from common.run_files import write_rows
+from common.run_files import read_table, write_rows
 from dataset.folders import read_names, scan_video
 from libs.evaluation import cases
 from libs.evaluation.cases import TASKS, make_cases, noise_seed
@@ -282,8 +281,7 @@ def table(lab):
     values = defaultdict(dict)  # {(arm, task, score): {(video, seed): value}}
     first, *others = ARMS[lab.stage]
     for arm, seed in itertools.product(ARMS[lab.stage], lab.options.seeds):
-        path = lab.scores(arm, seed)
-        for row in csv.DictReader(path.read_text().splitlines()) if path.is_file() else ():
+        for row in read_table(lab.scores(arm, seed)):
             for name in SCORES:
                 values[arm, row["task"], name][row["video"], seed] = float(row[name])
     rows = compare_all(values, first, others, TASKS, SCORES)
