@@ -104,21 +104,13 @@ class BaseModel:
         tokenizer = self.load_tokenizer()
         with library_errors(self.tokenizer_folder):
             input_ids = torch.stack([tokenize(tokenizer, prompt) for prompt in prompts])
-        with quiet_libraries(), library_errors(self.text_encoder_folder):
-            variant = variant_of(self.text_encoder_folder, self.variant, TEXT_ENCODER_NAMES)
-            text_encoder, report = CLIPTextModel.from_pretrained(
-                self.text_encoder_folder, variant=variant, dtype=torch.float32, output_loading_info=True
-            )
-        refuse_missing(report, self.text_encoder_folder)
+        variant = variant_of(self.text_encoder_folder, self.variant, TEXT_ENCODER_NAMES)
+        text_encoder = load_whole(CLIPTextModel, self.text_encoder_folder, variant=variant, dtype=torch.float32)
         return text_encoder(input_ids)[0].to(device)
 
     def load_vae(self, device, dtype, frames, cache=None):
-        with quiet_libraries(), library_errors(self.vae_folder):
-            variant = variant_of(self.vae_folder, self.variant)
-            vae, report = AutoencoderKL.from_pretrained(
-                self.vae_folder, variant=variant, torch_dtype=dtype, output_loading_info=True
-            )
-        refuse_missing(report, self.vae_folder)
+        variant = variant_of(self.vae_folder, self.variant)
+        vae = load_whole(AutoencoderKL, self.vae_folder, variant=variant, torch_dtype=dtype)
         return FrozenVAE(vae.to(device), frames, cache)
 
 
@@ -135,9 +127,13 @@ def check_tokenizer(folder):
         raise InputError(f"{merges} is a Git LFS pointer, not a vocabulary: run git lfs pull")
 
 
-def refuse_missing(report, folder):
+def load_whole(cls, folder, **settings):
+    """A library's model from a folder, on the CPU. Raises InputError where a weight is missing."""
+    with quiet_libraries(), library_errors(folder):
+        model, report = cls.from_pretrained(folder, output_loading_info=True, **settings)
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
             f"{folder} lacks {missing[0]} ({len(missing)} in all): weights of another model, or incomplete"
         )
+    return model
