@@ -31,16 +31,8 @@ SOME = 0.05  # share of a mask's pixels that is more than chance
 PALETTE = b"\x03"  # a PNG's colour type, in its 26th byte
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 START_OF_FRAME = (b"\xc0", b"\xc1", b"\xc2")  # the segments that hold a JPEG's size: baseline, extended, progressive
-UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-)  # of Pillow
+# What Pillow raises for files that are damaged or cut short.
+UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, OverflowError, struct.error)
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 

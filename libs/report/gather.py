@@ -2,7 +2,6 @@
 
 import base64
 import io
-import struct
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,13 +20,13 @@ from common.run_files import (
     read_starts,
     validation_form,
 )
+from dataset.images import UNREADABLE
 from libs.checkpoints.checkpoint import HELD_OUT, list_checkpoints, measure_of, read_best
 from libs.evaluation.metrics import SCORES, average, measure_words
 from libs.report.charts import Chart, Line, smooth
 
 SAMPLES, SCORE_ROWS = 6, 12  # validations shown, spread evenly over the run
 SAMPLE_SIDE = 240  # pixels of a sample's longer side
-UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, struct.error)  # what PIL raises for files cut short
 
 
 def gather(run_dir):
