@@ -42,10 +42,8 @@ class Video:
 
 def scan_davis(root):
     """The videos that ImageSets/2017/train.txt names, in JPEGImages/480p."""
-    names_file, images = (
-        Path(root, "ImageSets/2017/train.txt"),
-        existing_folder(root, "JPEGImages/480p", "--davis_root"),
-    )
+    names_file = Path(root, "ImageSets/2017/train.txt")
+    images = existing_folder(root, "JPEGImages/480p", "--davis_root")
     if not names_file.is_file():
         raise InputError(
             f"{names_file} is missing: DAVIS-2017's list of training videos was needed; check --davis_root"
@@ -68,9 +66,8 @@ def read_names(path, root):
     try:
         names = split_lines(content.decode("utf-16" if marked else "utf-8-sig"))
     except UnicodeDecodeError:
-        names = split_lines(
-            os.fsdecode(content)
-        )  # folders may have names that are no UTF-8, and the list the same bytes
+        # Folders may have names that are no UTF-8, and the list the same bytes.
+        names = split_lines(os.fsdecode(content))
         if marked or not all(Path(root, name).is_dir() for name in names):
             raise InputError(f"{path} is neither UTF-8 nor marked as UTF-16: save it as UTF-8, a name a line") from None
     if any("\0" in name for name in names):
@@ -120,15 +117,17 @@ def existing_folder(root, subfolder, flag):
 
 
 def scan_video(folder):
+    """The Video of a folder; what is wrong with the folder is noted in it."""
+    frames, broken = (), ""
     try:
         frames = list_frames(folder)
-        return Video(
-            folder, frames, broken="" if frames else f"{folder} holds {describe_content(folder)}: {KINDS} were needed"
-        )
+        if not frames:
+            broken = f"{folder} holds {describe_content(folder)}: {KINDS} were needed"
     except OSError as error:
-        return Video(folder, (), broken=f"{folder} cannot be listed ({error.strerror})")
+        broken = f"{folder} cannot be listed ({error.strerror})"
     except BrokenFrame as error:
-        return Video(folder, (), broken=str(error))
+        broken = str(error)
+    return Video(folder, frames, broken)
 
 
 def list_videos(args):
