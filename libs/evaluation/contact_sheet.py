@@ -30,25 +30,19 @@ def contact_sheet(title, frames, holes, result):
         "result": result,
         "|result - input|": np.abs(result.astype(int) - frames),
     }
-    font = ImageFont.load_default(12)
-    top = 2 * LINE
-    font_title = ImageFont.load_default(13)
-    title_width = MARGIN + round(font_title.getlength(title))
-    sheet = Image.new(
-        "RGB",
-        (max(MARGIN + len(chosen) * (size[0] + GAP), title_width + GAP), top + len(rows) * (size[1] + GAP)),
-        "white",
-    )
+    font, title_font = ImageFont.load_default(12), ImageFont.load_default(13)
+    columns = {t: MARGIN + k * (size[0] + GAP) for k, t in enumerate(chosen)}  # where they begin, in pixels
+    lines = {label: 2 * LINE + k * (size[1] + GAP) for k, label in enumerate(rows)}
+    content = max(len(columns) * (size[0] + GAP), round(title_font.getlength(title)) + GAP)
+    sheet = Image.new("RGB", (MARGIN + content, 2 * LINE + len(lines) * (size[1] + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, 2), title, "black", font_title)
-    for k, t in enumerate(chosen):
-        x = MARGIN + k * (size[0] + GAP)
+    draw.text((MARGIN, 2), title, "black", title_font)
+    for t, x in columns.items():
         draw.text((x, LINE + 2), f"frame {t}", "#555555", font)
-        for row, (label, pictures) in enumerate(rows.items()):
-            y = top + row * (size[1] + GAP)
-            if k == 0:
-                draw.multiline_text((4, y + 2), label.replace(" (", "\n("), "black", font)
-            tile = Image.fromarray(pictures[t].astype(np.uint8)).resize(size, Image.Resampling.BOX)
+    for label, y in lines.items():
+        draw.multiline_text((4, y + 2), label.replace(" (", "\n("), "black", font)
+        for t, x in columns.items():
+            tile = Image.fromarray(rows[label][t].astype(np.uint8)).resize(size, Image.Resampling.BOX)
             sheet.paste(tile, (x, y))
     return np.asarray(sheet)
 
