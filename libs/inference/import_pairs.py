@@ -67,8 +67,7 @@ def find_vor(source):
     """
     found = {}
     for name in ("FG_BG", "BG", "MASK"):
-        paths = (path for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}{name}"))
-        found[name] = [path for path in paths if "VOR-Eval" not in path.relative_to(source).parts]
+        found[name] = [path for path in find_below(source, name) if "VOR-Eval" not in path.relative_to(source).parts]
     if all(found.values()):
         for folder in found["FG_BG"]:  # of each part of the archive; its other files may lie with another part
             yield from match(folder, found["BG"], found["MASK"])
@@ -82,10 +81,9 @@ def find_tuples(source):
     too, 127 = that change elsewhere, 255 = the rest; its second generator has rgb_altered_physics.mp4 in place of
     rgb_removed.mp4 (https://github.com/Netflix/void-model/tree/main/data_generation).
     """
-    for full in (path for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}rgb_full.mp4")):
+    for full in find_below(source, "rgb_full.mp4"):
         folder = full.parent
-        removed = next((folder / name for name in ("rgb_removed.mp4", "rgb_altered_physics.mp4")
-                        if (folder / name).is_file()), folder / "rgb_removed.mp4")  # fmt: skip
+        removed = first_file([folder / "rgb_removed.mp4", folder / "rgb_altered_physics.mp4"])
         name = "_".join(folder.relative_to(source).parts) or folder.resolve().name
         yield Pair(name, full, removed, folder / "mask.mp4", is_dark)
 
@@ -93,13 +91,21 @@ def find_tuples(source):
 LAYOUTS = (find_rose, find_vor, find_tuples)
 
 
+def find_below(source, name):
+    """What has that name in a folder, or at most two folders below it."""
+    return [path for depth in ("", "*/", "*/*/") for path in source.glob(depth + name)]
+
+
+def first_file(paths):
+    """The first of them that is there; where none is, the first of all, and opening it says so."""
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
 def match(with_object, without, masks, prefix=""):
-    """Pairs of a folder's videos and those of their names in one of the folders `without` and one of `masks`; where all
-    lack it, opening it says so."""
+    """Pairs of a folder's videos and those of their names in one of the folders `without` and one of `masks`."""
     for path in with_object.glob("*.mp4"):
         if not is_hidden(path.name):
-            others = (next((folder / path.name for folder in folders if (folder / path.name).is_file()),
-                           folders[0] / path.name) for folders in (without, masks))  # fmt: skip
+            others = (first_file([folder / path.name for folder in folders]) for folders in (without, masks))
             yield Pair(prefix + path.stem, path, *others, is_light)
 
 
