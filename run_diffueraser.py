@@ -133,7 +133,7 @@ def remove_object(pipeline, prompt_embeds, clip, prior, size, args):
                 return compose_as_deployed(frame, new, hole)
             return paste_frame(frame, upscale(new, *hole.shape), hole, args.soft_edge)
 
-        yield from in_threads(compose, zip(clip[0], filled, clip[1], strict=True))
+        yield from in_threads(compose, clip[0], filled, clip[1])
 
 
 def check_output(args):
@@ -182,7 +182,7 @@ def write_result(folder, video, frames, fps):
             write_image(frame_file(folder, i), frame)
             return frame
 
-        for frame in in_threads(write, enumerate(chain([first], frames))):
+        for frame in in_threads(write, range(len(video)), chain([first], frames)):
             movie.write(frame)
 
 

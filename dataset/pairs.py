@@ -84,7 +84,7 @@ def scan_pairs(root):
         raise InputError(
             f"{root} holds no pair but {describe_content(root)}: {needed}; `{IMPORTER}` unpacks published datasets"
         )
-    return list(in_threads(scan_pair, zip(folders)))
+    return list(in_threads(scan_pair, folders))
 
 
 def scan_pair(folder):

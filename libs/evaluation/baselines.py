@@ -17,13 +17,13 @@ ROWS = 32  # of the whole video whose median is taken at a time: memory stays sm
 
 def telea(frames, holes):
     """https://doi.org/10.1080/10867651.2004.10487596"""
-    return np.stack(list(in_threads(inpaint_frame, zip(frames, holes, strict=True))))
+    return np.stack(list(in_threads(inpaint_frame, frames, holes)))
 
 
 def navier_stokes(frames, holes):
     """https://doi.org/10.1109/CVPR.2001.990497"""
     method = partial(inpaint_frame, method=cv2.INPAINT_NS)
-    return np.stack(list(in_threads(method, zip(frames, holes, strict=True))))
+    return np.stack(list(in_threads(method, frames, holes)))
 
 
 def inpaint_frame(frame, hole, method=cv2.INPAINT_TELEA):

@@ -7,7 +7,6 @@ scripts/evaluate_propainter.py, core/metrics.py): frame by frame at a data range
 have a hole, of all videos; that evaluation takes all frames, which is the same where its masks leave none without one.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import cv2
@@ -63,7 +62,7 @@ class Reference:
     def __init__(self, truth, holes, shown=None, networks=()):
         self.truth, self.shown, self.holes, self.networks = truth, truth if shown is None else shown, holes, networks
         self.numbers = np.flatnonzero(holes.any(axis=(1, 2)))  # of the frames that have a hole
-        self.motions = list(in_threads(track, pairwise(truth))) if truth is not None else []
+        self.motions = list(in_threads(track, truth[:-1], truth[1:])) if truth is not None else []
 
     def score(self, result, raw=None):
         """{score: mean over the frames that have a hole}, in the order of SCORES; nan where there is nothing to score.
@@ -73,7 +72,7 @@ class Reference:
             raw: the same before pasting; without it the background is not scored.
         """
         names = {*PLAIN, *(BACKGROUND if raw is not None else ())}
-        found = list(in_threads(lambda t: self.score_frame(result, raw, t), zip(self.numbers, strict=True)))
+        found = list(in_threads(lambda t: self.score_frame(result, raw, t), self.numbers))
         for network in self.networks:
             names.update(network.columns)
             found += network.score(self, result)

@@ -125,7 +125,8 @@ def unpack(pair, target):
         folder = partial / name
         folder.mkdir(parents=True)
         write = functools.partial(write_hole, pair.is_hole) if name == "masks" else write_frame
-        hole = any([*in_threads(write, ((folder / f"{i:05d}", frame) for i, frame in enumerate(video.frames())))])
+        paths = [folder / f"{i:05d}" for i in range(len(video))]
+        hole = any([*in_threads(write, paths, video.frames())])
     if not hole:  # of the masks, which come last
         shutil.rmtree(partial)
         raise InputError(f"{pair.mask} has no hole in any frame")

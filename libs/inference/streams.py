@@ -32,7 +32,7 @@ class Mapped:
         return len(self.streams[0])
 
     def __iter__(self):
-        return in_threads(self.function, zip(*self.streams, strict=True))
+        return in_threads(self.function, *self.streams)
 
 
 def first(stream):

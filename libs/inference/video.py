@@ -47,7 +47,7 @@ class Pictures:
 
     def frames(self):
         """(height, width, 3) uint8 RGB, one after the other."""
-        return in_threads(read_frame, zip(self.paths, strict=True))
+        return in_threads(read_frame, self.paths)
 
 
 class Masks:
@@ -77,9 +77,9 @@ class Masks:
     def holes(self):
         """(name, hole (height, width), note) of every mask."""
         if self.video:
-            return in_threads(lambda frame: (self.path, *find_hole(brightest(frame), False)),
-                              zip(self.video.frames("rgba"), strict=True))  # fmt: skip
-        return in_threads(lambda file: (file.name, *find_hole(*read_mask_values(file))), zip(self.paths, strict=True))
+            frames = self.video.frames("rgba")
+            return in_threads(lambda frame: (self.path, *find_hole(brightest(frame), False)), frames)
+        return in_threads(lambda file: (file.name, *find_hole(*read_mask_values(file))), self.paths)
 
     def frames(self, count=None):
         """(height, width) uint8, 255 = hole; one for all frames `count` times."""
