@@ -125,8 +125,9 @@ class Validation:
             model: unwrapped: DDP's forward would wait for processes that have nothing left to do.
             sample: fill holes too, for scores and pictures.
         """
-        step, losses_by_video = state.global_step, self.loss.report(model, state)
-        measured = {HELD_OUT: self.loss.value}
+        step = state.global_step
+        held_out_loss, losses_by_video = self.loss.report(model, state)
+        measured = {HELD_OUT: held_out_loss}
         model.eval()
         for form in self.forms if sample and self.videos else ():
             begin = time.perf_counter()

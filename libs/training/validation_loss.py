@@ -41,7 +41,6 @@ class ValidationLoss:
         self.dataset.videos = [video for video in videos if len(video.frames) >= dataset.span]
         self.dataset.pairs = []
         self.clips = config.probe_clips if self.dataset.videos else 0
-        self.value = None  # what was found last
 
     def start(self, model, state):
         """Measure it before the first step: later ones are compared with that."""
@@ -56,7 +55,7 @@ class ValidationLoss:
                      self.clips, len(self.dataset.videos), hole_words(in_hole))  # fmt: skip
 
     def report(self, model, state):
-        """Measure and log it: {video's folder: loss}."""
+        """Measure and log it: (its mean or None, {video's folder: mean})."""
         step = state.global_step
         loss, in_hole, by_video = self.measure(model, step) if self.clips else (None, None, {})
         if loss is not None:
@@ -64,7 +63,7 @@ class ValidationLoss:
             log.info("held-out loss %.4f at step %d%s%s", loss, step, share, hole_words(in_hole))
             scalars = {"held_out_loss": loss, "held_out_loss_hole": in_hole}
             self.accelerator.log({name: value for name, value in scalars.items() if value is not None}, step=step)
-        return by_video
+        return loss, by_video
 
     @torch.compiler.set_stance("force_eager")  # used too rarely to compile variants of the models for it
     @torch.no_grad()
@@ -89,20 +88,19 @@ class ValidationLoss:
         model.eval()
         # Clip by clip and averaged in one order: any number of processes finds the same bits.
         losses = spread(self.accelerator, n, lambda i: attempt(step, device, measure_clip, i))
-        self.value = None
         if None in losses.values():
             return None, None, {}
         by_video = {
             video.folder: float(np.mean([losses[i][0] for i in range(k, n, len(videos))]))
             for k, video in enumerate(videos[:n])
         }
-        self.value = float(np.mean([losses[i][0] for i in range(n)]))
+        mean = float(np.mean([losses[i][0] for i in range(n)]))
         in_holes = [losses[i][1] for i in range(n) if losses[i][1] is not None]
         in_hole = float(np.mean(in_holes)) if in_holes else None
         if self.accelerator.is_main_process:
-            row = {"step": step, "held_out_loss": self.value, "held_out_loss_hole": in_hole}
+            row = {"step": step, "held_out_loss": mean, "held_out_loss_hole": in_hole}
             attempt(step, device, append_row, self.file, row)
-        return self.value, in_hole, by_video
+        return mean, in_hole, by_video
 
 
 def hole_words(in_hole):
