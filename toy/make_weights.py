@@ -22,25 +22,25 @@ from libs.brushnet_CA import BrushNetModel
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 
+SMALL_UNET = {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 4, "cross_attention_dim": 32,
+              "norm_num_groups": 8}  # fmt: skip
+SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES = {
     "tiny": {
-        "unet": {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 4, "cross_attention_dim": 32,
-                 "norm_num_groups": 8},
-        "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "unet": SMALL_UNET,
+        "text": SMALL_TEXT,
         "vae": {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64},
         "sample_size": 8,
     },
     "small": {  # what toy/learn.sh trains from scratch on 32-pixel frames: a VAE of 4 pixels per latent
-        "unet": {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 4, "cross_attention_dim": 32,
-                 "norm_num_groups": 8},
-        "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "unet": SMALL_UNET,
+        "text": SMALL_TEXT,
         "vae": {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 32},
         "sample_size": 8,
     },
     "medium": {  # the same on a GPU, on 64-pixel frames
-        "unet": {"block_out_channels": (64, 128, 256, 256), "attention_head_dim": 8, "cross_attention_dim": 32,
-                 "norm_num_groups": 8},
-        "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "unet": {**SMALL_UNET, "block_out_channels": (64, 128, 256, 256), "attention_head_dim": 8},
+        "text": SMALL_TEXT,
         "vae": {"block_out_channels": (64, 128, 128), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64},
         "sample_size": 16,
     },
