@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import Dinov2Model
 
 from common.hardware import full_precision
@@ -29,14 +30,12 @@ SIGMA, MMD_SCALE, TAU = 10, 1000, 3
 NEEDED = "--dinov2_weights needs a DINOv2 model's folder or Hub name; published numbers have facebook/dinov2-giant"
 
 
-class RemovalCoherence:
+class RemovalCoherence(nn.Module):
     columns = ("rc_s", "rc_t")
 
     def __init__(self, model):
+        super().__init__()
         self.model = model
-
-    def to(self, device):
-        self.model.to(device)
 
     @full_precision()
     @torch.inference_mode()

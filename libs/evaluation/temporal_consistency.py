@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from common.hardware import full_precision
@@ -18,14 +19,12 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 NEEDED = "--clip_weights needs a CLIP model's folder or Hub name, such as openai/clip-vit-large-patch14"
 
 
-class TemporalConsistency:
+class TemporalConsistency(nn.Module):
     columns = ("tc",)
 
     def __init__(self, model):
+        super().__init__()
         self.model, self.side = model, model.config.image_size
-
-    def to(self, device):
-        self.model.to(device)
 
     def prepare(self, frame):
         """(side, side, 3) uint8: the centre of a frame whose shorter side was brought to CLIP's."""
