@@ -344,7 +344,7 @@ def test_the_first_pass_makes_known_frames():
     frames, holes = moving_video(10, 16, 16)
     pipeline, seen = deployed()
     pipeline.fill(frames, holes, None, 0, prior=frames)
-    assert pipeline.spread(10) == [0, 2, 5, 7] and pipeline.spread(8) == []
+    assert pipeline.first_pass_frames(10) == [0, 2, 5, 7] and pipeline.first_pass_frames(8) == []
     masks = [conditioning[:, 3] for _, conditioning in seen]
     assert all((mask.amin(dim=(1, 2)) == 0).all() for mask in masks[:2])  # two steps of the first pass
     assert torch.equal(masks[2].amin(dim=(1, 2)), torch.tensor([1.0, 0, 1, 0]))  # frames 0 to 3 of the second

@@ -48,8 +48,8 @@ class Pipeline:
     def windows(self):
         return self.blending(self.nframes, self.overlap)
 
-    def spread(self, length):
-        """The frames of the first pass; empty where one pass will do."""
+    def first_pass_frames(self, length):
+        """The numbers of the frames that are filled first, spread evenly; [] where one pass will do."""
         if not self.two_passes or length <= 2 * self.nframes:
             return []
         return [int(i * (length / self.nframes)) for i in range(self.nframes)]
@@ -58,7 +58,7 @@ class Pipeline:
         """How many frames go through a network, for so many frames: what `progress` is told about, in sum."""
         windows = [self.windows.at_step(length, number) for number in range(self.num_inference_steps)]
         called = sum(stop - start for step in windows for start, stop in step)
-        return called + (2 + with_prior) * length + (self.num_inference_steps + 2) * len(self.spread(length))
+        return called + (2 + with_prior) * length + (self.num_inference_steps + 2) * len(self.first_pass_frames(length))
 
     def fill(self, frames, holes, prompt_embeds, seed, prior=None, progress=lambda frames: None):
         """The whole generated frames as one array, (f, h, w, 3) uint8; see `stream`."""
@@ -120,16 +120,16 @@ class Pipeline:
         Args:
             clip: ClipLatents.
         """
-        spread = self.spread(len(clip.conditioning))
-        if spread:
-            clip = self.settle(clip, spread, prompt_embeds, progress)
+        numbers = self.first_pass_frames(len(clip.conditioning))
+        if numbers:
+            clip = self.first_pass(clip, numbers, prompt_embeds, progress)
         return self.denoise(clip, prompt_embeds, progress)
 
-    def settle(self, clip, spread, prompt_embeds, progress):
-        """ClipLatents in which the first pass's frames are known: their holes are empty, and what they show is what the
-        first pass has filled, in 8 bits; its latents stand in for the prior's."""
-        prior = None if clip.prior is None else clip.prior[spread]
-        few = ClipLatents(clip.conditioning[spread], prior, clip.noise[: len(spread)])
+    def first_pass(self, clip, numbers, prompt_embeds, progress):
+        """ClipLatents in which the frames of these numbers are known: their holes are empty, and what they show is what
+        this pass has filled, in 8 bits; its latents stand in for the prior's."""
+        prior = None if clip.prior is None else clip.prior[numbers]
+        few = ClipLatents(clip.conditioning[numbers], prior, clip.noise[: len(numbers)])
         latents = self.denoise(few, prompt_embeds, progress)
         pictures = to_bytes(self.vae.decode(latents)).numpy()
         progress(len(pictures))
@@ -137,7 +137,7 @@ class Pipeline:
         # Any noise will do for the posterior's sample, which is thousandths off its mean.
         known = self.encode_masked(pictures, no_holes, few.noise)
         progress(len(pictures))
-        numbers = torch.tensor(spread, device=known.device)
+        numbers = torch.tensor(numbers, device=known.device)
         prior = None if clip.prior is None else clip.prior.index_copy(0, numbers, latents)
         return ClipLatents(clip.conditioning.index_copy(0, numbers, known), prior, clip.noise)
 
