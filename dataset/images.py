@@ -250,8 +250,12 @@ def find_hole(values, exact):
 
 def scale_to_bytes(values):
     """Deeper values as uint8, those above 0 at least 1."""
-    most = np.iinfo(values.dtype).max if np.issubdtype(values.dtype, np.integer) else max(values.max(), 1)
-    top = 255 if values.max() <= 255 and np.issubdtype(values.dtype, np.integer) else most  # labels, in 16 bits
+    if not np.issubdtype(values.dtype, np.integer):
+        top = max(values.max(), 1)
+    elif values.max() > 255:
+        top = np.iinfo(values.dtype).max
+    else:
+        top = 255  # labels, in 16 bits
     return np.where(values > 0, np.clip(values * (255.0 / top), 1, 255), 0).astype(np.uint8)
 
 
