@@ -100,9 +100,9 @@ class Validation:
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.inpainter, self.base, self.sampler, self.stop = stage.model_class, base, found.base.load_sampler(), stop
         self.few_step = FewStepWeights(config.pcm_weights) if config.pcm_weights else None
-        self.forms = [AS_DEPLOYED] * bool(config.pcm_weights) + [AS_TRAINED] * (
-            config.validate_as_trained or not config.pcm_weights
-        )
+        self.forms = [AS_DEPLOYED] if config.pcm_weights else []
+        if config.validate_as_trained or not config.pcm_weights:
+            self.forms.append(AS_TRAINED)
         self.folder = Path(config.output_dir, config.logging_dir)
         pairs = zip(config.validation_image, config.validation_mask, strict=True) if config.validation_steps else ()
         self.videos = [
