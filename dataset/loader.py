@@ -70,7 +70,7 @@ class EpochSampler(Sampler):
     `start` and `stop` are positions in this stream.
     """
 
-    def __init__(self, length, seed, start=0, stop=0):
+    def __init__(self, length, seed, start, stop):
         self.length, self.seed, self.start, self.stop = length, seed, start, stop
 
     def __len__(self):

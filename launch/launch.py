@@ -231,12 +231,12 @@ def trainer_flags(stage, engine, given):
     )
 
 
-def find_validation_videos(davis, count=2):
-    """[(folder of frames, folder of masks)] of the first held-out DAVIS videos that have both."""
+def find_validation_videos(davis):
+    """[(folder of frames, folder of masks)] of the first two held-out DAVIS videos that have both."""
     names, folder = davis / "ImageSets/2017/val.txt", davis / "JPEGImages/480p"
     names = read_names(names, folder) if names.is_file() else []
     pairs = [(folder / name, davis / "Annotations/480p" / name) for name in names]
-    return [(str(frames), str(masks)) for frames, masks in pairs if frames.is_dir() and masks.is_dir()][:count]
+    return [(str(frames), str(masks)) for frames, masks in pairs if frames.is_dir() and masks.is_dir()][:2]
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------

@@ -61,8 +61,8 @@ class Case:
         }
 
 
-def make_cases(task, davis_root, videos, resolution, length, seed=0):
-    """Yield a Case of every Video: its first frames, at most `length`, with what follows from the seed and its number.
+def make_cases(task, davis_root, videos, resolution, length):
+    """Yield a Case of every Video: its first frames, at most `length`, with holes that follow from its number.
 
     Args:
         task: of TASKS.
@@ -71,7 +71,7 @@ def make_cases(task, davis_root, videos, resolution, length, seed=0):
     """
     holes = Holes(SimpleNamespace(davis_root=davis_root, **TASKS[task]), videos, excluded=())
     for number, video in enumerate(videos):
-        rng, paths = np.random.default_rng([seed, number]), video.frames[:length]
+        rng, paths = np.random.default_rng([0, number]), video.frames[:length]
         source = read_frames(paths)
         crop = Crop.of(*source[0].shape[:2], resolution)
         truth = crop.resize_all(source)

@@ -39,8 +39,8 @@ def compare(differences, higher_is_better=True, unit="", decimals=2):
     return Comparison(mean, low, high, wins, videos, seeds, verdict)
 
 
-def paired_interval(differences, level=LEVEL):
-    """(low, high) that hold the true mean difference in a share `level` of all experiments; nan for under two videos.
+def paired_interval(differences):
+    """(low, high) that hold the true mean difference in a share LEVEL of all experiments; nan for under two videos.
 
     The t interval of a mean over two crossed samples: the variances of videos, seeds and the rest are told apart by a
     two-way analysis of variance, and their sum has Satterthwaite's degrees of freedom
@@ -66,7 +66,7 @@ def paired_interval(differences, level=LEVEL):
         freedom = max(total**2 / parts if parts else 1, min(videos, seeds) - 1)
     from scipy import stats  # half a second that a trainer's start does without
 
-    half = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(total / (videos * seeds))
+    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(total / (videos * seeds))
     return float(mean - half), float(mean + half)
 
 

@@ -140,8 +140,8 @@ def without_ones(shape):
     return without_ones(shape[:-1]) if shape and shape[-1] == 1 else tuple(shape)
 
 
-def choose_steps(file, steps=None):
-    """How many steps the sampler takes: those that the file's name says, or `steps`. Raises InputError."""
+def choose_steps(file, steps):
+    """How many steps the sampler takes: those that the file's name says, or `steps` if given. Raises InputError."""
     named = re.search(r"(\d+)[-_]?step", file.name)
     made_for = int(named[1]) if named else None
     if "lcm" in file.name.lower():

@@ -164,6 +164,6 @@ def window_sizes(args, inpainter, unet):
     # The frames of stage 1 do not see each other: sharing some would only take time.
     default = 0 if inpainter.shared_noise else nframes // 4 if args.blend == "latents" else nframes // 3
     overlap = default if args.overlap is None else args.overlap
-    if nframes < 1 or not 0 <= overlap < nframes:
+    if not 0 <= overlap < nframes:
         raise InputError(f"--overlap={overlap}, --nframes={nframes}: 0 or more, and less than --nframes, was needed")
     return nframes, overlap

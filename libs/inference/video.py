@@ -99,7 +99,7 @@ def brightest(frame):
     return np.where(alpha > 0, reduce(cv2.max, colours), 0)
 
 
-def describe_holes(shares, note=""):
+def describe_holes(shares, note):
     """Such as "hole 12.3 % of the picture (8.1 to 14.0)"."""
     spread = f" ({100 * min(shares):.1f} to {100 * max(shares):.1f})" if len(shares) > 1 else ""
     return f"hole {100 * np.mean(shares):.1f} % of the picture{spread}" + (f"; {note}" if note else "")
