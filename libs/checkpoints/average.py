@@ -131,12 +131,12 @@ def choose_checkpoints(run_dir, count, order):
             print(f"skipped: {error}")
             continue
         if order == LAST or step in losses:
-            found.append((losses.get(step, 0), -step, folder))
+            found.append((step, folder))
     if len(found) < count:
         measured = " with a held-out loss" if order == HELD_OUT else ""
         raise InputError(f"{run_dir} has {len(found)} complete checkpoints{measured}, --average={count} needs {count}")
-    chosen = sorted(found)[:count]
-    return [folder for _, _, folder in sorted(chosen, key=lambda entry: -entry[1])]
+    best_first = sorted(found, key=lambda entry: (losses.get(entry[0], 0), -entry[0]))
+    return [folder for _, folder in sorted(best_first[:count])]
 
 
 def held_out_losses(run_dir):
