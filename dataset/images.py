@@ -27,7 +27,7 @@ KINDS = ".jpg, .png, .webp, .bmp or .tif files"
 SYSTEM_NAMES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db")
 MOST_PIXELS = 2**26  # 8192 x 8192; a damaged header may promise gigabytes
 NOISE = 24  # of 255: what compression leaves in a mask's background stays below
-SOME = 0.05  # share of a mask's pixels that is more than chance
+MANY = 0.05  # share of a mask's bright pixels; fewer grey ones are its edges
 PALETTE = b"\x03"  # a PNG's colour type, in its 26th byte
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 START_OF_FRAME = (b"\xc0", b"\xc1", b"\xc2")  # the segments that hold a JPEG's size: baseline, extended, progressive
@@ -73,6 +73,7 @@ def read_bytes(path):
 
 
 def decode(path, content, mode):
+    """What OpenCV makes of an image file's content, (h, w) or (h, w, channels); `mode` is one of its cv2.IMREAD_*."""
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), mode)
     except (cv2.error, MemoryError):  # more pixels than OpenCV, or this machine, takes
@@ -159,6 +160,7 @@ def read_frames(paths):
 
 
 def size_of(frame):
+    """Such as 854x480, of a frame (480, 854, 3) or a mask (480, 854)."""
     return f"{frame.shape[1]}x{frame.shape[0]}"
 
 
@@ -231,7 +233,7 @@ def find_hole(values, exact):
         values = scale_to_bytes(values)
     brightest = int(values.max())
     bright = np.count_nonzero(values > NOISE)
-    between = np.count_nonzero((values > NOISE) & (values < brightest * 3 // 4)) > SOME * bright
+    between = np.count_nonzero((values > NOISE) & (values < brightest * 3 // 4)) > MANY * bright
     inner = values[1:, 1:]
     faint = (inner > 0) & (inner < NOISE)
     if exact and bright and faint.any():

@@ -109,6 +109,7 @@ class BaseModel:
         return text_encoder(input_ids)[0].to(device)
 
     def load_vae(self, device, dtype, frames, cache=None):
+        """The FrozenVAE, in `dtype`; its docstring tells `frames` and `cache`."""
         variant = variant_of(self.vae_folder, self.variant)
         vae = load_whole(AutoencoderKL, self.vae_folder, variant=variant, torch_dtype=dtype)
         return FrozenVAE(vae.to(device), frames, cache)

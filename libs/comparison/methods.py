@@ -40,6 +40,7 @@ def list_methods(args, has_truth):
 
 
 def fill_with(args, weights):
+    """What Method.load returns, of the converted folder `weights`."""
     pipeline, prompt_embeds, _ = load_pipeline(args, weights)
 
     def fill(clip, prior, seed):

@@ -69,6 +69,7 @@ class RemovalCoherence(nn.Module):
         return float(np.mean([self.spatial_of_square(frame[square], hole[square]) for square in squares]))
 
     def spatial_of_square(self, picture, hole):
+        """The same of a square (s, s, 3) and its hole (s, s); nan where no window has patches enough."""
         inside = self.pooled(hole)
         around, sets = np.flatnonzero(~inside), []
         for window in windows(len(inside)):

@@ -152,7 +152,7 @@ def check_size(where, name, image, first):
 
 
 def stack(named_frames, where):
-    """Frames of one size as one array."""
+    """[(name, frame (h, w, ...))] as one array (f, h, w, ...). Raises InputError where they differ in size."""
     for name, frame in named_frames:
         check_size(where, name, frame, named_frames[0])
     return np.stack([frame for _, frame in named_frames])
@@ -164,7 +164,7 @@ def dilate(holes, iterations):
 
 
 def resize(frames, holes, height, width):
-    """Both at another size; arrays that have it come back as they are."""
+    """Frames (f, h, w, 3) and holes (f, h, w) at another size; arrays that have it come back as they are."""
     if holes.shape[1:] == (height, width):
         return frames, holes
     return tuple(np.stack([resize_picture(picture, height, width) for picture in clip]) for clip in (frames, holes))

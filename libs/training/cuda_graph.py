@@ -70,6 +70,7 @@ class GraphedForwardBackward(ForwardBackward):
         return loss.detach()
 
     def capture(self, encoded):
+        """The Captured of an EncodedBatch, whose memory is the graph's input from now on; nothing is computed yet."""
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
         try:
             # thread_local: loading goes on meanwhile, in threads that call CUDA.

@@ -9,6 +9,7 @@ from common.errors import InputError
 
 
 def make_optimizer(args, parameters, learning_rate, device):
+    """AdamW as the settings say. Raises InputError where its library is not installed."""
     settings = {
         "lr": learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
