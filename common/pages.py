@@ -17,8 +17,22 @@ def render(template, values):
     return environment.get_template(template.name).render(values)
 
 
-def save_page(page, output, advice):
-    """Write a page to `output` and note it as ours; raises InputError, with the advice, where that cannot be."""
+def make_page(template, gather, folder, output, whose, advice):
+    """Write the page of a folder to `output`, and note it as ours.
+
+    Args:
+        gather: a function of the folder that returns what the template needs, {name: value}.
+        whose: what the folder's files should be, such as "a training run's".
+        advice: what to do where the page cannot be written.
+
+    Raises: InputError for a folder whose files have been changed, and where the page cannot be written.
+    """
+    try:
+        page = render(template, gather(folder))
+    except InputError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder} holds files that are not {whose} any more ({error!r})") from None
     try:
         with written_whole(output) as partial:
             partial.write_text(page, encoding="utf-8", errors="backslashreplace")

@@ -378,6 +378,10 @@ def test_report_page(validated, tmp_path, capsys):
     (samples / "sample-1/contact_sheet.png").unlink()
     assert "data:image/png" not in write_report(tmp_path / "run").read_text()
 
+    (tmp_path / "run/best_checkpoint.json").write_text("[1]")
+    with pytest.raises(InputError, match="holds files that are not a training run's any more"):
+        write_report(tmp_path / "run")
+
 
 def test_a_gif_is_whole_or_not_there(tmp_path, monkeypatch):
     """Whoever looks while it is written finds the old one."""

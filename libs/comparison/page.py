@@ -14,7 +14,7 @@ from urllib.parse import quote
 from common.command_line import Parser, require
 from common.errors import InputError, one_line_errors
 from common.files import refuse_foreign
-from common.pages import render, save_page
+from common.pages import make_page
 from common.run_files import read_table
 from libs.comparison.clips import FOLDER
 
@@ -32,14 +32,8 @@ def write_page(output_dir, overwrite=False):
     """
     folder = Path(output_dir)
     refuse_foreign(folder, [PAGE], overwrite)
-    try:
-        values = gather(folder)
-    except InputError:
-        raise
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder} holds files that are not an evaluation's any more ({error!r})") from None
-    page = render(Path(__file__).with_name("page.html"), values)
-    save_page(page, folder / PAGE, "free some space, or see who may write there")
+    template, advice = Path(__file__).with_name("page.html"), "free some space, or see who may write there"
+    make_page(template, gather, folder, folder / PAGE, "an evaluation's", advice)
     return folder / PAGE
 
 

@@ -6,9 +6,9 @@ python -m libs.report finetune-stage1
 from pathlib import Path
 
 from common.command_line import Parser
-from common.errors import InputError, one_line_errors
+from common.errors import one_line_errors
 from common.files import refuse_foreign
-from common.pages import render, save_page
+from common.pages import make_page
 from libs.report.gather import gather
 
 
@@ -21,13 +21,8 @@ def write_report(run_dir, output=None, overwrite=False):
     run_dir = Path(run_dir)
     output = Path(output) if output else run_dir / "report.html"
     refuse_foreign(output.parent, [output.name], overwrite, "--output")
-    try:
-        page = render(Path(__file__).with_name("page.html"), gather(run_dir))
-    except InputError:
-        raise
-    except (LookupError, ValueError, TypeError) as error:
-        raise InputError(f"{run_dir} holds files that are not a training run's any more ({error!r})") from None
-    save_page(page, output, "choose another place with --output")
+    template, advice = Path(__file__).with_name("page.html"), "choose another place with --output"
+    make_page(template, gather, run_dir, output, "a training run's", advice)
     return output
 
 
