@@ -6,6 +6,7 @@ import torch
 from diffusers.models.unets.unet_motion_model import UNetMotionOutput
 from diffusers.utils import apply_lora_scale
 
+from common.errors import InputError
 from common.weights import OpenedWeights, StrictLoading, read_config, resolve_folder
 from libs.unet_2d_condition import gather_features
 from libs.unet_walk import LayerWalk, embed_timesteps, walk
@@ -76,6 +77,13 @@ class UNetMotionModel(LayerWalk, StrictLoading, diffusers.UNetMotionModel):
         copies = {key: tensor.to(like, copy=True) for key, tensor in state_dict.items()}
         model.load_state_dict(copies, assign=True)
         return model
+
+
+def refuse_long_clips(weights, nframes):
+    """Raise InputError where motion modules, of OpenedWeights, have position tables of fewer frames than a clip."""
+    longest = weights.config.get("motion_max_seq_length")
+    if longest and nframes > longest:
+        raise InputError(f"--nframes={nframes}: {weights.folder} takes {longest} frames at most; lower --nframes")
 
 
 def adapter_config(motion_config):

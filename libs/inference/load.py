@@ -21,6 +21,7 @@ from libs.inference.pipeline import Pipeline
 from libs.inference.prior import ON_THE_SPOT
 from libs.inference.windows import BLENDINGS
 from libs.inpainter import INPAINTERS
+from libs.unet_motion_model import refuse_long_clips
 
 PCM_FILE = "PCM_Weights/sd15/pcm_sd15_smallcfg_2step_converted.safetensors"  # as DiffuEraser's installation has it
 DEFAULTS = {  # flag: the project's own, as deployed
@@ -158,9 +159,7 @@ def choose_device(args):
 def window_sizes(args, inpainter, unet):
     """(frames per window, frames shared): checked against the motion modules' longest clip."""
     nframes = args.nframes or inpainter.nframes
-    longest = unet.config.get("motion_max_seq_length")
-    if longest and nframes > longest:
-        raise InputError(f"--nframes={nframes}: {unet.folder} takes {longest} frames at most; lower --nframes")
+    refuse_long_clips(unet, nframes)
     # The frames of stage 1 do not see each other: sharing some would only take time.
     default = 0 if inpainter.shared_noise else nframes // 4 if args.blend == "latents" else nframes // 3
     overlap = default if args.overlap is None else args.overlap

@@ -30,6 +30,7 @@ from libs.inference.few_step import FewStepWeights
 from libs.inference.prior import check_prior
 from libs.training.config import resume_policy
 from libs.training.optimizer import bf16_adam, eight_bit_adam
+from libs.unet_motion_model import refuse_long_clips
 
 ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
 EIGHT_BIT_SAVES = 6  # of them, where moments have 8 bits
@@ -169,11 +170,7 @@ def check_fit(args, base, opened):
                     f"{weights.folder} has {key} {weights.config[key]}, {unet.folder} has {unet.config[key]}: weights "
                     "of one model family were needed"
                 )
-        longest = weights.config.get("motion_max_seq_length")
-        if longest and args.nframes > longest:
-            raise InputError(
-                f"--nframes={args.nframes}: {weights.folder} takes {longest} frames at most; lower --nframes"
-            )
+        refuse_long_clips(weights, args.nframes)
     for folder, gives, size, key in (
         (base.text_encoder_folder, "embeddings", base.text_config["hidden_size"], "cross_attention_dim"),
         (base.vae_folder, "latents", base.vae_config["latent_channels"], "in_channels"),
