@@ -18,12 +18,13 @@ mkdir -p "$run"
 source toy/unset_settings.sh
 export PYTHON=$python WEIGHTS=toy/weights DAVIS_ROOT=toy/data/DAVIS YTVOS_ROOT=toy/data/YTBV
 export RESOLUTION=64 DATALOADER_NUM_WORKERS=0 LEARNING_RATE=1e-3 CHECKPOINTING_STEPS=50 VALIDATION_STEPS=100
-export RESUME_FROM_CHECKPOINT= PRETRAINED_STAGE1=$run/finetuned-stage1 LATENT_CACHE=$run/latent-cache
+export RESUME_FROM_CHECKPOINT= LATENT_CACHE=$run/latent-cache
 export COMPILE=0 # it would take longer than the run
 
 LOG=$run/finetune-stage1.log OUTPUT_DIR=$run/finetune-stage1 MAX_TRAIN_STEPS=100 bash finetune_stage1.sh --probe_clips=8
 "$python" save_checkpoint_stage1.py --input_dir "$run/finetune-stage1" --output_dir "$run/finetuned-stage1"
-LOG=$run/finetune-stage2.log OUTPUT_DIR=$run/finetune-stage2 MAX_TRAIN_STEPS=100 bash finetune_stage2.sh --probe_clips=8
+PRETRAINED_STAGE1=$run/finetuned-stage1 \
+  LOG=$run/finetune-stage2.log OUTPUT_DIR=$run/finetune-stage2 MAX_TRAIN_STEPS=100 bash finetune_stage2.sh --probe_clips=8
 "$python" save_checkpoint_stage2.py --input_dir "$run/finetune-stage2" --output_dir "$run/finetuned-stage2" \
   --pretrained_stage1 "$run/finetuned-stage1"
 

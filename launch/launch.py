@@ -34,7 +34,7 @@ from common.files import written_whole
 from common.hardware import compiling_lacks, gpu_is_used
 from common.run_files import read_starts
 from dataset.folders import read_names
-from libs.training.config import flags_from_environment, switches
+from libs.training.config import flags_from_environment, switches, variables_that_look_misspelt
 from libs.training.stopping import STOP_FILE
 
 CONFIGS = Path("configs/accelerate")
@@ -59,6 +59,9 @@ def main(argv=None):
     require(stage in ("1", "2"), f"{stage or 'nothing'} is no stage: 1 or 2 was needed")
     given = read_flags(extra)
     check_variables()
+    warnings = [f"warning: {line}" for line in variables_that_look_misspelt(int(stage), os.environ)]
+    for line in warnings:
+        print(line, file=sys.stderr, flush=True)
     engine = choose_engine(read_engine_config())
     flags, note = trainer_flags(int(stage), engine, given)
     arguments = [*engine.arguments, f"train_DiffuEraser_stage{stage}.py", *flags, *extra]
@@ -72,6 +75,7 @@ def main(argv=None):
     log.write(
         f"===== {time.strftime('%Y-%m-%d %H:%M:%S')} stage {stage}",
         f"command: {shlex.join(['accelerate', 'launch', *arguments])}",
+        *warnings,
         *([note] if note else []),
     )
     words = f"stage {stage}: training, log in {log.path} (tail -f {log.path}), checkpoints in {output_dir}/"

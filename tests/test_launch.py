@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from common.errors import InputError
 from launch import launch
-from libs.training.config import CONFIGS, LAUNCHER_VARIABLES
+from libs.training.config import CONFIGS, LAUNCHER_VARIABLES, variables_that_look_misspelt
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -152,6 +152,35 @@ def test_wrong_variables_are_one_line(environment, monkeypatch, capsys, variable
     printed = capsys.readouterr()
     assert stop.value.code == 1 and not printed.out
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err
+
+
+@pytest.mark.parametrize(
+    ("stage", "variables", "meant"),
+    [
+        (1, ["MAX_TRAIN_STEP"], "MAX_TRAIN_STEPS"),
+        (1, ["RESOLUTON"], "RESOLUTION"),
+        (2, ["outputdir"], "OUTPUT_DIR"),
+        (2, ["MOTION_ADAPTER_PATH"], "MOTION_ADAPTER"),
+        (1, ["USE_8BIT_ADAM"], "LOW_MEMORY"),
+        (1, ["LR_SCHEDULER"], "--lr_scheduler, behind the command,"),
+        (1, ["PRETRAINED_STAGE1"], "PRETRAINED_STAGE1_PATH"),
+        (2, ["PRETRAINED_STAGE1_PATH"], "PRETRAINED_STAGE1"),
+        (2, ["PRETRAINED_STAGE1_PATH", "PRETRAINED_STAGE1"], None),
+        (1, ["MOTION_ADAPTER"], None),  # the other stage's, for a script that runs both
+        (1, ["MKL_NUM_THREADS", "LANG", "LOGNAME", "PYTHONPATH", "MASTER_PORT", "WORLD_SIZE", "SLURM_NODEID"], None),
+    ],
+)
+def test_variables_that_look_misspelt(stage, variables, meant):
+    lines = variables_that_look_misspelt(stage, dict.fromkeys(variables, "1"))
+    wanted = f"{variables[0]} is set, which stage {stage} does not read: was {meant} meant?"
+    assert lines == ([wanted] if meant else [])
+
+
+def test_a_misspelt_variable_is_said(told, capsys):
+    told(0, {"LERNING_RATE": "1e-4"})
+    assert capsys.readouterr().err == (
+        "warning: LERNING_RATE is set, which stage 1 does not read: was LEARNING_RATE meant?\n"
+    )
 
 
 @pytest.fixture

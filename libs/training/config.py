@@ -7,6 +7,7 @@ docs/settings.md (python -m libs.training.settings_page > docs/settings.md) foll
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 
 from common.command_line import (
     below_one,
@@ -403,6 +404,24 @@ def what_sets_clips(settings):
 def shell_variables():
     """Names of all variables that the shell scripts read."""
     return {*settings_with("variable").values(), *(name for name, _, _ in LAUNCHER_VARIABLES)}
+
+
+def variables_that_look_misspelt(stage_number, environ):
+    """A line about each variable that the stage does not read, though its name is almost that of one which it reads and
+    which is not set, or a flag's name. Not an error: it may be another program's."""
+    settings = {f.name.upper(): f for f in fields(CONFIGS[stage_number]) if f.metadata["flag"]}
+    by_variable = {f.metadata["variable"] for f in settings.values()} - {None}
+    read = {*by_variable, *(name for name, _, _ in LAUNCHER_VARIABLES)}
+    alike = read - {"OMP_NUM_THREADS"}  # other libraries' variables are
+    lines = []
+    for name in sorted(environ.keys() - read):
+        if f := settings.get(name.upper()):
+            meant = f.metadata["variable"] or f"--{f.name}, behind the command,"
+        else:
+            meant = next(iter(get_close_matches(name.upper(), alike, 1, cutoff=0.85)), None)
+        if meant and meant not in environ:
+            lines.append(f"{name} is set, which stage {stage_number} does not read: was {meant} meant?")
+    return lines
 
 
 def switches():

@@ -13,6 +13,7 @@ setting stands once: change it there.
 
 Variables are the shell scripts': `NFRAMES=16 bash finetune_stage1.sh`. Flags go to the shell scripts as well, and win:
 `bash finetune_stage1.sh --nframes=16`. An empty variable counts as not set, unless its meaning says otherwise.
+Names that look misspelt (`MAX_TRAIN_STEP`), and flags' names without a variable, are warned of when the run starts.
 
 On resuming, a changed setting is taken over without a word (free), taken over and logged (logged), or the run does not
 start (refused), unless `--resume_anyway` is given.
