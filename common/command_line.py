@@ -4,9 +4,12 @@ import argparse
 import ast
 import sys
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from typing import get_args
 
 from common.errors import InputError
+
+UNRECOGNIZED = "unrecognized arguments: "
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,7 +20,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter_class, allow_abbrev=allow_abbrev, **others)
 
     def error(self, message):
-        raise InputError(f"{message}; --help lists the options")
+        unknown = message.removeprefix(UNRECOGNIZED) if message.startswith(UNRECOGNIZED) else ""
+        flag = "--" + unknown.partition("=")[0].partition(" ")[0].lstrip("-").lower().replace("-", "_")
+        alike = get_close_matches(flag, self._option_string_actions, 1, cutoff=0.8)
+        raise InputError(f"{message}; {f'was {alike[0]} meant? ' if alike else ''}--help lists the options")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

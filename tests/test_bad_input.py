@@ -78,7 +78,7 @@ CASES = {
     "nframes_zero": (1, None, {"nframes": 0}, "--nframes=0: at least 1"),
     "nframes_above_the_adapters": (2, None, {"nframes": 33}, "takes 32 frames at most; lower --nframes"),
     "nframes_longer_than_videos": (1, None, {"nframes": 27}, "the longest video has 26"),
-    "unknown_flag": (1, None, {"frames": 3}, "unrecognized arguments: --frames=3; --help"),
+    "unknown_flag": (1, None, {"frames": 3}, "unrecognized arguments: --frames=3; was --nframes meant.* --help"),
     "no_number": (1, None, {"learning_rate": "fast"}, "--learning_rate: invalid float value: 'fast'"),
     "removed_flag": (1, None, {"csv_file": "a.csv"}, "--csv_file is gone: .*--davis_root"),
     "removed_switch": (2, None, {"enable_xformers_memory_efficient_attention": True}, "is gone: torch's own"),

@@ -55,6 +55,23 @@ def test_every_check_names_flag_and_value(stage):
             parse_args(STAGES[stage], [flag])
 
 
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("--max_train_step=5", "--max_train_steps"),
+        ("--max-train-steps=5", "--max_train_steps"),
+        ("MAX_TRAIN_STEPS=5", "--max_train_steps"),  # which belongs before the command
+        ("--LR_scheduler", "--lr_scheduler"),
+        ("--gpus", None),
+    ],
+)
+def test_an_unknown_flag_says_which_one_is_alike(argument, meant):
+    with pytest.raises(InputError) as raised:
+        parse_args(Stage1, [argument, "cosine"])
+    hint = f"was {meant} meant? " if meant else ""
+    assert str(raised.value) == f"unrecognized arguments: {argument} cosine; {hint}--help lists the options"
+
+
 def test_a_precision_from_accelerate_that_is_unknown(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert parse_args(Stage1, []).mixed_precision == "bf16"
