@@ -1,11 +1,14 @@
 """Errors that a user can mend."""
 
+import errno
 import os
 import sys
 from functools import wraps
 
 import torch
 from accelerate.state import PartialState
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, of a user's share of it, of a file
 
 
 class InputError(ValueError):
@@ -42,7 +45,8 @@ def one_line(error):
     if isinstance(error, MemoryError):
         return f"this machine's memory is full ({first_line(error)}): use a shorter or smaller clip, or --resolution"
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else first_line(error)
+        remedy = ": free some space, or write to another disk" if error.errno in FULL else ""
+        return (f"{error.filename}: {error.strerror}" if error.filename else first_line(error)) + remedy
     if isinstance(error, UnicodeError):
         return f"a name or text that is no UTF-8 cannot be used here ({error}): rename it"
     found = ". ".join(str(error).split(". ")[:3])  # what failed, how much was asked for, how much the GPU has

@@ -25,6 +25,10 @@ def written_whole(path):
         yield partial
         flush(partial)
         partial.replace(path)
+    except OSError as error:
+        if error.filename is None:  # of a full disk
+            error.filename = os.fspath(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

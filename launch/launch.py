@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -251,16 +251,21 @@ class Log:
 
     def __init__(self, path):
         self.path = Path(path)
-        try:
+        with self.refusing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
                 self.start = file.tell()  # of this run's lines
-        except OSError as error:
-            raise InputError(f"LOG={path} cannot be written to: choose another ({error.strerror})") from None
 
     def write(self, *lines):
-        with open(self.path, "a", errors="backslashreplace") as file:  # names of folders may be no UTF-8
+        with self.refusing(), open(self.path, "a", errors="backslashreplace") as file:  # names may be no UTF-8
             file.writelines(f"{line}\n" for line in lines)
+
+    @contextmanager
+    def refusing(self):
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"LOG={self.path} cannot be written to: choose another ({error.strerror})") from None
 
     def end(self):
         """This run's last lines, and after them every error; logs may be emptied or moved away while a run goes on."""

@@ -380,6 +380,11 @@ def test_a_stage_is_1_or_2(capsys, arguments):
     assert capsys.readouterr().err.endswith("is no stage: 1 or 2 was needed\n")
 
 
+def test_a_log_on_a_full_disk():
+    with pytest.raises(InputError, match=r"LOG=/dev/full cannot be written to: choose another \(No space left"):
+        launch.Log("/dev/full").write("a line")
+
+
 def test_the_end_of_a_log_that_was_emptied(tmp_path):
     log = launch.Log(tmp_path / "run.log")
     log.write("an earlier run's line " * 9)

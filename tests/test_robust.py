@@ -23,7 +23,8 @@ from torch.optim import AdamW
 import libs.training.checks
 import libs.training.loop
 import libs.training.loss
-from common.errors import InputError
+from common.errors import InputError, one_line
+from common.files import written_whole
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_video
 from dataset.loader import TrainingClips
@@ -551,3 +552,11 @@ def test_the_memory_line_counts_gradients_held_in_the_forward_pass(flags, monkey
     opened = {"unet_main": SimpleNamespace(parameters=860e6, config={"block_out_channels": [320]}), "brushnet": None}
     line = libs.training.checks.check_memory(parse_args(Stage1, flags(1, **settings)), Stage1, opened)
     assert line.startswith(f"about {gib} GiB")
+
+
+def test_a_full_disk_while_writing_json(tmp_path):
+    """The error of a write, unlike that of opening a file, does not say which one it was."""
+    with pytest.raises(OSError, match="No space left") as raised, written_whole(tmp_path / "a.json"):
+        Path("/dev/full").write_text("x")
+    expected = f"{tmp_path}/a.json: No space left on device: free some space, or write to another disk"
+    assert one_line(raised.value) == expected and not list(tmp_path.iterdir())
