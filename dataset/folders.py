@@ -86,7 +86,7 @@ def split_lines(text):
 def scan_ytvos(root):
     """Every folder of JPEGImages."""
     images = existing_folder(root, "JPEGImages", "--ytvos_root")
-    folders = list_folders(images)
+    folders = list_folders(images, with_dead_links=True)
     if not folders:
         raise InputError(
             f"{images} holds no folder of frames but {describe_content(images)}: unpack YouTube-VOS there or change "
@@ -95,10 +95,15 @@ def scan_ytvos(root):
     return scan_videos(folders, images)
 
 
-def list_folders(root):
-    """The folders of videos in `root`, in their order; hidden ones are none."""
+def list_folders(root, with_dead_links=False):
+    """The folders of videos in `root`, in their order; hidden ones are none. With links that lead nowhere, if told to:
+    to a disk that is not mounted, for one."""
+
+    def is_one(entry):
+        return entry.is_dir() or (with_dead_links and entry.is_symlink() and not os.path.exists(entry.path))
+
     with os.scandir(root) as entries:
-        return sort_folders([Path(entry.path) for entry in entries if entry.is_dir() and not is_hidden(entry.name)])
+        return sort_folders([Path(entry.path) for entry in entries if is_one(entry) and not is_hidden(entry.name)])
 
 
 def scan_videos(folders, root):

@@ -286,6 +286,7 @@ def test_training_goes_on_without_a_broken_video(train, videos, tmp_path, capsys
     train(1, **settings, output_dir=tmp_path / "scanned", scan_data=True)
     output = capsys.readouterr().out
     assert "6 clips an epoch; 2 left out: broken, such as" in output and "another clip" not in output
+    assert re.findall(r"^broken: .*/JPEGImages/(\S+)", output, re.M) == ["3/00002.jpg", "4/00003.jpg"]
     remembered = json.loads((tmp_path / "scanned/scan.json").read_text())
     assert len(remembered) == 8 and sum(reason is not None for _, reason in remembered.values()) == 2
 
@@ -305,6 +306,13 @@ def test_a_folder_without_permission(tmp_path):
     (tmp_path / "JPEGImages/b").chmod(0)
     dataset = FinetuneDataset(SimpleNamespace(davis_root="", ytvos_root=tmp_path, nframes=6, resolution=32))
     assert len(dataset) == 1 and "cannot be listed" in dataset.left_out[0]
+
+
+def test_a_linked_video_whose_target_is_gone_is_counted(tmp_path):
+    write_frames(tmp_path / "JPEGImages/a")
+    Path(tmp_path, "JPEGImages/b").symlink_to("/nowhere/b")
+    dataset = FinetuneDataset(SimpleNamespace(davis_root="", ytvos_root=tmp_path, nframes=6, resolution=32))
+    assert len(dataset) == 1 and "b cannot be listed (No such file or directory)" in dataset.left_out[0]
 
 
 def test_losses_that_are_no_numbers_stop_the_run(train, tmp_path, capsys, monkeypatch):

@@ -211,6 +211,9 @@ def open_dataset(args):
         everything = list_videos(args) + (scan_pairs(args.paired_root) if args.paired_root else [])
         broken = scan_frames(everything, Path(args.output_dir, "scan.json"), processes, remember=first)
     dataset = FinetuneDataset(args, broken=broken)
+    if args.scan_data and first:
+        for reason in dataset.left_out:
+            print(f"broken: {reason}", flush=True)
     videos = set(dataset.videos)
     frames = sum(len(video.frames) for video in videos)
     what = "pairs" if args.paired_root and not dataset.pairs else "videos"
