@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with the project's packages, unless it is there already. An argument names another requirements file.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
 requirements=${1:+$(realpath "$1")}
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole workflow on tiny random weights and drawn videos: a few minutes on two CPU cores, nothing to download but
 # the Python packages. Then the same commands run with real weights and data.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
 [[ $# -eq 0 ]] || { echo "error: $0 takes no arguments, and $* was given" >&2; exit 1; }
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -215,8 +215,9 @@ def test_one_machine_of_a_cluster_has_the_usual_log(environment):
         assert launch.choose_engine(launch.read_engine_config()).rank == 0
 
 
-def test_help(environment, tmp_path):
-    result = run(["bash", "finetune_stage1.sh", "--help"], environment)
+@pytest.mark.parametrize("shell", ["bash", "sh"])  # sh is dash on Debian and Ubuntu
+def test_help(environment, shell):
+    result = run([shell, "finetune_stage1.sh", "--help"], environment)
     assert result.returncode == 0 and result.stdout.startswith("usage: train_DiffuEraser_stage1.py")
     assert not Path(environment["LOG"]).exists()
 
@@ -371,6 +372,12 @@ def test_more_processes_than_gpus(told, capsys):
     with pytest.raises(SystemExit):
         told(1, {"NUM_PROCESSES": "2"})
     assert capsys.readouterr().err.startswith("error: 2 processes on this machine need as many GPUs, and 1 were found")
+
+
+@pytest.mark.parametrize("script", ["finetune_stage1.sh", "finetune_stage2.sh", "install.sh", "quickstart.sh"])
+def test_scripts_started_with_sh_go_on_in_bash(script):
+    lines = [line for line in Path(REPOSITORY, script).read_text().splitlines() if not line.startswith("#")]
+    assert lines[0] == '[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh'
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["3"]])
