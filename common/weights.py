@@ -96,10 +96,23 @@ class OpenedWeights:
     def load(self, torch_dtype=None):
         """The model on the CPU, once: its weights are the caller's alone. In fp32 unless told otherwise."""
         model, self.model = self.model, None
-        # copy=True: weights must not stay views of a file that a later run may replace.
-        state_dict = {key: tensor.to(torch_dtype or torch.float32, copy=True) for key, tensor in self.tensors()}
+        state_dict = {}
+        for key, tensor in self.tensors():
+            # copy=True: weights must not stay views of a file that a later run may replace.
+            state_dict[key] = tensor.to(torch_dtype or torch.float32, copy=True)
+            wider = max(tensor, state_dict[key], key=torch.Tensor.element_size)  # which is summed up faster
+            self.check_values(key, tensor.dtype, wider)
         model.load_state_dict(state_dict, assign=True)
         return model.eval()
+
+    def check_values(self, key, stored, tensor):
+        """Raises InputError for quantised weights, which are integers, and for values that are not finite."""
+        found = "" if stored.is_floating_point else str(stored)
+        # A sum tells it without a mask as large as the weights; in fp32 it cannot overflow.
+        if not found and not tensor.sum(dtype=torch.float32).isfinite():
+            found = "values that are not finite"
+        if found:
+            raise InputError(f"{self.folder} holds {found} in {key}: fetch or convert it again")
 
 
 def resolve_folder(path, subfolder=None, revision=None, **hub):

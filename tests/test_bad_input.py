@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import BF16, reset_accelerate
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 BRANCH = "diffuEraser/brushnet/diffusion_pytorch_model.safetensors"
 TOKENIZER, TEXT_ENCODER = "stable-diffusion-v1-5/tokenizer", "stable-diffusion-v1-5/text_encoder"
@@ -63,6 +63,10 @@ class Context:
 
 
 # name: (stage, damage or None, overrides as a function of the context, what the line must say)
+def change_weights(file, change):
+    save_file({key: change(tensor) for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
 CASES = {
     "resolution": (1, None, {"resolution": 100}, "--resolution=100: a multiple of 8 was needed; use 96"),
     "resolution_zero": (1, None, {"resolution": 0}, "--resolution=0: a multiple of 8 was needed; use 8"),
@@ -171,6 +175,12 @@ CASES = {
     "weights_cut_short": (
         1, lambda c: (c.weights / "diffuEraser/brushnet/diffusion_pytorch_model.safetensors").write_bytes(b"123"), {},
         "is no complete safetensors file"),
+    "weights_not_finite": (
+        1, lambda c: change_weights(c.weights / BRANCH, lambda tensor: tensor * float("nan")), {},
+        "brushnet holds values that are not finite in .*: fetch or convert it again"),
+    "weights_quantised": (
+        1, lambda c: change_weights(c.weights / BRANCH, lambda tensor: tensor.char()), {},
+        "brushnet holds torch.int8 in .*: fetch or convert it again"),
     "output_is_source_weights": (
         1, lambda c: shutil.copytree(c.weights / "diffuEraser", c.weights / "copy"),
         lambda c: {"output_dir": c.weights / "copy"}, "holds weights that no converter wrote"),
