@@ -125,6 +125,9 @@ def resolve_folder(path, subfolder=None, revision=None, **hub):
     require_utf8(folder)
     if folder.is_dir():
         return folder
+    parent = folder.parent
+    if parent.is_dir() and parent.name.startswith("checkpoint-"):
+        raise InputError(f"{parent} is a checkpoint: convert it first, by save_checkpoint_stage1.py or _stage2.py")
     if not may_be_hub_name(path):
         raise InputError(
             f"{folder.absolute()} is not a folder: a folder of weights was needed; check the path (or the variable "
@@ -149,7 +152,9 @@ def read_config(folder, *class_names):
     """The config.json of `folder`, which must be of one of the classes named."""
     path = Path(folder, "config.json")
     if not path.is_file():
-        raise InputError(f"{path} is missing: a folder with a {class_names[0]}'s config and weights was needed")
+        inside = [f"{config.parent.name}/" for config in sorted(Path(folder).glob("*/config.json"))]
+        hint = f"; {' and '.join(inside)} in it may be what is meant" if inside else ""
+        raise InputError(f"{path} is missing: a folder with a {class_names[0]}'s config and weights was needed{hint}")
     config = read_json(path)
     found = config.get("_class_name")
     if found not in class_names:

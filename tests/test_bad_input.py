@@ -62,11 +62,11 @@ class Context:
             damage(self)
 
 
-# name: (stage, damage or None, overrides as a function of the context, what the line must say)
 def change_weights(file, change):
     save_file({key: change(tensor) for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
+# name: (stage, damage or None, overrides as a function of the context, what the line must say)
 CASES = {
     "resolution": (1, None, {"resolution": 100}, "--resolution=100: a multiple of 8 was needed; use 96"),
     "resolution_zero": (1, None, {"resolution": 0}, "--resolution=0: a multiple of 8 was needed; use 8"),
@@ -112,6 +112,16 @@ CASES = {
         1, lambda c: (c.videos / "DAVIS/ImageSets/2017/train.txt").unlink(), {}, "train.txt is missing"),
     "train_list_empty": (1, empty_davis, {}, "names no video"),
     "train_list_absent": (1, absent_videos, {}, "names unicorn and 1 more, which .* lacks"),
+    "stage1_not_converted": (
+        2, lambda c: (c.folder / "checkpoint-2").mkdir(), lambda c: {"pretrained_stage1": c.folder / "checkpoint-2"},
+        "checkpoint-2 is a checkpoint: convert it first, by save_checkpoint_stage1.py"),
+    "motion_adapter_one_folder_up": (
+        2, None, lambda c: {"motion_adapter_path": c.weights / "diffuEraser"},
+        "a MotionAdapter's config and weights was needed; brushnet/ and unet_main/ in it may be what is meant"),
+    "resume_from_a_run": (
+        1, lambda c: (c.folder / "run/checkpoint-2").mkdir(parents=True),
+        lambda c: {"resume_from_checkpoint": c.folder / "run"},
+        "run has no trainer_state.json: it is no complete checkpoint; choose one in it, such as checkpoint-2"),
     "base_missing": (1, None, {"base_model_name_or_path": "/no/base"}, "/no/base/tokenizer is not a folder"),
     "vae_missing": (1, None, {"vae_path": "/no/vae"}, "/no/vae is not a folder"),
     "vae_without_weights": (

@@ -62,7 +62,9 @@ class TrainerState:
         try:
             state = cls(**json.loads(Path(folder, STATE_FILE).read_text()))
         except FileNotFoundError:
-            raise InputError(f"{folder} has no {STATE_FILE}: it is no complete checkpoint; choose another") from None
+            inside = [path.name for _, path in list_checkpoints(folder)]
+            other = f"one in it, such as {inside[-1]}" if inside else "another"
+            raise InputError(f"{folder} has no {STATE_FILE}: it is no complete checkpoint; choose {other}") from None
         except (ValueError, TypeError) as error:
             raise InputError(f"{folder}/{STATE_FILE} is not readable ({error}): choose another checkpoint") from None
         for name, size in {} if weights_only else state.files.items():
