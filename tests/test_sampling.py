@@ -169,6 +169,11 @@ def test_a_shrunk_mask_stays_where_it_was(times):
             assert abs(times * (found[-1] + 1) - stop) <= times / 2
 
 
+def test_a_frame_grows_without_blocks():
+    ramp = np.repeat(np.arange(0, 250, 10, np.uint8)[:, None, None], 25, axis=1).repeat(3, axis=2)
+    assert np.diff(resize_picture(ramp, 100, 100)[:, 0, 0].astype(int)).max() < 5
+
+
 def test_a_real_vae(weights):
     """The demo's VAE and its 8-pixel blocks, at a size that is no multiple of them."""
 
