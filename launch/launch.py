@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,8 @@ CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE")  # signals of a f
 LINES_SHOWN = 15  # of a failed run's log
 
 
-# NVML is asked for the GPUs: a process that has asked CUDA itself leaves a CUDA that does not work to those it forks.
+# NVML is asked whether there are GPUs. CUDA itself, where the driver is too old for it, says that there are none, and
+# the run would go on without them.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
@@ -127,6 +129,7 @@ class Engine:
     processes: int  # of all machines
     machines: int
     gpus: int  # of this machine that may be used
+    compiles: bool  # whether these have all that torch.compile needs
     sharded: bool  # FSDP
 
 
@@ -162,11 +165,29 @@ def read_engine_config():
     return config
 
 
+def ask_cuda():
+    """(number of GPUs, whether torch.compile works on them). Raises InputError where there are some and CUDA fails."""
+    try:
+        compiles = compiling_lacks() is None
+        return torch.cuda.device_count() if gpu_is_used() else 0, compiles
+    except RuntimeError as error:
+        raise InputError(
+            f"CUDA does not work here ({first_line(error)}): mend it, or CUDA_VISIBLE_DEVICES= goes without GPUs"
+        ) from None
+
+
+def in_another_process(function):
+    """What `function` returns. A process that has asked CUDA leaves a CUDA that does not work to those it forks later,
+    as Trainers does; NVML, which torch asks instead, is not everywhere and knows no parts of GPUs (MIG)."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function).result()
+
+
 def choose_engine(config):
     """Variables come before the user's own configuration, and that before the defaults: one process, or all GPUs where
     a configuration was chosen that leaves their number open."""
     own = variable("ACCELERATE_CONFIG")
-    gpus = torch.cuda.device_count() if gpu_is_used() and not config.use_cpu else 0
+    gpus, compiles = (0, False) if config.use_cpu else in_another_process(ask_cuda)
     machines = int(variable("NUM_MACHINES", config.num_machines))
     if variable("NUM_PROCESSES") or config.num_processes < 1:
         processes = machines * int(variable("NUM_PROCESSES", max(1, gpus) if own else 1))
@@ -205,7 +226,7 @@ def choose_engine(config):
     if sharded:  # layers gather their weights as they go, which leaves holes in the allocator's memory: without this,
         # fp32 ran out of 80 GB with 25 GiB in use.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", variable("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
-    return Engine(arguments, rank, processes, machines, gpus, sharded)
+    return Engine(arguments, rank, processes, machines, gpus, compiles, sharded)
 
 
 # --- The trainer's flags ----------------------------------------------------------------------------------------------
@@ -215,7 +236,7 @@ def trainer_flags(stage, engine, given):
     """(flags, a note for the user or None)."""
     flags = flags_from_environment(stage, os.environ)
     fastest = engine.gpus and not engine.sharded and variable("LOW_MEMORY", "0") == "0"
-    compiles = variable("COMPILE", "1" if fastest and compiling_lacks() is None else "0") == "1"
+    compiles = variable("COMPILE", "1" if fastest and engine.compiles else "0") == "1"
     if compiles:
         flags.append("--compile")
     accumulates = (given.gradient_accumulation_steps or variable("GRADIENT_ACCUMULATION_STEPS", "1")) != "1"

@@ -367,6 +367,39 @@ def test_the_engine(told, tmp_path, gpus, variables, words):
     assert words in f"{' '.join(arguments)} allocator: {environment.get('PYTORCH_ALLOC_CONF')}"
 
 
+def test_the_launcher_itself_never_asks_cuda(environment, monkeypatch):
+    """It forks the process in which accelerate asks, which would fail then: "Cannot re-initialize CUDA in forked
+    subprocess". torch asks CUDA where NVML does not answer, as for CUDA_VISIBLE_DEVICES=MIG-<uuid>."""
+    own = os.getpid()
+
+    def ask(answer):
+        assert os.getpid() != own
+        return answer
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: ask(True))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: ask(3))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: ask((9, 0)))
+    with mock.patch.dict(os.environ, environment):
+        engine = launch.choose_engine(launch.read_engine_config())
+        launch.trainer_flags(1, engine, launch.read_flags([]))
+    assert engine.gpus == 3
+
+
+def test_a_driver_too_old_for_cuda(environment, monkeypatch, capsys):
+    """NVML finds the GPU: one line says what is wrong, and nothing is trained on the CPU instead."""
+
+    def fail():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(launch, "compiling_lacks", fail)
+    with mock.patch.dict(os.environ, environment), pytest.raises(SystemExit) as stop:
+        launch.main(["1"])
+    assert stop.value.code == 1
+    assert "error: CUDA does not work here (The NVIDIA driver on your system is too old" in capsys.readouterr().err
+
+
 def test_more_processes_than_gpus(told, capsys):
     """accelerate would start two on one GPU, where NCCL fails and says that another machine is lost."""
     with pytest.raises(SystemExit):
