@@ -39,6 +39,8 @@ def compiling_lacks():
     """What torch.compile needs on a GPU and this machine has not, in words; None where nothing is missing."""
     if not gpu_is_used():
         return "a GPU"
+    if torch.cuda.get_device_capability() < (7, 0):
+        return "a GPU of compute capability 7.0 (Volta) or newer, as Triton does"
     if importlib.util.find_spec("triton") is None:
         return "Triton (pip install triton)"
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", "cc"), "gcc", "clang")):

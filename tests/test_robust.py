@@ -524,6 +524,15 @@ def test_a_gpu_without_bf16(monkeypatch):
         check_flags(parse_args(Stage1, ["--mixed_precision=bf16"]))
 
 
+def test_a_gpu_too_old_for_triton(monkeypatch):
+    """A Pascal card would otherwise fail in the first step, all weights loaded."""
+    monkeypatch.setattr(libs.training.checks, "gpu_is_used", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    with pytest.raises(InputError, match=r"--compile needs a GPU of compute capability 7.0 .*\(COMPILE=0\)"):
+        check_flags(parse_args(Stage1, ["--mixed_precision=fp16", "--compile"]))
+
+
 @pytest.mark.parametrize(
     ("megabytes", "too_large", "small_enough"),
     [(20, {}, {"use_8bit_adam": True}), (11, {"use_8bit_adam": True}, BF16)],
