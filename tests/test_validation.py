@@ -8,11 +8,13 @@ import re
 import signal
 import sys
 import types
+import weakref
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from clips import moving_video, write_frames
 from conftest import equal_files, error_line
 from PIL import Image
@@ -109,6 +111,22 @@ def test_a_failed_validation_costs_nothing_else(validated, train, tmp_path, caps
     for name in ("run", "again"):
         final = "unet_main/diffusion_pytorch_model.safetensors"
         assert equal_files(tmp_path / "plain" / final, tmp_path / name / final)
+
+
+def test_memory_is_given_back_after_what_did_not_fit(monkeypatch):
+    """What the failed function held is gone by then: its frames live as long as the error's traceback."""
+    given_back = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(held() is None))
+
+    def fail():
+        nonlocal held
+        tensor = torch.zeros(1)
+        held = weakref.ref(tensor)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    held = None
+    assert libs.training.validation_loss.attempt(1, torch.device("cuda"), fail) is None
+    assert given_back == [True]
 
 
 def test_what_is_sampled(train, videos, monkeypatch, tmp_path):

@@ -137,7 +137,8 @@ def attempt(step, device, function, *args):
     try:
         return function(*args)
     except FAILURES as error:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # so that training does not meet the fragments of what did not fit
         log.error("validation at step %d failed, training goes on: %s", step, first_line(error))
-        return None
+    # The error is gone, and with its traceback what the function held.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # so that training does not meet the fragments of what did not fit
+    return None
