@@ -1,8 +1,10 @@
 """What makes steps fast and small changes nothing in what they compute."""
 
+import multiprocessing
 import os
 import shutil
 from contextlib import nullcontext
+from multiprocessing import get_context
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -78,6 +80,14 @@ def frames(tmp_path):
     for path in paths:
         path.write_text(path.name)
     return paths
+
+
+def test_loader_workers_have_the_cache_with_python_3_14(train, tmp_path, monkeypatch):
+    """There a process is not forked by default."""
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", get_context("forkserver"))
+    assert multiprocessing.get_start_method() == "forkserver"
+    train(1, latent_cache=tmp_path / "cache", dataloader_num_workers=1, max_train_steps=1)
+    assert list((tmp_path / "cache").glob("*/*"))
 
 
 def test_a_frame_is_held_until_it_changes(tmp_path, frames):

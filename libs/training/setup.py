@@ -121,13 +121,16 @@ def make_loader(config, accelerator, found, cache, last_step):
     steps_left = max(0, last_step - state.global_step)
     log.info("%d steps are left", steps_left)
     order = EpochSampler(len(clips), config.seed, state.clips_done, state.clips_done + steps_left * found.global_batch)
-    # No persistent workers: they live until the interpreter ends, which then waits 5 s for each of them.
+    # No persistent workers: they live until the interpreter ends, which then waits 5 s for each of them. Forked, which
+    # is not the default from Python 3.14 on: a cache cannot be sent to them.
+    workers = config.dataloader_num_workers
     loader = DataLoader(
         clips,
         batch_size=config.train_batch_size,
         sampler=order,
         collate_fn=clips.collate,
-        num_workers=config.dataloader_num_workers,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
         pin_memory=accelerator.device.type == "cuda",
     )
     return accelerator.prepare(loader)
