@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from conftest import REPOSITORY, equal_files, wait_for_line
+from conftest import BF16, REPOSITORY, equal_files, wait_for_line
 from torch.utils.data import DataLoader
 
 from common.distributed import check_distributed, refuse_differences
@@ -74,7 +74,7 @@ def test_machines_that_disagree_are_named(flags, videos, tmp_path, monkeypatch):
 
     def facts(**overrides):
         args = parse_args(Stage1, flags(1, **overrides))
-        return what_must_agree(args, check_run(args, Stage1)[1])
+        return what_must_agree(args, check_run(args, Stage1)[1], torch.device("cpu"))
 
     def compare(there):
         monkeypatch.setattr("common.distributed.gather_object", lambda here: [*here, there])
@@ -100,6 +100,22 @@ def test_machines_that_disagree_are_named(flags, videos, tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             compare(facts(**difference))
+
+
+def test_bf16_weights_need_equal_gpus(flags, monkeypatch):
+    """torch's random numbers on a GPU follow from its number of multiprocessors: with other ones, each process would
+    round its weights in another way, and the replicas drift apart."""
+    found = []
+    for processors in (128, 132):
+        model = SimpleNamespace(name="GPU", multi_processor_count=processors)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, model=model: model)
+        for settings in ({}, BF16):
+            args = parse_args(Stage1, flags(1, **settings))
+            found.append(what_must_agree(args, check_run(args, Stage1)[1], torch.device("cuda")))
+    assert found[0] == found[2]
+    monkeypatch.setattr("common.distributed.gather_object", lambda here: [found[1], found[3]])
+    with pytest.raises(InputError, match=r"the GPU .* is GPU with 128 multiprocessors in process 0 and GPU with 132 "):
+        refuse_differences(SimpleNamespace(num_processes=2), found[1])
 
 
 @pytest.mark.parametrize(("local_rank", "line"), [(0, "error in process 8: /nowhere/JPEGImages"), (1, "")])

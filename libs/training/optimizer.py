@@ -63,7 +63,7 @@ def bf16_adam():
 
     A weight is updated in fp32 and rounded up or down by chance, so that steps below half of a bf16 weight's last place
     are not lost (arXiv:2010.06192). The chances follow from the step and the weight's place: every process rounds
-    alike, and a resumed run as one that went on.
+    alike, and a resumed run as one that went on, where GPUs are of one model.
     """
     if not importlib.util.find_spec("bitsandbytes"):
         raise InputError("--bf16_weights needs bitsandbytes: pip install bitsandbytes, or drop the flag (LOW_MEMORY=1)")

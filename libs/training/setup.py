@@ -31,10 +31,10 @@ SCALER_FILE = "scaler.pt"  # accelerate's, of fp16 runs
 
 def require_agreement(accelerator, config, found):
     """Raise InputError where machines have other settings, weights or data; where files lie may differ."""
-    refuse_differences(accelerator, what_must_agree(config, found))
+    refuse_differences(accelerator, what_must_agree(config, found, accelerator.device))
 
 
-def what_must_agree(config, found):
+def what_must_agree(config, found, device):
     """{name: value} that all processes need in common."""
     settings = found.state.settings
     flags = {f"--{name}": value for name, value in vars(config).items() if name not in settings_with("per_machine")}
@@ -42,6 +42,7 @@ def what_must_agree(config, found):
     files["VAE"] = weight_files(found.base.vae_folder, found.base.variant)
     return {
         **flags,
+        **({"the GPU (--bf16_weights needs equal ones)": gpu_model(device)} if config.bf16_weights else {}),
         **{f"the {name}'s fingerprint": fingerprint(paths) for name, paths in files.items()},
         "the list of validation videos": settings["validation_image"],
         "the number of clips an epoch": len(found.dataset),
@@ -51,6 +52,14 @@ def what_must_agree(config, found):
         "the networks that score": [network.columns for network in found.networks],
         "the checkpoint to resume from": found.checkpoint.name if found.checkpoint else "none",
     }
+
+
+def gpu_model(device):
+    """In words. Its random numbers, by which bf16 weights are rounded, follow from its number of multiprocessors."""
+    if device.type != "cuda":
+        return "none"
+    model = torch.cuda.get_device_properties(device)
+    return f"{model.name} with {model.multi_processor_count} multiprocessors"
 
 
 def set_up_torch(config):
