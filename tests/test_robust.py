@@ -524,6 +524,19 @@ def test_a_gpu_without_bf16(monkeypatch):
         check_flags(parse_args(Stage1, ["--mixed_precision=bf16"]))
 
 
+def test_the_smallest_gpu_decides(flags, monkeypatch):
+    """Of 80 and 24 GiB: stage 1's weights, gradients and moments take 26."""
+    sizes = [SimpleNamespace(total_memory=gib * 2**30) for gib in (80, 24)]
+    monkeypatch.setattr(libs.training.checks, "gpu_is_used", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", sizes.__getitem__)
+    opened = {"unet_main": SimpleNamespace(parameters=860e6, config={"block_out_channels": [320]}), "brushnet": None}
+    args = parse_args(Stage1, flags(1))
+    assert libs.training.checks.check_memory(args, Stage1, opened).endswith("the GPU has 80")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="take 26 GiB, the GPU has 24"):
+        libs.training.checks.check_memory(args, Stage1, opened)
+
+
 def test_a_gpu_too_old_for_triton(monkeypatch):
     """A Pascal card would otherwise fail in the first step, all weights loaded."""
     monkeypatch.setattr(libs.training.checks, "gpu_is_used", lambda: True)

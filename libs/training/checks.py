@@ -362,7 +362,8 @@ def check_memory(args, stage, opened):
     about = "more than" if args.mixed_precision == "no" else "about"  # what was measured was half precision
     if not gpu_is_used():
         return f"{about} {fixed + activations:.1f} GiB; no GPU was found"
-    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    here = range(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the smallest of this machine's decides
+    total = min(torch.cuda.get_device_properties(i).total_memory for i in here) / 2**30
     if fixed > total:
         raise InputError(
             f"weights, gradients and optimizer state take {fixed:.0f} GiB, the GPU has {total:.0f}: use "
