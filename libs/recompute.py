@@ -1,5 +1,6 @@
 """Gradient checkpointing: a layer keeps its inputs alone and runs again in the backward pass (arXiv:1604.06174)."""
 
+from contextvars import copy_context
 from functools import partial
 
 import torch
@@ -51,6 +52,8 @@ class Recomputed(torch.autograd.Function):
         # Without its cache, which would hold every layer's weights in half precision until the forward pass ends.
         precision = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
         ctx.autocast = partial(torch.autocast, device, cache_enabled=False, **precision)
+        # A GPU's backward pass has a thread of its own, in which torch.compile's settings would be the defaults.
+        ctx.settings = copy_context()
         with ctx.autocast():
             return join([layer(*piece) for piece in split(inputs, pieces)])
 
@@ -64,7 +67,7 @@ class Recomputed(torch.autograd.Function):
         for piece, grad in zip(split(inputs, ctx.pieces), output_grad.tensor_split(ctx.pieces), strict=True):
             piece = [value.detach().requires_grad_() if index in wanted else value for index, value in enumerate(piece)]
             with torch.enable_grad(), ctx.autocast():
-                output = ctx.layer(*piece)
+                output = ctx.settings.run(ctx.layer, *piece)
             variables = [*(piece[index] for index in wanted), *ctx.parameters]
             by_piece.append(torch.autograd.grad(output, variables, grad))
         grads = zip(*by_piece, strict=True)

@@ -5,6 +5,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from multiprocessing import get_context
+from threading import Thread
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -20,6 +21,7 @@ import libs.unet_walk
 from libs.brushnet_CA import BrushNetModel
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
+from libs.recompute import run_recomputed
 from libs.training.compiling import compile_models
 from libs.training.cuda_graph import GraphedForwardBackward
 from libs.training.latent_cache import LatentCache
@@ -262,6 +264,23 @@ def test_layers_are_recomputed_in_the_same_precision():
         loss = model(*inputs).square().mean()
     loss.backward()
     assert dtypes == [torch.bfloat16, torch.bfloat16]
+
+
+def test_layers_are_recomputed_with_the_same_settings_of_torch():
+    """In the backward pass's own thread too, as on a GPU, where torch 2.13 has the defaults: layers would be compiled
+    in 8 forms at most, and the next one ends the run."""
+    module, found = torch.nn.Linear(2, 2), []
+
+    def layer(module, sample):
+        found.append(torch._dynamo.config.recompile_limit)
+        return module(sample)
+
+    with torch._dynamo.config.patch(recompile_limit=77):
+        loss = run_recomputed(layer, [module], [torch.randn(3, 2)]).sum()
+        backward = Thread(target=loss.backward)
+        backward.start()
+        backward.join()
+    assert found == [77, 77] and module.weight.grad is not None
 
 
 @pytest.mark.filterwarnings("default")  # torch's tracing warns in passing
