@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import warnings
+import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -177,7 +178,7 @@ def read_mask_values(path):
     content = read_bytes(path)
     if has_palette(content):
         indices, values = read_palette(path, content)
-        return values[indices], True
+        return cv2.LUT(indices, values), True
     mask = decode(path, content, cv2.IMREAD_UNCHANGED)
     if mask.ndim == 3 and mask.shape[2] == 4:
         mask = np.where(mask[..., 3] > 0, mask[..., :3].max(axis=-1), 0)
@@ -201,7 +202,8 @@ def read_palette(path, content):
     nothing is black, it is index 0, as labels have it. Where the whole palette is, the indices are the values: labels
     are saved without a palette too.
     """
-    decode(path, content, cv2.IMREAD_ANYCOLOR)  # raises where data are damaged, which Pillow does not look for
+    if not checksums_agree(content):  # which Pillow does not look at
+        raise BrokenFrame(f"{path} is no readable image (its checksums do not agree)")
     try:
         with pillow(io.BytesIO(content)) as image:
             image.apply_transparency()
@@ -217,6 +219,20 @@ def read_palette(path, content):
         values[0] = 0
     values[: len(colours)][colours[:, 3] == 0] = 0
     return indices, values
+
+
+def checksums_agree(png):
+    """Of a whole PNG's pieces, but for those that a reader need not know: their names begin with a small letter."""
+    place = len(PNG)
+    while place < len(png):
+        end = place + 8 + int.from_bytes(png[place : place + 4], "big")
+        name = png[place + 4 : place + 8]
+        if name.isupper() and zlib.crc32(png[place + 4 : end]) != int.from_bytes(png[end : end + 4], "big"):
+            return False
+        if name == b"IEND":
+            break
+        place = end + 4
+    return True
 
 
 def find_hole(values, exact):

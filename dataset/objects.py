@@ -62,15 +62,15 @@ class Track:
 
     def masks(self, width, height, soft=False):
         """(f, height, width) uint8: 255 = object; `soft` with shades at its edge, as OpenCV's bilinear makes them."""
-        masks = []
-        for labels in self.labels():
+        masks = np.empty((len(self.paths), height, width), np.uint8)
+        for labels, mask in zip(self.labels(), masks, strict=True):
             if soft:
                 object_mask = cv2.compare(labels, self.label, cv2.CMP_EQ)
-                masks.append(cv2.warpAffine(object_mask, self.transform, (width, height), flags=cv2.INTER_LINEAR))
+                cv2.warpAffine(object_mask, self.transform, (width, height), dst=mask, flags=cv2.INTER_LINEAR)
             else:
-                moved = cv2.warpAffine(labels, self.transform, (width, height), flags=cv2.INTER_NEAREST)
-                masks.append(cv2.compare(moved, self.label, cv2.CMP_EQ))
-        return np.stack(masks)
+                cv2.warpAffine(labels, self.transform, (width, height), dst=mask, flags=cv2.INTER_NEAREST)
+                cv2.compare(mask, self.label, cv2.CMP_EQ, dst=mask)
+        return masks
 
     def labels(self):
         """Its masks' values, all of one size."""
@@ -144,7 +144,7 @@ class Objects:
             (found,) = np.nonzero(areas >= MIN_AREA * labels.size)
             if found.size:
                 label = int(rng.choice(found))
-                x, y, w, h = cv2.boundingRect((labels == label).astype(np.uint8))
+                x, y, w, h = cv2.boundingRect(cv2.compare(labels, label, cv2.CMP_EQ))
                 transform = self.draw_transform(rng, (x, y, w, h), height, width, leaves)
                 return Track(video, paths, label, transform)
         raise InputError(
@@ -198,7 +198,7 @@ def read_labels(path):
     if not has_palette(content):
         return read_mask(path)
     indices, values = read_palette(path, content)
-    labels = np.where(values > 0, np.arange(256), 0).astype(np.uint8)[indices]
+    labels = cv2.LUT(indices, np.where(values > 0, np.arange(256), 0).astype(np.uint8))
     void = labels == VOID
     if void.any() and labels[~void].any():  # alone, 255 is the object of a mask of 0 and 255
         labels[void] = 0

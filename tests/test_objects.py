@@ -114,12 +114,16 @@ def test_damaged_palette_masks(tmp_path):
     image = Image.fromarray(mask)
     image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
     image.save(path)
-    content = bytearray(path.read_bytes())
-    content[-30] ^= 1
-    path.write_bytes(content)
-    for read in (read_mask, read_labels):
-        with pytest.raises(BrokenFrame):
-            read(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-12] + b"\0\0\0\1abCdx\0\0\0\0" + whole[-12:])  # a piece that nobody has to know
+    assert np.array_equal(read_labels(path), mask)
+    for place in (whole.index(b"PLTE") + 8, whole.index(b"IDAT") + 9, len(whole) - 30, len(whole) - 14):
+        content = bytearray(whole)
+        content[place] ^= 1
+        path.write_bytes(content)
+        for read in (read_mask, read_labels):
+            with pytest.raises(BrokenFrame, match="readable"):
+                read(path)
 
 
 def test_palettes_without_an_object(tmp_path):
