@@ -77,7 +77,7 @@ AVERAGED = 3  # checkpoints, the last of CHECKPOINTS that a run of the guide's r
 CHECKPOINTS = 10
 SIZES = {  # of the models; drawn videos to train on beside 8, and held out beside 2; per stage the clips of a step
     "tiny": {"resolution": 32, "drawn": 0, "held_out": 0, "vae_steps": 10, "start_steps": 2, "rates": (1e-3, 1e-3),
-             1: {"clips": 1, "frames": 2, "steps": 2}, 2: {"clips": 1, "frames": 3, "steps": 2}},
+             1: {"clips": 1, "frames": 2, "steps": 3}, 2: {"clips": 1, "frames": 3, "steps": 2}},
     "small": {"resolution": 32, "drawn": 60, "held_out": 20, "vae_steps": 700, "start_steps": 2500,
               "rates": (1e-3, 2e-4), 1: {"clips": 4, "frames": 2, "steps": 400},
               2: {"clips": 1, "frames": 22, "steps": 400}},
@@ -370,6 +370,10 @@ def main(argv=None):
         require(name in steps, f"{name!r} is no step: {', '.join(STEPS)} are")
     at_least(1, options, "steps", "start_steps", "frames", "jobs_per_gpu")
     lab = Lab(options)
+    require(
+        lab.steps >= AVERAGED or "averaging" not in options.arms,
+        f"--steps={lab.steps}: averaging takes {AVERAGED} checkpoints; at least {AVERAGED} steps were needed",
+    )
     for name in options.step:
         steps[name](lab)
 
