@@ -58,6 +58,12 @@ def scan_davis(root):
     return scan_videos([Path(images, name) for name in names], images)
 
 
+def read_validation_names(davis_root):
+    """The names in DAVIS's ImageSets/2017/val.txt, in its order; none where there is no such file."""
+    path = Path(davis_root, "ImageSets/2017/val.txt")
+    return read_names(path, Path(davis_root, "JPEGImages/480p")) if path.is_file() else []
+
+
 def read_names(path, root):
     """The names of folders in `root` that a file lists, one a line, as any editor writes it: UTF-8 with or without a
     mark, UTF-16 by its mark, either end of line. A name that comes twice is taken once, and said."""

@@ -34,7 +34,7 @@ from common.errors import InputError, first_line, one_line_errors
 from common.files import written_whole
 from common.hardware import compiling_lacks, gpu_is_used
 from common.run_files import read_starts
-from dataset.folders import read_names
+from dataset.folders import read_validation_names
 from libs.training.config import flags_from_environment, switches, variables_that_look_misspelt
 from libs.training.stopping import STOP_FILE
 
@@ -99,10 +99,18 @@ def variable(name, default=None):
 
 
 def check_variables():
-    """Raises InputError for a value that accelerate would answer with its usage, or take for something else."""
+    """Raises InputError for a value that accelerate would answer with its usage, or take for something else; and for a
+    recipe, as there is none beside the guide's, which would be trained without a word."""
     for name, (form, words) in FORMS.items():
         value = variable(name)
         require(value is None or re.fullmatch(form, value), f"{name}={value}: {words} was needed")
+    recipe = variable("RECIPE")
+    require(
+        recipe is None,
+        f"RECIPE={recipe}: there is one recipe, the default, and no part beside it was shown to help "
+        "(docs/training.md, Recipes); unset RECIPE, or choose parts by MASK_MIX, PASTE, PAIRED_ROOT, LOSS_WEIGHTS, "
+        "EMA_DECAY",
+    )
 
 
 def read_flags(extra):
@@ -258,9 +266,8 @@ def trainer_flags(stage, engine, given):
 
 def find_validation_videos(davis):
     """[(folder of frames, folder of masks)] of the first two held-out DAVIS videos that have both."""
-    names, folder = davis / "ImageSets/2017/val.txt", davis / "JPEGImages/480p"
-    names = read_names(names, folder) if names.is_file() else []
-    pairs = [(folder / name, davis / "Annotations/480p" / name) for name in names]
+    names = read_validation_names(davis)
+    pairs = [(davis / "JPEGImages/480p" / name, davis / "Annotations/480p" / name) for name in names]
     return [(str(frames), str(masks)) for frames, masks in pairs if frames.is_dir() and masks.is_dir()][:2]
 
 

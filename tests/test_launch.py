@@ -137,6 +137,7 @@ def test_a_failing_run(environment, tmp_path, name):
         ({"LOW_MEMORY": "true"}, "LOW_MEMORY=true: 0, 1 or 2 was needed"),
         ({"RANDOM_CROP": "true"}, "RANDOM_CROP=true: 0 or 1 was needed"),
         ({"MIXED_PRECISION": "fp32"}, "MIXED_PRECISION=fp32: no (fp32), fp16 or bf16 was needed"),
+        ({"RECIPE": "removal"}, "RECIPE=removal: there is one recipe, the default, and no part"),
         ({"LOG": "/proc/x/run.log"}, "LOG=/proc/x/run.log cannot be written to: choose another"),
         ({"NUM_MACHINES": "2"}, "NUM_MACHINES=2 needs MAIN_ADDRESS"),
         ({"NUM_MACHINES": "2", "MAIN_ADDRESS": "a", "MACHINE_RANK": "2"}, "MACHINE_RANK=2: a number from 0 to 1"),
