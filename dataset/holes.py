@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from common.errors import InputError
-from dataset.folders import list_folders
+from dataset.folders import list_folders, read_validation_names
 from dataset.images import BrokenFrame, describe_content, image_size, list_frames, pair_by_name, read_mask, size_of
 from dataset.mask_kinds import GUIDES_MIX, NO_GROWTH, draw_kind, grow, parse_growth, parse_mix
 from dataset.objects import AnnotatedVideo, Objects, paste
@@ -28,7 +28,7 @@ class Holes:
             whose hole may leave the frame), paste (share of clips with an object pasted in), mask_root,
             masks_of_videos; davis_root and ytvos_root, whose annotations the objects' shapes come from.
         videos: [Video] to train on.
-        excluded: names of videos whose objects must not enter.
+        excluded: set of names of videos whose objects must not enter.
     """
 
     def __init__(self, args, videos, excluded):
@@ -157,6 +157,8 @@ def find_objects(args, videos, excluded, with_frames):
             held = describe_content(root) if Path(root).is_dir() else "nothing: it is no folder"
             raise InputError(f"{root} holds {held}: --mask_root needs a folder of masks per video")
         found += [AnnotatedVideo(folder.name, folder) for folder in list_folders(root)]
+        if davis_root := getattr(args, "davis_root", None):  # these may be annotated there
+            excluded = excluded | set(read_validation_names(davis_root))
     objects = Objects(found, excluded)
     objects.check(names, with_frames)
     return objects

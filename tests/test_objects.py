@@ -16,6 +16,8 @@ from dataset.images import BrokenFrame, read_mask
 from dataset.loader import TrainingClips
 from dataset.objects import AnnotatedVideo, Objects, read_labels, window
 from libs.training.checks import open_dataset
+from libs.training.config import parse_args
+from train_DiffuEraser_stage1 import Stage1
 
 HEIGHT, WIDTH, LENGTH = 48, 72, 8
 # Of every video the background's grey, and its objects' (label, colour, height, width).
@@ -238,13 +240,15 @@ def test_known_frames_of_pasted_clips_are_clean(root):
     assert known > len(VIDEOS)
 
 
-def test_own_masks_are_counted(root, tmp_path):
+def test_masks_and_objects_are_counted(root, tmp_path):
     """So that a misnamed folder is noticed."""
     (tmp_path / "alder").symlink_to(root / "Annotations/480p/alder")
     args = SimpleNamespace(davis_root=root, ytvos_root="", nframes=4, resolution=48, scan_data=False, paired_root=None)
     assert "own masks" not in open_dataset(args)[1]
     args.masks_of_videos = tmp_path
     assert ", own masks of 1 video(s)" in open_dataset(args)[1]
+    args.mask_mix = "object=1"
+    assert ", objects of 3 annotated video(s), own masks of 1 video(s)" in open_dataset(args)[1]
 
 
 def test_own_masks_follow_their_frames(root, tmp_path):
@@ -266,6 +270,24 @@ def test_objects_of_any_folder_of_masks(root, tmp_path):
     found = dataset(root, mask_mix="object=1", mask_root=tmp_path)
     assert [video.name for video in found.holes.objects.videos] == ["alder", "birch", "cedar", "logo"]
     assert clips(found, epochs=1)
+
+
+def test_no_objects_of_validation_videos_in_a_folder_of_masks(root, tmp_path):
+    """Neither of those that the run validates with, nor of DAVIS's others, whose masks may lie there too."""
+    shutil.copytree(root, tmp_path / "copy")
+    (tmp_path / "copy/ImageSets/2017/val.txt").write_text("dogwood\n")
+    masks = tmp_path / "copy/Annotations/480p"
+    found = dataset(tmp_path / "copy", mask_mix="object=1", mask_root=masks)
+    assert {video.name for video in found.holes.objects.videos} == {"alder", "birch", "cedar"}
+    found = dataset(root, mask_mix="object=1", mask_root=masks, validation_image=[str(root / "JPEGImages/480p/cedar")])
+    assert {video.name for video in found.holes.objects.videos} == {"alder", "birch", "dogwood"}
+
+
+def test_a_folder_of_masks_without_use():
+    """Else a run would go on without what was asked for."""
+    with pytest.raises(InputError, match="--mask_root=masks: no hole takes its shapes from there; add object"):
+        parse_args(Stage1, ["--mask_root=masks", "--paste=0.5"])
+    assert parse_args(Stage1, ["--mask_root=masks", "--mask_mix=object=1"]).mask_root == "masks"
 
 
 @pytest.mark.parametrize("settings", [{"mask_mix": "object=1"}, {"paste": 1.0}])

@@ -221,6 +221,8 @@ def open_dataset(args):
     if dataset.pairs:
         frames = sum(len(video.frames) for video in dataset.pairs)
         found += f", {dataset.paired_share:.0%} of them of {len(dataset.pairs)} pairs, {frames} frames"
+    if dataset.holes.objects:
+        found += f", objects of {len(dataset.holes.objects.videos)} annotated video(s)"
     if dataset.holes.own:
         found += f", own masks of {len(dataset.holes.own)} video(s)"
     for count, reason in (

@@ -356,6 +356,11 @@ def parse_args(stage, argv=None):
     split_mask_span(config)
     check_settings(config)
     settle_paired_share(config)
+    require(
+        not config.mask_root or parse_mix(config.mask_mix).get("object"),
+        f"--mask_root={config.mask_root}: no hole takes its shapes from there; add object to --mask_mix, such as "
+        "blob=0.7,object=0.3, or leave it out",
+    )
     check_validation(config)
     return config
 
