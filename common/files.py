@@ -26,7 +26,8 @@ def written_whole(path):
         flush(partial)
         partial.replace(path)
     except OSError as error:
-        if error.filename is None:  # of a full disk
+        # A write's error, such as on a full disk, names no file. A library's own is a text alone.
+        if error.strerror and error.filename is None:
             error.filename = os.fspath(path)
         raise
     finally:

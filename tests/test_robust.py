@@ -590,3 +590,10 @@ def test_a_full_disk_while_writing_json(tmp_path):
         Path("/dev/full").write_text("x")
     expected = f"{tmp_path}/a.json: No space left on device: free some space, or write to another disk"
     assert one_line(raised.value) == expected and not list(tmp_path.iterdir())
+
+
+def test_a_library_s_error_while_writing_keeps_its_words(tmp_path):
+    """Pillow's, for one, are OSErrors of a text alone."""
+    with pytest.raises(OSError, match="encoder error -2") as raised, written_whole(tmp_path / "a.gif"):
+        raise OSError("encoder error -2 when writing image file")
+    assert one_line(raised.value) == "encoder error -2 when writing image file"
