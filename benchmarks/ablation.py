@@ -348,7 +348,7 @@ STEPS = {"start": start, "train": train, "score": score, "table": table}
 
 @one_line_errors
 def main(argv=None):
-    parser = Parser(__doc__, allow_abbrev=True)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("step", nargs="*", help=f"{', '.join(STEPS)} (default: all); score-one: one arm and seed, in this process")
     add("--output_dir", default="ablation", metavar="DIR", help="everything goes there (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 import sys
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
@@ -15,15 +16,17 @@ UNRECOGNIZED = "unrecognized arguments: "
 class Parser(argparse.ArgumentParser):
     """Of a script: its docstring as it stands, flags by their whole names, errors of one line."""
 
-    def __init__(self, description=None, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                 **others):  # fmt: skip
-        super().__init__(description=description, formatter_class=formatter_class, allow_abbrev=allow_abbrev, **others)
+    def __init__(self, description=None, formatter_class=argparse.RawDescriptionHelpFormatter, **others):
+        super().__init__(description=description, formatter_class=formatter_class, allow_abbrev=False, **others)
 
     def error(self, message):
-        unknown = message.removeprefix(UNRECOGNIZED) if message.startswith(UNRECOGNIZED) else ""
-        flag = "--" + unknown.partition("=")[0].partition(" ")[0].lstrip("-").lower().replace("-", "_")
-        alike = get_close_matches(flag, self._option_string_actions, 1, cutoff=0.8)
-        raise InputError(f"{message}; {f'was {alike[0]} meant? ' if alike else ''}--help lists the options")
+        meant = self.most_like(message.removeprefix(UNRECOGNIZED)) if message.startswith(UNRECOGNIZED) else None
+        raise InputError(f"{message}; {f'was {meant} meant? ' if meant else ''}--help lists the options")
+
+    def most_like(self, arguments):
+        """The flag that the first argument resembles, also as a variable, such as MAX_TRAIN_STEPS=5; or None."""
+        name = re.match("-*([^= ]*)", arguments)[1].lower().replace("-", "_")
+        return next(iter(get_close_matches(f"--{name}", self._option_string_actions, 1, cutoff=0.8)), None)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

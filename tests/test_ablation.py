@@ -110,6 +110,8 @@ def test_all_steps_and_what_is_done_is_not_done_again(here, tmp_path, capsys, mo
     here.clear()
     ablation.main([*flags, *arms])
     assert here == [] and (tmp_path / "table-stage1.md").read_text() == text
+    line = error_line(capsys, ablation.main, ["train", *flags, "--step=3"])
+    assert "unrecognized arguments: --step=3; was --steps meant?" in line
     line = error_line(capsys, ablation.main, ["train", *flags, "--steps=2"])
     assert "--steps=2: averaging takes 3 checkpoints; at least 3 steps were needed" in line
     line = error_line(capsys, ablation.main, ["train", *flags, "--arms", "guide", "--steps=4"])
