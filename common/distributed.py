@@ -79,8 +79,13 @@ def count_processes():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def count_processes_here():
+    """Of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def count_machines():
-    return math.ceil(count_processes() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return math.ceil(count_processes() / count_processes_here())
 
 
 def state_bytes(trained, frozen, kind, processes):

@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 from accelerate.tracking import LoggerType, get_available_trackers
 
-from common.distributed import check_distributed, count_processes, distributed_type, state_bytes
+from common.distributed import (
+    check_distributed,
+    count_processes,
+    count_processes_here,
+    distributed_type,
+    state_bytes,
+)
 from common.errors import InputError
 from common.files import check_writable
 from common.hardware import compiling_lacks, gpu_is_used
@@ -206,7 +212,7 @@ def open_dataset(args):
     broken = {}
     if args.scan_data:
         # Every process finds the same; the machine's cores are shared out, and one of them writes it down.
-        processes = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        processes = max(1, len(os.sched_getaffinity(0)) // count_processes_here())
         first = int(os.environ.get("RANK", 0)) == 0
         everything = list_videos(args) + (scan_pairs(args.paired_root) if args.paired_root else [])
         broken = scan_frames(everything, Path(args.output_dir, "scan.json"), processes, remember=first)
@@ -364,8 +370,8 @@ def check_memory(args, stage, opened):
     about = "more than" if args.mixed_precision == "no" else "about"  # what was measured was half precision
     if not gpu_is_used():
         return f"{about} {fixed + activations:.1f} GiB; no GPU was found"
-    here = range(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the smallest of this machine's decides
-    total = min(torch.cuda.get_device_properties(i).total_memory for i in here) / 2**30
+    gpus = range(count_processes_here())  # the smallest decides
+    total = min(torch.cuda.get_device_properties(i).total_memory for i in gpus) / 2**30
     if fixed > total:
         raise InputError(
             f"weights, gradients and optimizer state take {fixed:.0f} GiB, the GPU has {total:.0f}: use "
