@@ -28,7 +28,7 @@ class Holes:
             whose hole may leave the frame), paste (share of clips with an object pasted in), mask_root,
             masks_of_videos; davis_root and ytvos_root, whose annotations the objects' shapes come from.
         videos: [Video] to train on.
-        excluded: set of names of videos whose objects must not enter.
+        excluded: names of videos whose objects must not enter.
     """
 
     def __init__(self, args, videos, excluded):
@@ -158,7 +158,7 @@ def find_objects(args, videos, excluded, with_frames):
             raise InputError(f"{root} holds {held}: --mask_root needs a folder of masks per video")
         found += [AnnotatedVideo(folder.name, folder) for folder in list_folders(root)]
         if davis_root := getattr(args, "davis_root", None):  # these may be annotated there
-            excluded = excluded | set(read_validation_names(davis_root))
+            excluded = {*excluded, *read_validation_names(davis_root)}
     objects = Objects(found, excluded)
     objects.check(names, with_frames)
     return objects

@@ -356,13 +356,18 @@ def parse_args(stage, argv=None):
     split_mask_span(config)
     check_settings(config)
     settle_paired_share(config)
+    check_mask_root(config)
+    check_validation(config)
+    return config
+
+
+def check_mask_root(config):
+    """Pasted objects need frames, which it has none of: holes alone take shapes from there."""
     require(
         not config.mask_root or parse_mix(config.mask_mix).get("object"),
         f"--mask_root={config.mask_root}: no hole takes its shapes from there; add object to --mask_mix, such as "
         "blob=0.7,object=0.3, or leave it out",
     )
-    check_validation(config)
-    return config
 
 
 def check_validation(config):
@@ -412,8 +417,8 @@ def shell_variables():
 
 
 def variables_that_look_misspelt(stage_number, environ):
-    """A line about each variable that the stage does not read, though its name is almost that of one which it reads and
-    which is not set, or a flag's name. Not an error: it may be another program's."""
+    """A line about each variable that the stage does not read, but whose name is a flag's, or almost that of a variable
+    which it reads and which is not set. Not an error: it may be another program's."""
     settings = {f.name.upper(): f for f in fields(CONFIGS[stage_number]) if f.metadata["flag"]}
     by_variable = {f.metadata["variable"] for f in settings.values()} - {None}
     read = {*by_variable, *(name for name, _, _ in LAUNCHER_VARIABLES)}
