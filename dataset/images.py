@@ -202,7 +202,7 @@ def read_palette(path, content):
     nothing is black, it is index 0, as labels have it. Where the whole palette is, the indices are the values: labels
     are saved without a palette too.
     """
-    if not checksums_agree(content):  # which Pillow does not look at
+    if not checksums_agree(content):  # Pillow skips those of the pixels
         raise BrokenFrame(f"{path} is no readable image (its checksums do not agree)")
     try:
         with pillow(io.BytesIO(content)) as image:
@@ -227,7 +227,7 @@ def checksums_agree(png):
     while place < len(png):
         end = place + 8 + int.from_bytes(png[place : place + 4], "big")
         name = png[place + 4 : place + 8]
-        if name.isupper() and zlib.crc32(png[place + 4 : end]) != int.from_bytes(png[end : end + 4], "big"):
+        if name[:1].isupper() and zlib.crc32(png[place + 4 : end]) != int.from_bytes(png[end : end + 4], "big"):
             return False
         if name == b"IEND":
             break
