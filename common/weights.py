@@ -100,7 +100,7 @@ class OpenedWeights:
         for key, tensor in self.tensors():
             # copy=True: weights must not stay views of a file that a later run may replace.
             state_dict[key] = tensor.to(torch_dtype or torch.float32, copy=True)
-            wider = max(tensor, state_dict[key], key=torch.Tensor.element_size)  # which is summed up faster
+            wider = max(tensor, state_dict[key], key=torch.Tensor.element_size)  # half precision is slow to sum up
             self.check_values(key, tensor.dtype, wider)
         model.load_state_dict(state_dict, assign=True)
         return model.eval()

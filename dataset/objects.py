@@ -32,7 +32,7 @@ SPAN = (0.2, 0.8)  # share of the frame's side that the larger side of an object
 MIN_AREA = 0.002  # share of its own frame that an object has to have where its track begins
 MAX_TRIES = 50  # of videos, before annotations are taken to hold no object
 SHORT_OF, BEYOND = -5, 24  # pixels at 512 that a hole falls short of a pasted object, and goes beyond it
-LEAST_MARKED = 0.25  # share of the object that a hole has to leave marked, however short of it it falls
+LEAST_MARKED = 0.25  # share of a pasted object that its hole covers at least, however short of it the hole falls
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def paste(rng, frames, track):
         frame[part] = cv2.blendLinear(picture, np.ascontiguousarray(frame[part]), weight, 1 - weight)
     fitting = np.where(alphas > 127, 255, 0).astype(np.uint8)
     holes = grow(fitting, round(rng.uniform(SHORT_OF, BEYOND) * unit))
-    # A thin object would lose its hole, and the model learn to clear what nobody has marked.
+    # A thin object would lose its hole, and the model would learn to clear what nobody has marked.
     marked = np.count_nonzero(holes) >= LEAST_MARKED * np.count_nonzero(fitting)
     return pasted, holes if marked else fitting
 

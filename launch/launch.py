@@ -99,8 +99,8 @@ def variable(name, default=None):
 
 
 def check_variables():
-    """Raises InputError for a value that accelerate would answer with its usage, or take for something else; and for a
-    recipe, as there is none beside the guide's, which would be trained without a word."""
+    """Raises InputError for a value that accelerate would answer with its usage, or take for something else; and for
+    RECIPE, as the only recipe, the default, would be trained without a word."""
     for name, (form, words) in FORMS.items():
         value = variable(name)
         require(value is None or re.fullmatch(form, value), f"{name}={value}: {words} was needed")

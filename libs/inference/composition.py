@@ -21,10 +21,10 @@ def resize_picture(picture, height, width):
     """A frame at another size, smaller by area, larger bilinearly; a mask by nearest, so that it stays binary."""
     if picture.shape[:2] == (height, width):
         return picture
-    # EXACT: the other one takes a block's first pixel, not its middle one, so that masks move right and down.
-    method = cv2.INTER_NEAREST_EXACT
-    if picture.ndim == 3:
-        method = cv2.INTER_AREA if height <= picture.shape[0] else cv2.INTER_LINEAR  # area repeats pixels then
+    if picture.ndim == 3:  # where it enlarges, INTER_AREA would repeat pixels
+        method = cv2.INTER_AREA if height <= picture.shape[0] else cv2.INTER_LINEAR
+    else:  # INTER_NEAREST takes a block's first pixel, not its middle one: masks would move right and down
+        method = cv2.INTER_NEAREST_EXACT
     return cv2.resize(picture, (width, height), interpolation=method)
 
 

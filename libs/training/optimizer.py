@@ -95,7 +95,7 @@ def round_stochastically(values, generator):
 
 def match_layout(optimizer):
     """Bring loaded moments into their weights' memory format: with and without compiled models it is another one, and a
-    fused optimizer reads both in the order of memory. It also counts steps where the weights are, others on the CPU."""
+    fused optimizer reads both in the order of memory. Its counts of steps belong on the weights' device, too."""
     fused = {parameter for group in optimizer.param_groups if group.get("fused") for parameter in group["params"]}
     for parameter, state in optimizer.state.items():
         if parameter in fused and "step" in state:

@@ -172,7 +172,7 @@ class Validation:
         prior = video.prior
         if prior is None:
             prior = make_prior(self.config.prior, video.frames, holes)
-        elif holes is video.synthetic_holes:  # in it a folder's frames, whose object is filled, show the truth
+        elif holes is video.synthetic_holes:  # a folder's frames have the object filled: here they would show the truth
             prior = make_prior("telea", video.frames, holes)
         return pipeline.fill(video.frames, holes, self.base.prompt_embeds[1:], self.config.seed, prior)
 
