@@ -152,8 +152,9 @@ def read_config(folder, *class_names):
     """The config.json of `folder`, which must be of one of the classes named."""
     path = Path(folder, "config.json")
     if not path.is_file():
-        inside = [f"{config.parent.name}/" for config in sorted(Path(folder).glob("*/config.json"))]
-        hint = f"; {' and '.join(inside)} in it may be what is meant" if inside else ""
+        configs = sorted(Path(folder).glob("*/config.json"))
+        inside = [f"{other.parent.name}/" for other in configs if read_json(other).get("_class_name") in class_names]
+        hint = f"; {' or '.join(inside)} in it may be what is meant" if inside else ""
         raise InputError(f"{path} is missing: a folder with a {class_names[0]}'s config and weights was needed{hint}")
     config = read_json(path)
     found = config.get("_class_name")

@@ -117,7 +117,7 @@ CASES = {
         "checkpoint-2 is a checkpoint: convert it first, by save_checkpoint_stage1.py"),
     "motion_adapter_one_folder_up": (
         2, None, lambda c: {"motion_adapter_path": c.weights / "diffuEraser"},
-        "a MotionAdapter's config and weights was needed; brushnet/ and unet_main/ in it may be what is meant"),
+        "a MotionAdapter's config and weights was needed; unet_main/ in it may be what is meant"),
     "resume_from_a_run": (
         1, lambda c: (c.folder / "run/checkpoint-2").mkdir(parents=True),
         lambda c: {"resume_from_checkpoint": c.folder / "run"},
