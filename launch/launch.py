@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +188,12 @@ def in_another_process(function):
     """What `function` returns. A process that has asked CUDA leaves a CUDA that does not work to those it forks later,
     as Trainers does; NVML, which torch asks instead, is not everywhere and knows no parts of GPUs (MIG)."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-        return pool.submit(function).result()
+        try:
+            return pool.submit(function).result()
+        except BrokenExecutor:
+            raise InputError(
+                "CUDA ended the process that asked it for GPUs: mend it, or CUDA_VISIBLE_DEVICES= goes without GPUs"
+            ) from None
 
 
 def choose_engine(config):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -399,6 +400,11 @@ def test_a_driver_too_old_for_cuda(environment, monkeypatch, capsys):
         launch.main(["1"])
     assert stop.value.code == 1
     assert "error: CUDA does not work here (The NVIDIA driver on your system is too old" in capsys.readouterr().err
+
+
+def test_a_cuda_that_ends_its_process():
+    with pytest.raises(InputError, match="CUDA ended the process that asked it"):
+        launch.in_another_process(partial(os._exit, 3))
 
 
 def test_more_processes_than_gpus(told, capsys):

@@ -529,12 +529,15 @@ def test_the_smallest_gpu_decides(flags, monkeypatch):
     sizes = [SimpleNamespace(total_memory=gib * 2**30) for gib in (80, 24)]
     monkeypatch.setattr(libs.training.checks, "gpu_is_used", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", sizes.__getitem__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     opened = {"unet_main": SimpleNamespace(parameters=860e6, config={"block_out_channels": [320]}), "brushnet": None}
     args = parse_args(Stage1, flags(1))
     assert libs.training.checks.check_memory(args, Stage1, opened).endswith("the GPU has 80")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(InputError, match="take 26 GiB, the GPU has 24"):
         libs.training.checks.check_memory(args, Stage1, opened)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # more processes than GPUs: NCCL has its say later
+    assert libs.training.checks.check_memory(args, Stage1, opened).endswith("the GPU has 80")
 
 
 def test_a_gpu_too_old_for_triton(monkeypatch):

@@ -370,7 +370,7 @@ def check_memory(args, stage, opened):
     about = "more than" if args.mixed_precision == "no" else "about"  # what was measured was half precision
     if not gpu_is_used():
         return f"{about} {fixed + activations:.1f} GiB; no GPU was found"
-    gpus = range(count_processes_here())  # the smallest decides
+    gpus = range(min(count_processes_here(), torch.cuda.device_count()))  # the smallest decides
     total = min(torch.cuda.get_device_properties(i).total_memory for i in gpus) / 2**30
     if fixed > total:
         raise InputError(
