@@ -16,11 +16,10 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import BF16, REPOSITORY, equal_files
+from conftest import REPOSITORY, equal_files
 from PIL import Image
 from torch.optim import AdamW
 
-import libs.training.checks
 import libs.training.loop
 import libs.training.loss
 from common.errors import InputError, one_line
@@ -28,7 +27,6 @@ from common.files import written_whole
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_video
 from dataset.loader import TrainingClips
-from libs.training.checks import check_flags
 from libs.training.config import parse_args
 from libs.training.optimizer import match_layout
 from libs.training.saving import Checkpoints
@@ -497,94 +495,6 @@ def test_a_step_that_overflows_counts_for_the_schedule(train, capsys, monkeypatc
     rates = re.findall(r"lr (\S+)", capsys.readouterr().out)
     assert rates == ["5e-06", "1e-05", "5e-06", "0"]  # the last step of the run is the schedule's last
     assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
-
-
-def test_check_only(train, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train(1, check_only=True, scan_data=True)
-    table = capsys.readouterr().out
-    assert stop.value.code == 0 and table.count("  ok  ") == len(table.splitlines()) == 12
-    assert "8 videos, 208 frames, 44 clips an epoch" in table
-    with pytest.raises(SystemExit) as stop:
-        train(2, check_only=True, davis_root="/no/DAVIS", pretrained_stage1="/no/weights")
-    table = capsys.readouterr().out
-    assert stop.value.code == 1 and table.count("FAILED") == 2
-    with pytest.raises(SystemExit) as stop:
-        train(1, check_only=True, output_dir="/proc/run")
-    table = capsys.readouterr().out
-    assert stop.value.code == 1 and "/proc/run cannot be written to" in table
-    assert not list(Path(tmp_path, "run").glob("checkpoint-*"))
-
-
-def test_a_gpu_without_bf16(monkeypatch):
-    monkeypatch.setattr(libs.training.checks, "gpu_is_used", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert check_flags(parse_args(Stage1, ["--mixed_precision=fp16"]))
-    with pytest.raises(InputError, match=r"this GPU has no bf16 .*: use --mixed_precision=fp16, and LOW_MEMORY=1"):
-        check_flags(parse_args(Stage1, ["--mixed_precision=bf16"]))
-
-
-def test_the_smallest_gpu_decides(flags, monkeypatch):
-    """Of 80 and 24 GiB: stage 1's weights, gradients and moments take 26."""
-    sizes = [SimpleNamespace(total_memory=gib * 2**30) for gib in (80, 24)]
-    monkeypatch.setattr(libs.training.checks, "gpu_is_used", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", sizes.__getitem__)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    opened = {"unet_main": SimpleNamespace(parameters=860e6, config={"block_out_channels": [320]}), "brushnet": None}
-    args = parse_args(Stage1, flags(1))
-    assert libs.training.checks.check_memory(args, Stage1, opened).endswith("the GPU has 80")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="take 26 GiB, the GPU has 24"):
-        libs.training.checks.check_memory(args, Stage1, opened)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # more processes than GPUs: NCCL has its say later
-    assert libs.training.checks.check_memory(args, Stage1, opened).endswith("the GPU has 80")
-
-
-def test_a_gpu_too_old_for_triton(monkeypatch):
-    """A Pascal card would otherwise fail in the first step, all weights loaded."""
-    monkeypatch.setattr(libs.training.checks, "gpu_is_used", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
-    with pytest.raises(InputError, match=r"--compile needs a GPU of compute capability 7.0 .*\(COMPILE=0\)"):
-        check_flags(parse_args(Stage1, ["--mixed_precision=fp16", "--compile"]))
-
-
-@pytest.mark.parametrize(
-    ("megabytes", "too_large", "small_enough"),
-    [(20, {}, {"use_8bit_adam": True}), (11, {"use_8bit_adam": True}, BF16)],
-    ids=["moments of 8 bits", "weights of 16"],
-)
-def test_a_checkpoint_of_fewer_bytes_needs_less_disk(train, capsys, monkeypatch, megabytes, too_large, small_enough):
-    """2.2 M trained parameters: 27, 13 or 9 MB."""
-    free = shutil.disk_usage("/")._replace(free=megabytes * 10**6)
-    monkeypatch.setattr(libs.training.checks.shutil, "disk_usage", lambda path: free)
-    for settings, status in ((too_large, 1), (small_enough, 0)):
-        with pytest.raises(SystemExit) as stop:
-            train(1, check_only=True, **settings)
-        assert stop.value.code == status, capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("changes", "processes", "gib"),
-    [
-        ({}, "1", 46.6),
-        ({"gradient_accumulation_steps": 2}, "1", 53.0),
-        ({}, "2", 53.0),
-        ({"compile": True}, "1", 38.6),
-        ({"compile": True, "cuda_graph": True}, "1", 45.0),
-    ],
-)
-def test_the_memory_line_counts_gradients_held_in_the_forward_pass(flags, monkeypatch, changes, processes, gib):
-    monkeypatch.setenv("WORLD_SIZE", processes)
-    settings = {
-        "nframes": 10,
-        "resolution": 512,
-        "mixed_precision": "bf16",
-        **changes,
-    }
-    opened = {"unet_main": SimpleNamespace(parameters=860e6, config={"block_out_channels": [320]}), "brushnet": None}
-    line = libs.training.checks.check_memory(parse_args(Stage1, flags(1, **settings)), Stage1, opened)
-    assert line.startswith(f"about {gib} GiB")
 
 
 def test_a_full_disk_while_writing_json(tmp_path):
