@@ -7,6 +7,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -93,6 +94,8 @@ def replace_layers(model):
             module.set_processor(FewFrames())
         elif type(module) is GEGLU:
             module.__class__ = SplitGEGLU
+        elif isinstance(module, ResnetBlock2D):  # 1 in mid blocks and 1.0 in others would be compiled apart
+            module.output_scale_factor = float(module.output_scale_factor)
 
 
 def is_plain(convolution):
