@@ -13,6 +13,9 @@ import gc
 import json
 import statistics
 import time
+from copy import copy
+from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -23,9 +26,10 @@ from dataset.crop import RESOLUTION_HELP, resolution, sides
 from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
 from libs.inpainter import INPAINTERS, cast_parameters
+from libs.training.compile_ahead import CompileAhead
 from libs.training.compiling import compile_encoder, compile_models
 from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward
-from libs.training.loss import ForwardBackward
+from libs.training.loss import ForwardBackward, inpainting_loss
 from libs.training.optimizer import make_optimizer
 from libs.vae import FrozenVAE
 from toy.full_size import make_model
@@ -99,6 +103,8 @@ class Step:
         self.flags, self.stage, self.nframes = flags, stage, INPAINTERS[stage].nframes
         self.accelerator = accelerator = Accelerator(mixed_precision=flags.mixed_precision)
         dtype = DTYPES[flags.mixed_precision]
+        told = stage, flags.resolution, flags.mixed_precision
+        ahead = CompileAhead(accelerator.device, told) if flags.compile and flags.cuda_graph else None
         vae, model = make_vae(dtype, self.nframes), make_model(stage, dtype)
         self.batch = make_batch(self.nframes, *sides(flags.resolution))
         if flags.bf16_weights:
@@ -113,7 +119,13 @@ class Step:
         optimizer = make_optimizer(flags, parameters, flags.learning_rate, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         prompt_embeds = torch.randn(2, 77, 768, device="cuda")
-        self.base = LoadedBase(vae, DDPMScheduler.from_config(SCHEDULER), prompt_embeds, accelerator.device)
+        noise_scheduler = DDPMScheduler.from_config(SCHEDULER)
+        self.base = LoadedBase(vae, noise_scheduler, prompt_embeds, accelerator.device)
+        begin = time.perf_counter()
+        if ahead and ahead.processes:
+            base = replace(self.base, noise_scheduler=copy(noise_scheduler))
+            ahead.run(model, vae.vae.encoder, partial(inpainting_loss, model, base, self.batch))
+        self.ahead_s = time.perf_counter() - begin
         passes = GraphedForwardBackward if flags.cuda_graph else ForwardBackward
         self.forward_backward, self.parts = passes(accelerator, self.model, self.base), Parts()
         self.time_parts()
@@ -173,6 +185,7 @@ def measure(options, stage, variant):
             "median_s": round(statistics.median(seconds), 3),
             "min_s": round(min(seconds), 3),
             "first_step_s": round(warm_up[0], 1),
+            "compiled_ahead_s": round(step.ahead_s, 1),
             "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
             "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1),
             "parts_ms": {name: round(statistics.median(p[name] for p in all_parts)) for name in all_parts[-1]},

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import nn
 from torch._dynamo.utils import counters
@@ -57,6 +58,13 @@ def test_halves_of_geglu():
     assert type(layer) is SplitGEGLU
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_scales_have_one_type():
+    """diffusers gives its mid blocks' layers the integer."""
+    layers = [ResnetBlock2D(in_channels=8, groups=4, output_scale_factor=scale) for scale in (1, 1.0)]
+    replace_layers(nn.Sequential(*layers))
+    assert [type(layer.output_scale_factor) for layer in layers] == [float, float]
 
 
 @pytest.mark.parametrize("size", [(7, 5), (35,)])

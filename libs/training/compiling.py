@@ -1,7 +1,5 @@
 """torch.compile for the models, and what their layers do otherwise for it: the same values with less memory traffic."""
 
-from functools import partial
-
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
@@ -26,10 +24,7 @@ def compile_models(models, by_layer, channels_last=True):
             a fifth where layers are recomputed. The host has more to do in a step, which a CUDA graph hides.
         channels_last: 8-bit optimizers know one format only, the other one.
     """
-    torch._dynamo.config.optimize_ddp = False  # it would cut graphs at every 25 MiB of weights
-    torch._dynamo.config.recompile_limit = 128  # forms of a layer: its shapes, with gradients and without
-    # Else torch's disk cache leaves out what holds an autograd.Function, such as those below: every start traces it.
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    set_up_compiling()
     for model in models:
         replace_layers(model)
         if channels_last:
@@ -38,6 +33,13 @@ def compile_models(models, by_layer, channels_last=True):
             model.parts = compiled_parts(channels_last)
         else:
             model.compile(fullgraph=True, dynamic=False)
+
+
+def set_up_compiling():
+    torch._dynamo.config.optimize_ddp = False  # it would cut graphs at every 25 MiB of weights
+    torch._dynamo.config.recompile_limit = 128  # forms of a layer: its shapes, with gradients and without
+    # Else torch's disk cache leaves out what holds an autograd.Function, such as those below: every start traces it.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def compile_encoder(encoder):
@@ -51,7 +53,11 @@ def compile_encoder(encoder):
 
 def compiled_parts(channels_last):
     parts = Parts(_resnet, PARTS.attention, _motion, PARTS.upsample) if channels_last else PARTS
-    return Parts(*map(partial(torch.compile, fullgraph=True, dynamic=False), vars(parts).values()))
+    return Parts(*map(compile_part, vars(parts).values()))
+
+
+def compile_part(part):
+    return torch.compile(part, fullgraph=True, dynamic=False)
 
 
 # --- Memory format ----------------------------------------------------------------------------------------------------

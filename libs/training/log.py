@@ -81,7 +81,7 @@ def log_parameters(model, checkpoints_total_limit):
 def log_compiling(interval=20):
     """Say that the first step compiles and, every `interval` seconds, how far it is; ends when nothing was compiled
     for as long. Returns the thread that does so."""
-    log.info("compiling in the first step: two to five minutes, less in later starts (COMPILE=0 turns it off)")
+    log.info("compiling in the first step: half a minute in later starts, else minutes (COMPILE=0 turns it off)")
 
     def watch():
         begin, before = time.perf_counter(), 0

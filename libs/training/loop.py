@@ -25,6 +25,7 @@ from libs.training.setup import (
     require_agreement,
     resume,
     set_up_torch,
+    start_compiling,
 )
 from libs.training.stopping import StopRequest
 from libs.training.validation import Validation
@@ -59,13 +60,14 @@ def run(stage, argv=None):
 
 def train(config, stage, accelerator, found, stop):
     """Step until the last step, or until a signal asks to stop. `found`: RunInputs, what the checks have opened."""
+    ahead = start_compiling(config, stage, accelerator, found)
     base, validation_embeds = load_base(config, accelerator, found)
     validation = Validation(config, stage, accelerator, found, base, validation_embeds, stop)
     model = build_model(config, stage, accelerator, found)
     optimizer, schedule, last_step = make_optimizer_and_schedule(config, accelerator, model, found)
     loader = make_loader(config, accelerator, found, base.vae.cache, last_step)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    forward_backward = make_passes(config, accelerator, model, base)
+    forward_backward = make_passes(config, accelerator, model, base, ahead)
     state, unwrapped = found.state, accelerator.unwrap_model(model)
     checkpoints = Checkpoints(config, stage, accelerator, state, found.checkpoint)
     resume(config, accelerator, optimizer, schedule, found)

@@ -2,6 +2,9 @@
 
 import math
 import warnings
+from copy import copy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,12 +20,13 @@ from libs.base_model import LoadedBase
 from libs.checkpoints.checkpoint import register_hooks, saved_keys
 from libs.checkpoints.resume import BATCH_SETTINGS
 from libs.inpainter import cast_parameters
+from libs.training.compile_ahead import CompileAhead
 from libs.training.compiling import compile_encoder, compile_models
 from libs.training.config import settings_with
 from libs.training.cuda_graph import GraphedForwardBackward, leave_default_stream
 from libs.training.latent_cache import LatentCache
 from libs.training.log import log, log_compiling, log_parameters
-from libs.training.loss import ForwardBackward
+from libs.training.loss import ForwardBackward, inpainting_loss
 from libs.training.loss_weights import LossWeights
 from libs.training.optimizer import make_optimizer, match_layout
 
@@ -72,6 +76,16 @@ def set_up_torch(config):
         leave_default_stream()
 
 
+def start_compiling(config, stage, accelerator, found):
+    """CompileAhead, or None where layers are not compiled one by one before they run."""
+    if not config.compile or not config.cuda_graph or config.gradient_checkpointing:
+        return None
+    names = ("train_batch_size", "nframes", "resolution", "mixed_precision", "use_8bit_adam")
+    configs = [weights and weights.config for weights in found.opened.values()]
+    settings = [getattr(config, name) for name in names]
+    return CompileAhead(accelerator.device, (stage.number, settings, configs, found.base.vae_config))
+
+
 def load_base(config, accelerator, found):
     """(LoadedBase, (V, n, d) embeddings of the validation prompts).
 
@@ -117,7 +131,6 @@ def build_model(config, stage, accelerator, found):
     if config.compile:
         by_layer = config.cuda_graph or config.gradient_checkpointing
         compile_models((model.unet_main, model.brushnet), by_layer, channels_last=not config.use_8bit_adam)
-        log_compiling()
     log_parameters(model, config.checkpoints_total_limit)
     found.state.configs = {name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")}
     register_hooks(accelerator, saved_keys(model))
@@ -145,10 +158,30 @@ def make_loader(config, accelerator, found, cache, last_step):
     return accelerator.prepare(loader)
 
 
-def make_passes(config, accelerator, model, base):
-    """The ForwardBackward of a prepared model."""
+def make_passes(config, accelerator, model, base, ahead):
+    """The ForwardBackward of a prepared model, which `ahead`, a CompileAhead or None, compiles."""
+    if ahead and ahead.processes:
+        # A noise scheduler keeps its tables on the device of its latest call.
+        own = replace(base, noise_scheduler=copy(base.noise_scheduler))
+        unwrapped = accelerator.unwrap_model(model)
+        step = partial(inpainting_loss, unwrapped, own, example_batch(config))
+        ahead.run(unwrapped, base.vae.vae.encoder, step)
+    elif config.compile:
+        log_compiling()
     passes = GraphedForwardBackward if config.cuda_graph else ForwardBackward
     return passes(accelerator, model, base, LossWeights.of(config))
+
+
+def example_batch(config):
+    """As `TrainingClips.collate` makes one, all black and without holes."""
+    width, height = sides(config.resolution)
+    clips, shape = config.train_batch_size, (config.train_batch_size, config.nframes, height, width)
+    return {
+        "frames": torch.zeros((*shape, 3), dtype=torch.uint8),
+        "holes": torch.zeros(shape, dtype=torch.uint8),
+        "prompts": [0] * clips,
+        "noise_seeds": [0] * clips,
+    }
 
 
 def make_optimizer_and_schedule(config, accelerator, model, found):

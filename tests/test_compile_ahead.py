@@ -1,0 +1,203 @@
+"""Layers compiled by other processes: the first step finds them, and whatever goes wrong with them costs time only."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from libs.training import compile_ahead
+from libs.training.compile_ahead import (
+    Call,
+    CompileAhead,
+    TensorForm,
+    calls_of_a_step,
+    room_for_processes,
+    without_values,
+)
+from libs.training.compiling import compile_encoder, compile_models
+from libs.unet_walk import PARTS, LayerWalk, Parts
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own
+
+
+class Models(nn.Module):
+    """What there is of an Inpainter and a VAE: three equal layers, of which the first one's input has no gradient."""
+
+    gradient_checkpointing = False
+
+    def __init__(self):
+        super().__init__()
+        self.unet_main, self.brushnet = (
+            nn.ModuleList(ResnetBlock2D(in_channels=8, temb_channels=8, groups=4) for _ in range(count))
+            for count in (3, 0)
+        )
+        compile_models((self.unet_main, self.brushnet), by_layer=True)
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8)).requires_grad_(False)
+        compile_encoder(self.encoder)
+
+    def forward(self):
+        sample = self.encoder(torch.ones(2, 3, 8, 8))
+        for resnet in self.unet_main:
+            sample = self.unet_main.parts.resnet(resnet, sample, None, torch.ones(2, 8))
+        return sample.sum()
+
+
+def main():
+    """A process of its own, whose imports are in a run's order."""
+    models = Models()
+    ahead = CompileAhead(CPU, "models")
+    print("processes", ahead.processes)
+    if ahead.processes:
+        ahead.run(models, models.encoder, models)
+    models().backward()
+    found = torch._dynamo.utils.counters["aot_autograd"]
+    print("found", found["autograd_cache_hit"], "compiled", found["autograd_cache_miss"])
+
+
+def run_main(tmp_path):
+    run = "if __name__ == '__main__':\n    import test_compile_ahead\n    test_compile_ahead.main()\n"
+    (tmp_path / "run.py").write_text(f"import common.libraries\nimport torch\n{run}")
+    tests = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (tests.parent, tests)))
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": paths}
+    command = [sys.executable, str(tmp_path / "run.py")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs it on CPUs")
+def test_the_first_step_finds_what_was_compiled(tmp_path):
+    """The encoder, the first layer, and once those with a gradient; a later start begins no processes."""
+    first, second = (run_main(tmp_path).stdout.splitlines()[-2:] for _ in range(2))
+    assert first == [f"processes {room_for_processes(CPU)[1]}", "found 3 compiled 0"]
+    assert second == ["processes 0", "found 3 compiled 0"]
+
+
+def test_what_a_step_compiles():
+    models = Models()
+    weights, parts = [*models.parameters()], [models.unet_main.parts, models.brushnet.parts]
+    calls = calls_of_a_step(models, models.encoder, models)
+    assert len(calls) == 3
+    assert [call.function for call in calls].count(None) == 1
+    assert sorted(value.requires_grad for call in calls for value in call.inputs[:1]) == [False, False, True]
+    for call in calls:
+        assert {tensor.device.type for tensor in call.module.parameters()} == {"meta"}
+        assert all(isinstance(value, TensorForm) or value is None for value in call.inputs)
+    # The step itself has left nothing behind.
+    assert [models.unet_main.parts, models.brushnet.parts] == parts
+    assert all(found is weight for found, weight in zip(models.parameters(), weights, strict=True))
+    assert not models.encoder._forward_pre_hooks
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_training_runs_what_was_foreseen(stage, train, tmp_path, monkeypatch):
+    """The same layers, inputs and memory formats; and FakeTensors stay out of training."""
+    foreseen, run = set(), set()
+
+    def noting(part):
+        @wraps(part)
+        def noted(module, *inputs):
+            if module.training:  # not what the held-out loss runs
+                run.add(Call(part, module, tuple(map(TensorForm.of, inputs)), torch.is_grad_enabled(), None).key())
+            return part(module, *inputs)
+
+        return noted
+
+    def foresee(model, encoder, step):
+        calls = calls_of_a_step(model, encoder, step)
+        foreseen.update(call.key() for call in calls if call.function)
+        assert len(foreseen) == len(calls) - 1  # the encoder
+        run.clear()
+
+    monkeypatch.setattr(LayerWalk, "parts", Parts(*map(noting, vars(PARTS).values())))
+    ahead = SimpleNamespace(processes=2, run=foresee)
+    monkeypatch.setattr("libs.training.loop.start_compiling", lambda *args: ahead)
+    train(stage, output_dir=tmp_path / "run", max_train_steps=1)
+    assert run == foreseen and len(run) >= 10
+
+
+def test_copies_without_values():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.BatchNorm2d(4))
+    module[0].bias.requires_grad_(False)
+    copied = without_values(module)
+    for (name, tensor), (other, found) in zip(
+        [*module.named_parameters(), *module.named_buffers()],
+        [*copied.named_parameters(), *copied.named_buffers()],
+        strict=True,
+    ):
+        assert name == other and type(found) is type(tensor) and found.device.type == "meta"
+        assert TensorForm.of(found) == TensorForm.of(tensor)
+
+
+def test_tensors_by_their_form():
+    sample = torch.randn(2, 3, 4, 5, dtype=torch.half).to(memory_format=torch.channels_last)
+    for tensor in (sample, sample.clone().requires_grad_()):
+        made = TensorForm.of(tensor).make(CPU)
+        assert TensorForm.of(made) == TensorForm.of(tensor)
+        assert made.is_leaf == (not tensor.requires_grad)
+    assert TensorForm.of(3) == 3
+
+
+@pytest.fixture
+def ahead(tmp_path, monkeypatch):
+    """A CompileAhead in this process, and what it says."""
+    lines = []
+    monkeypatch.setattr(compile_ahead, "log", SimpleNamespace(info=lambda *args: lines.append(args[0] % args[1:])))
+    ahead = object.__new__(CompileAhead)
+    ahead.device, ahead.begin, ahead.processes, ahead.done = CPU, 0, 2, tmp_path / "diffueraser" / "key"
+    ahead.pool = ThreadPoolExecutor(1)
+    return ahead, lines
+
+
+def test_what_fails_is_left_to_the_first_step(ahead, monkeypatch):
+    def fail_for_the_encoder(call, device):
+        if pickle.loads(call).function is None:
+            raise torch.OutOfMemoryError("no room")
+
+    ahead, lines = ahead
+    monkeypatch.setattr(compile_ahead, "compile_pickled", fail_for_the_encoder)
+    models = Models()
+    ahead.run(models, models.encoder, models)
+    assert lines[0].startswith("compiled 2 pieces") and lines[1] == "compiling: the first step does the rest (no room)"
+    assert not ahead.done.exists()
+
+
+def test_a_step_that_cannot_be_foreseen(ahead):
+    ahead, lines = ahead
+    models = Models()
+    ahead.run(models, models.encoder, lambda: float(torch.ones(1)))  # asks for a value, which a FakeTensor has not
+    assert lines[0].startswith("compiled 0 pieces") and "the first step does the rest" in lines[1]
+    assert not ahead.done.exists()
+
+
+def test_all_is_compiled_once_for_a_machine(ahead, monkeypatch):
+    ahead, lines = ahead
+    monkeypatch.setattr(compile_ahead, "compile_pickled", lambda call, device: None)
+    models = Models()
+    ahead.run(models, models.encoder, models)
+    assert len(lines) == 1 and ahead.done.exists()
+
+
+@pytest.mark.parametrize(("cores", "gib", "processes"), [(16, 64, 8), (4, 64, 4), (16, 20, 3), (1, 64, 1), (0, 64, 0)])
+def test_room_for_processes(monkeypatch, cores, gib, processes):
+    """16 cores compile in 8 processes, with two compilers each."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=gib * 2**30))
+    assert room_for_processes(CPU) == (cores, processes)
+
+
+def test_a_single_core_compiles_in_its_first_step(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert CompileAhead(CPU, "models").processes == 0
