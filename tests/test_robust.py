@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -27,11 +26,8 @@ from common.files import written_whole
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_video
 from dataset.loader import TrainingClips
-from libs.training.config import parse_args
 from libs.training.optimizer import match_layout
-from libs.training.saving import Checkpoints
 from libs.training.stopping import StopRequest
-from train_DiffuEraser_stage1 import Stage1
 
 
 def steps_of(output):
@@ -127,21 +123,6 @@ def test_a_checkpoint_saved_between_the_checks_and_the_lock(train, tmp_path, cap
     with pytest.raises(SystemExit):
         train(1, max_train_steps=3, resume_from_checkpoint="latest")
     assert "run/checkpoint-2 has been written meanwhile: run the same command again" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("scaler", "saved"), [(None, False), (object(), True)])
-def test_a_bad_loss_at_the_end(tmp_path, monkeypatch, scaler, saved):
-    """fp16's scaler has skipped that step, so the weights are whole; without one they are not, and are not kept. A
-    damaged best_checkpoint.json costs nothing."""
-    accelerator = SimpleNamespace(scaler=scaler, num_processes=1, is_main_process=True, device="cpu")
-    config = parse_args(Stage1, [f"--output_dir={tmp_path}", "--keep_best_checkpoint", "--checkpoints_total_limit=1"])
-    monkeypatch.setattr("libs.training.saving.sum_over_processes", lambda accelerator, value: value)
-    monkeypatch.setattr("libs.training.saving.save_checkpoint", lambda *args: tmp_path / "checkpoint-7")
-    (tmp_path / "best_checkpoint.json").write_text("")
-    checkpoints = Checkpoints(config, Stage1, accelerator, SimpleNamespace(global_step=7), None)
-    with nullcontext() if saved else pytest.raises(InputError, match="the last 1 losses are not finite"):
-        checkpoints.save((1, None), must=True)
-    assert (checkpoints.last is not None) == saved
 
 
 def test_a_second_signal_ends_the_trainer(tmp_path):

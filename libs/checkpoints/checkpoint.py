@@ -148,10 +148,10 @@ def register_hooks(accelerator, keys):
     accelerator.register_load_state_pre_hook(load_hook)
 
 
-def save_checkpoint(accelerator, run_dir, state):
-    """Write checkpoint-<step> beside its final name, and rename it when it is on the disk: returns its path."""
+def write_checkpoint(accelerator, run_dir, state):
+    """Write checkpoint-<step> beside its final name: returns that path, which `finish_checkpoint` puts it at."""
     folder = Path(run_dir, f"checkpoint-{state.global_step}")
-    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
+    partial = partial_of(folder)
     if accelerator.is_main_process:
         clean_up(run_dir)
         partial.mkdir(parents=True)
@@ -162,12 +162,24 @@ def save_checkpoint(accelerator, run_dir, state):
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             state.write(partial)
-            replace_folder(partial, folder)
-    finally:
-        if accelerator.is_main_process:  # there only if something went wrong: a full disk needs the space
+    except BaseException:
+        if accelerator.is_main_process:  # a full disk needs the space
             shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
+        raise
     return folder
+
+
+def finish_checkpoint(folder):
+    """Give a checkpoint its final name when it is on the disk; one that fails leaves nothing (main process)."""
+    partial = partial_of(folder)
+    try:
+        replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # there only if something went wrong
+
+
+def partial_of(folder):
+    return folder.with_name(folder.name + PARTIAL_SUFFIX)
 
 
 def clean_up(run_dir):

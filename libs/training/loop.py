@@ -98,7 +98,7 @@ def train(config, stage, accelerator, found, stop):
         if step % config.logging_steps == 0 or step == first_step or last:
             meter.report(step, float(schedule.get_last_lr()[0]))
             meter.refuse_bad_losses(checkpoints.last)
-        # A checkpoint first: validation takes minutes, in which much may happen.
+        # A checkpoint first: validation takes minutes, in which much may happen. It is flushed meanwhile.
         stopping = not last and must_stop(config, accelerator, step, stop)
         saving = step % config.checkpointing_steps == 0 or last or stopping
         validating = validation.is_due(step, step == first_step, saving)
@@ -107,10 +107,11 @@ def train(config, stage, accelerator, found, stop):
         if saving:
             checkpoints.save(meter.bad_streak(), must=last or stopping)
         if stopping:
+            checkpoints.finish()
             log.info(STOPPED, stop.signal, step)
             break
         if saving or validating:
-            with ema.in_use():
+            with checkpoints.finishing(), ema.in_use():
                 measured = validation.run(unwrapped, state, sample=validating)
             if saving:
                 checkpoints.mark_best(measured)

@@ -1,13 +1,15 @@
 """When a run's checkpoints are written, kept and converted, and what a failure costs."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
 from common.distributed import sum_over_processes
 from common.errors import InputError, first_line
 from common.run_files import AS_DEPLOYED
-from libs.checkpoints.checkpoint import HELD_OUT, mark_best, prune, save_checkpoint
+from libs.checkpoints.checkpoint import HELD_OUT, finish_checkpoint, mark_best, prune, write_checkpoint
 from libs.checkpoints.convert import convert
 from libs.evaluation.metrics import SCORES, measure_words
 from libs.training.config import what_sets_clips
@@ -26,14 +28,16 @@ class Checkpoints:
 
     def __init__(self, config, stage, accelerator, state, last):
         self.config, self.stage, self.accelerator, self.state, self.last = config, stage, accelerator, state, last
+        self.written = None  # (path, start of saving, must) of one that `finishing` has to flush and name
 
     def save(self, bad_streak, must):
-        """Save a checkpoint. One that fails leaves the earlier ones and the run alone, unless it `must` be saved.
+        """Write a checkpoint, which `finishing` or `finish` must follow. One that fails, here or there, leaves the
+        earlier ones and the run alone, unless it `must` be saved.
 
         Args:
             bad_streak: of Meter; weights after losses that are not finite are not worth keeping.
         """
-        config, step, start = self.config, self.state.global_step, time.perf_counter()
+        step, start = self.state.global_step, time.perf_counter()
         bad, _ = bad_streak
         scales = self.accelerator.scaler is not None  # fp16's skips steps of such losses: the weights are whole
         if not scales and sum_over_processes(self.accelerator, bad):
@@ -43,23 +47,58 @@ class Checkpoints:
                 raise InputError(f"{reason}; the last good one is {self.last}: resume with a lower --learning_rate")
             log.info(reason)
             return
-        try:
-            self.last = save_checkpoint(self.accelerator, config.output_dir, self.state)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not is_write_error(error):
-                raise
-            # Other processes wait for this one: then only ending is left.
-            reason = f"checkpoint of step {step} could not be written ({first_line(error)})"
-            if must or self.accelerator.num_processes > 1:
-                raise InputError(f"{reason}: free some space and run the same command to resume") from None
-            log.info("%s: free some space; the next one is tried after %d steps", reason, config.checkpointing_steps)
+        with self.disk_may_fail(must):
+            folder = write_checkpoint(self.accelerator, self.config.output_dir, self.state)
+            self.written = folder, start, must
+
+    @contextmanager
+    def finishing(self):
+        """Flush and name what `save` has written while the block runs: a third of the time that saving stage 1 takes,
+        which needs neither the GPU nor the run's state. However the block ends, this waits and raises what `save` would
+        have raised. Only then is the new checkpoint the last one."""
+        if self.written is None:
+            yield
             return
-        log.info("saved %s in %.0f s", self.last, time.perf_counter() - start)
+        (folder, start, must), self.written = self.written, None
+        with ThreadPoolExecutor(1) as thread:
+            finished = thread.submit(self.finish_in_main_process, folder, start)
+            try:
+                yield
+            finally:
+                with self.disk_may_fail(must):
+                    self.last = finished.result()
+        self.accelerator.wait_for_everyone()
+
+    def finish(self):
+        """Where nothing is to be done meanwhile."""
+        with self.finishing():
+            pass
+
+    def finish_in_main_process(self, folder, start):
         if self.accelerator.is_main_process:
+            finish_checkpoint(folder)
+            log.info("saved %s in %.0f s", folder, time.perf_counter() - start)
+            config, step = self.config, self.state.global_step
             try:
                 prune(config.output_dir, step, config.checkpoints_total_limit, config.keep_best_checkpoint)
             except BEST_FILE_ERRORS as error:
                 log.info("older checkpoints could not be deleted (%s)", error)
+        return folder
+
+    @contextmanager
+    def disk_may_fail(self, must):
+        """Where the disk fails the block: InputError if the run has to end, one line in the log otherwise."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_write_error(error):
+                raise
+            # Other processes wait for this one: then only ending is left.
+            reason = f"checkpoint of step {self.state.global_step} could not be written ({first_line(error)})"
+            if must or self.accelerator.num_processes > 1:
+                raise InputError(f"{reason}: free some space and run the same command to resume") from None
+            steps = self.config.checkpointing_steps
+            log.info("%s: free some space; the next one is tried after %d steps", reason, steps)
 
     def mark_best(self, measured):
         """Note the checkpoint just written as the best one, if it is the best so far by --best_by.
