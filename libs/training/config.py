@@ -176,7 +176,7 @@ class TrainConfig:
         False, "recompute layers in the backward pass: less memory", variable="LOW_MEMORY", on_at=("1", "2"),
         on_change=LOGGED)
     compile: bool = setting(
-        False, "compile the models in the first step: faster steps, less memory", variable="COMPILE", on_change=LOGGED,
+        False, "compile the models when a run starts: faster steps, less memory", variable="COMPILE", on_change=LOGGED,
         launcher="1 on a GPU with a C compiler, unless `LOW_MEMORY` or FSDP")
     cuda_graph: bool = setting(
         False, "replay forward and backward pass as one CUDA graph: faster, more memory; one machine", on_change=LOGGED,
