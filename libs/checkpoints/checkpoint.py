@@ -149,7 +149,7 @@ def register_hooks(accelerator, keys):
 
 
 def write_checkpoint(accelerator, run_dir, state):
-    """Write checkpoint-<step> beside its final name: returns that path, which `finish_checkpoint` puts it at."""
+    """Write checkpoint-<step> under its partial name. Returns the path that `finish_checkpoint` moves it to."""
     folder = Path(run_dir, f"checkpoint-{state.global_step}")
     partial = partial_of(folder)
     if accelerator.is_main_process:
