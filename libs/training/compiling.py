@@ -20,8 +20,8 @@ def compile_models(models, by_layer, channels_last=True):
 
     Args:
         models: UNet and BrushNet.
-        by_layer: compile the parts of layers, equal ones once, which takes half as long as each model as one graph, and
-            a fifth where layers are recomputed. The host has more to do in a step, which a CUDA graph hides.
+        by_layer: compile the parts of layers, equal ones once, which takes half as long as each model as one graph. The
+            host has more to do in a step, which a CUDA graph hides.
         channels_last: 8-bit optimizers know one format only, the other one.
     """
     set_up_compiling()
