@@ -2,6 +2,8 @@
 
 import errno
 import os
+import select
+import signal
 import sys
 from functools import wraps
 
@@ -16,7 +18,8 @@ class InputError(ValueError):
 
 
 def one_line_errors(main):
-    """Let `main` end with exit status 1 and one line on stderr where an input is wrong, without a traceback."""
+    """Let `main` end with exit status 1 and one line on stderr where an input is wrong, without a traceback; and with
+    none, as other commands do, where whoever reads stdout has ended."""
 
     @wraps(main)
     def wrapped(*args, **kwargs):
@@ -26,14 +29,35 @@ def one_line_errors(main):
         try:
             return main(*args, **kwargs)
         except (InputError, torch.OutOfMemoryError, MemoryError, OSError, UnicodeError) as error:
+            if isinstance(error, BrokenPipeError) and stdout_is_closed():
+                raise SystemExit(128 + signal.SIGPIPE) from None
             rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
             # Before training all processes find the same: one on every machine says so, as each has its own log.
             if local_rank == 0 or PartialState._shared_state:
                 who = f"error in process {rank}" if rank else "error"
                 print(f"{who}: {one_line(error)}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
+        finally:
+            drop_unread_output()
 
     return wrapped
+
+
+def stdout_is_closed():
+    """Whether whoever read it has ended, such as `head`: other pipes break too, a tracker's for one."""
+    poller = select.poll()
+    poller.register(sys.stdout, 0)
+    return bool(poller.poll(0))
+
+
+def drop_unread_output():
+    """What is left for a closed stdout, which the interpreter would complain of as it ends."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:  # such as a full disk: there its complaint is in place
+        pass
 
 
 def one_line(error):

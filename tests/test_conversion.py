@@ -1,7 +1,9 @@
 """Converters: bits, classes, configs, refusals, and checkpoints of the original scripts."""
 
 import json
+import os
 import shutil
+import sys
 from types import SimpleNamespace
 
 import diffusers
@@ -118,6 +120,26 @@ def test_a_full_disk_between_the_models(train, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"could not be written .*No space left on device.*: free some space"):
         convert(1, tmp_path / "run", tmp_path / "c1")
     assert [path.name for path in (tmp_path / "c1").iterdir()] == ["unet_main"]
+
+
+def test_whoever_reads_the_output_has_ended(train, tmp_path, monkeypatch, capsys):
+    """As `| head -1` does: that is no full disk, nothing is said, and neither model is there."""
+    train(1, max_train_steps=1)
+    assert not capsys.readouterr().err
+    reader, writer = map(os.fdopen, os.pipe(), "rw")
+    write_model = libs.checkpoints.convert.write_model
+
+    def write_and_close(*args):
+        assert reader.readline().startswith("converting ")
+        reader.close()
+        return write_model(*args)
+
+    monkeypatch.setattr(libs.checkpoints.convert, "write_model", write_and_close)
+    with writer, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", writer)
+        with pytest.raises(SystemExit) as stop:
+            main(1, [], input_dir=str(tmp_path / "run"), output_dir=str(tmp_path / "c1"), model_config=None)
+    assert stop.value.code == 141 and not capsys.readouterr().err and not (tmp_path / "c1").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import REPOSITORY, equal_files
+from conftest import REPOSITORY, equal_files, error_line
 from PIL import Image
 from torch.optim import AdamW
 
 import libs.training.loop
 import libs.training.loss
-from common.errors import InputError, one_line
+from common.errors import InputError, one_line, one_line_errors
 from common.files import written_whole
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_video
@@ -491,3 +491,24 @@ def test_a_library_s_error_while_writing_keeps_its_words(tmp_path):
     with pytest.raises(OSError, match="encoder error -2") as raised, written_whole(tmp_path / "a.gif"):
         raise OSError("encoder error -2 when writing image file")
     assert one_line(raised.value) == "encoder error -2 when writing image file"
+
+
+def test_output_that_nobody_reads_any_more():
+    """Left in the buffer at the end, as of `--help | head -1`: without a word."""
+    code = "from common.errors import one_line_errors; one_line_errors(lambda: print('unread'))()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONUNBUFFERED": ""},
+                               stdout=closed, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert ended.returncode == 0 and not ended.stderr
+
+
+def test_another_broken_pipe_is_said(capfd):
+    """A tracker's, for one: only that of stdout is none of the user's business."""
+
+    @one_line_errors
+    def main():
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    assert error_line(capfd, main) == "error: [Errno 32] Broken pipe"

@@ -118,7 +118,7 @@ def write_folders(parts, names, output_dir, marker):
         shutil.rmtree(partial, ignore_errors=True)
         if created and output_dir.exists() and not any(output_dir.iterdir()):
             output_dir.rmdir()
-        if isinstance(error, InputError):
+        if isinstance(error, (InputError, BrokenPipeError)):  # the latter of stdout
             raise
         raise InputError(
             f"output_dir {output_dir} could not be written ({error}): free some space, or change it"
