@@ -20,6 +20,7 @@ from libs.training.config import (
     parse_args,
     resume_policy,
     settings_with,
+    what_sets_clips,
 )
 from libs.training.settings_page import settings_page
 from train_DiffuEraser_stage1 import Stage1
@@ -214,6 +215,20 @@ def test_where_holes_come_from_on_resuming(monkeypatch):
         assert changes == [f"changed since the checkpoint: masks of videos are {use}"]
     with pytest.raises(InputError, match="videos that masks and objects are taken from"):
         go_on_from("checkpoint-1", bear, hike, policy, resume_anyway=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "anew"), [({}, False), ({"mask_mix": "blob=0.7,object=0.3"}, True), ({"paste": 0.5}, True)]
+)
+def test_other_annotated_videos_on_resuming_anyway(monkeypatch, changes, anew):
+    """The held-out loss's fixed clips borrow objects as training's do, where these do."""
+    sources, policy = iter((["object of bear"], ["object of hike"])), resume_policy()
+    monkeypatch.setattr(Dataset, "holes", SimpleNamespace(sources=lambda: next(sources)))
+    saved, now = described(**changes), described(**changes)
+    saved.probe_start = 0.5
+    state, notes = go_on_from("checkpoint-1", saved, now, policy, resume_anyway=True)
+    assert (state.probe_start is None) == bool(notes) == anew
+    assert (what_sets_clips(saved.settings) != what_sets_clips(now.settings)) == anew  # so with the best checkpoint
 
 
 def test_a_setting_that_is_newer_than_the_checkpoint():

@@ -255,6 +255,26 @@ def test_a_best_checkpoint_that_was_noted_before_a_setting_was_there(tmp_path):
     assert mark_best(tmp_path, 30, 0.7, what_sets_clips({**settings, "paste": 0.3}), what_sets_clips)
 
 
+def test_a_best_checkpoint_of_other_annotated_videos(tmp_path):
+    """It does not count where clips borrow their objects; one whose videos an older version did not note does."""
+    config = SimpleNamespace(output_dir=tmp_path, best_by="held_out_loss", pcm_weights=None)
+    settings = {**json.loads(json.dumps(resume_policy().defaults)), "mask_mix": "object=1", "hole_videos": "bear"}
+    state = SimpleNamespace(settings=settings)
+
+    def mark(step, value):
+        state.global_step = step
+        main_process, last = SimpleNamespace(is_main_process=True), tmp_path / f"checkpoint-{step}"
+        saving.Checkpoints(config, None, main_process, state, last).mark_best({"held_out_loss": value})
+        return read_best(tmp_path)["step"]
+
+    older = what_sets_clips(settings)
+    del older["hole_videos"]
+    mark_best(tmp_path, 10, 0.5, older)
+    assert mark(20, 0.6) == 10 and mark(30, 0.4) == 30 and mark(40, 0.5) == 30
+    settings["hole_videos"] = "hike"
+    assert mark(50, 0.5) == 50
+
+
 def test_other_validation_videos_start_the_held_out_loss_anew(validated, videos, tmp_path, capsys):
     validated(max_train_steps=1, learning_rate=1e-30)
     best = json.loads((tmp_path / "run/best_checkpoint.json").read_text())

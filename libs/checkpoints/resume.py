@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class ResumePolicy:
 
     on_change: dict  # {setting: REFUSED, OPTIMIZER, BATCH or LOGGED} of those that checkpoints record
     defaults: dict  # {setting: value} of the same: what a run had that was older than the setting
-    sets_clips: tuple  # the settings that the fixed clips of the validation loss follow from
+    what_sets_clips: Callable  # settings -> what of them the fixed clips of the validation loss follow from
 
 
 def describe_run(args, stage, opened, dataset, policy):
@@ -102,7 +103,7 @@ def go_on_from(checkpoint, saved, now, policy, resume_anyway):
             "give --resume_anyway"
         )
     state = replace(saved, weights=now.weights, settings=now.settings)
-    if any(earlier[name] != now.settings[name] for name in policy.sets_clips):
+    if policy.what_sets_clips(earlier) != policy.what_sets_clips(now.settings):
         changes.append("the held-out loss is measured on other clips from here on, and starts anew")
         state.probe_start = None
     return state, changes

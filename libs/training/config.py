@@ -399,7 +399,7 @@ def resume_policy():
     """What checkpoints record, and what resuming makes of a change."""
     on_change = {name: policy for name, policy in settings_with("on_change").items() if policy not in (CONTENT, VIDEOS)}
     defaults = {f.name: default_of(f) for f in fields(TrainConfig) if f.name in on_change}
-    return ResumePolicy(on_change, defaults, tuple(settings_with("sets_clips")))
+    return ResumePolicy(on_change, defaults, what_sets_clips)
 
 
 def what_sets_clips(settings):
@@ -408,7 +408,10 @@ def what_sets_clips(settings):
     A setting that is newer than the record had its default.
     """
     defaults = resume_policy().defaults
-    return {name: settings.get(name, defaults[name]) for name in settings_with("sets_clips")}
+    clips = {name: settings.get(name, defaults[name]) for name in settings_with("sets_clips")}
+    if clips["paste"] or parse_mix(clips["mask_mix"]).get("object"):  # one of these videos', by its number
+        clips["hole_videos"] = settings.get("hole_videos")
+    return clips
 
 
 def shell_variables():

@@ -117,8 +117,12 @@ class Checkpoints:
                 log.info("not all validation videos were scored: this checkpoint cannot become the best by %s", by)
             return
         clips, higher = what_sets_clips(self.state.settings), by in SCORES and SCORES[by].higher_is_better
+
+        def complete(noted):  # an older version did not note which videos are annotated
+            return what_sets_clips({"hole_videos": clips.get("hole_videos"), **noted})
+
         try:
-            if mark_best(self.config.output_dir, step, value, clips, what_sets_clips, measure, higher):
+            if mark_best(self.config.output_dir, step, value, clips, complete, measure, higher):
                 log.info("%s is the best checkpoint so far, by %s", self.last.name, measure_words(measure))
         except BEST_FILE_ERRORS as error:
             log.info("the best checkpoint could not be noted (%s)", error)
