@@ -210,6 +210,20 @@ CASES = {
     "output_has_a_foreign_scan": (
         1, lambda c: (c.run.mkdir(), (c.run / "scan.json").write_text("[]")), {"scan_data": True},
         "run/scan.json is no earlier scan's"),
+    "output_is_the_data": (
+        1, lambda c: None, lambda c: {"output_dir": c.videos / "DAVIS"},
+        "DAVIS is also read from: choose another --output_dir than a folder of --davis_root"),
+    "output_is_among_the_videos": (
+        1, lambda c: None, lambda c: {"output_dir": c.videos / "YTBV/JPEGImages/run"},
+        "JPEGImages/run is also read from: choose another --output_dir than a folder of --ytvos_root"),
+    "output_is_a_validation_video": (
+        1, lambda c: shutil.copytree(c.videos / "DAVIS/JPEGImages/480p/buoy", c.run),
+        lambda c: {"validation_image": [str(c.run)],
+                   "validation_mask": [str(c.videos / "DAVIS/Annotations/480p/buoy")]},
+        "run is also read from: .* than a folder of --validation_image"),
+    "output_is_the_base_model": (
+        2, lambda c: None, lambda c: {"output_dir": c.weights / "stable-diffusion-v1-5"},
+        "is also read from: choose another --output_dir than a folder of --base_model_name_or_path"),
     "output_is_no_utf8": (1, None, lambda c: {"output_dir": f"{c.run}\udce9"}, "run.* is no UTF-8, as names of"),
     "output_is_a_file": (
         1, lambda c: c.run.write_text(""), {}, "--output_dir .*run cannot be written to"),

@@ -31,6 +31,19 @@ def test_check_only(train, tmp_path, capsys):
     assert not list(Path(tmp_path, "run").glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("name", ["run", "diffuEraser/run", "sd-vae-ft-mse/run", "DAVIS/run"])
+def test_a_run_beside_weights_and_data(weights, videos, flags, tmp_path, name):
+    for source in [*weights.iterdir(), *videos.iterdir()]:
+        shutil.copytree(source, tmp_path / source.name)
+    folders = {
+        "vae_path": tmp_path / "sd-vae-ft-mse",
+        "davis_root": tmp_path / "DAVIS",
+        "pretrained_stage1_path": tmp_path / "diffuEraser",
+    }
+    args = parse_args(Stage1, flags(1, output_dir=tmp_path / name, **folders))
+    assert checks.check_output_dir(args, Stage1.open_models(args)) == str(tmp_path / name)
+
+
 def test_a_gpu_without_bf16(monkeypatch):
     monkeypatch.setattr(checks, "gpu_is_used", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)

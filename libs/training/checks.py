@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -44,6 +44,7 @@ BF16_SAVES = 2  # of them, where weights have 16
 EMA_BYTES = 4  # more with --ema_decay, in memory and in a checkpoint
 SHARD_BYTES = 4  # more with FSDP, which writes the weights a second time, and what is frozen
 FROZEN_BYTES = 2
+OF_THE_RUN = {"output_dir", "logging_dir", "latent_cache", "resume_from_checkpoint"}  # folders that it writes to
 
 
 @dataclass
@@ -199,6 +200,7 @@ def check_output_dir(args, opened):
     if args.latent_cache and not args.random_crop:
         check_writable(Path(args.latent_cache), "--latent_cache")
     refuse_source_weights(folder, [weights.folder for weights in opened.values() if weights], flag="--output_dir")
+    refuse_sources(folder, args)
     check_writable(folder, "--output_dir")
     require_utf8(folder)
     files = (CONFIG_FILE, BEST_FILE, *(Path(args.logging_dir, name) for name in RUN_FILES))
@@ -206,6 +208,26 @@ def check_output_dir(args, opened):
     if foreign and not read_starts(folder):
         raise InputError(f"{folder}/{foreign[0]} is no training run's: choose another --output_dir, or it is lost")
     return str(folder)
+
+
+def refuse_sources(folder, args):
+    """Raises InputError for a folder that the run reads weights or data from, and for one among frames or masks, where
+    it would count as a video. Beside them is room: weights/my-run, dataset/DAVIS/my-run."""
+    folder = folder.resolve()
+    read = {f.name: [getattr(args, f.name)] for f in fields(args) if f.metadata["metavar"] == "DIR"}
+    full = {name: getattr(args, name) for name in ("validation_image", "validation_mask")}
+    full |= {name: read[name] for name in ("paired_root", "mask_root", "masks_of_videos")}
+    for name in ("davis_root", "ytvos_root"):
+        parts = ("JPEGImages", "Annotations", "ImageSets")
+        full[name] = [Path(root, part) for root in filter(None, read[name]) for part in parts]
+    refused = [(name, {folder}, roots) for name, roots in read.items() if name not in OF_THE_RUN]
+    refused += [(name, {folder, *folder.parents}, roots) for name, roots in full.items()]
+    for name, folders, roots in refused:
+        if not folders.isdisjoint(Path(root).resolve() for root in roots if root):
+            raise InputError(
+                f"--output_dir {args.output_dir} is also read from: choose another --output_dir than a folder of "
+                f"--{name}"
+            )
 
 
 def open_dataset(args):
