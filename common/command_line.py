@@ -94,14 +94,17 @@ def build_settings_parser(config_class, description, removed_flags):
 
 
 def check_settings(config):
-    """Raise InputError for the first setting whose check says what was needed instead."""
+    """Raise InputError for the settings whose checks say what was needed instead."""
+    wrong = []
     for field in fields(config):
         value, check, choices = getattr(config, field.name), field.metadata["check"], field.metadata["choices"]
         needed = check(value) if check and value is not None else None
         if choices and value not in choices:  # a default from the environment, which argparse does not compare
             needed = f"one of {', '.join(choices)} was needed"
         optional = ", or leave the flag out" if default_of(field) is None else ""
-        require(not needed, f"--{field.name}={value}: {needed}{optional}")
+        if needed:
+            wrong.append(f"--{field.name}={value}: {needed}{optional}")
+    require(not wrong, "; ".join(wrong))
 
 
 def needs(words, holds):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BF16
+from conftest import BF16, error_line
 
 from common.errors import InputError
 from libs.training import checks
@@ -29,6 +29,17 @@ def test_check_only(train, tmp_path, capsys):
     table = capsys.readouterr().out
     assert stop.value.code == 1 and "/proc/run cannot be written to" in table
     assert not list(Path(tmp_path, "run").glob("checkpoint-*"))
+
+
+def test_all_wrong_flags_are_named(train, capsys):
+    with pytest.raises(SystemExit):
+        train(1, check_only=True, report_to="abacus", mixed_precision="fp16", cuda_graph=True)
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert len(failed) == 1 and failed[0].startswith("flags ")
+    assert failed[0].index("--report_to=abacus: ") < failed[0].index("; mixed precision fp16 needs a GPU")
+    assert "; --cuda_graph needs a GPU" in failed[0]
+    error = error_line(capsys, train, 1, check_only=True, nframes=0, seed=-1)
+    assert error.startswith("error: --nframes=0: at least 1 was needed; --seed=-1: a number from 0 ")
 
 
 @pytest.mark.parametrize("name", ["run", "diffuEraser/run", "sd-vae-ft-mse/run", "DAVIS/run"])

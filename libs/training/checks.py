@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate.tracking import LoggerType, get_available_trackers
 
+from common.command_line import require
 from common.distributed import (
     check_distributed,
     count_processes,
@@ -122,38 +123,42 @@ def check_run(args, stage):
 
 def check_flags(args):
     """The tracker and the optimizer are installed, and the precision is one that the device has."""
+    wrong = list(wrong_flags(args))
+    require(not wrong, "; ".join(wrong))
+    stride = f", frame stride {args.frame_stride}" if args.frame_stride > 1 else ""
+    precision, tracker = args.mixed_precision, args.report_to
+    return f"{args.nframes} frames of {args.resolution} px{stride}, mixed precision {precision}, tracker {tracker}"
+
+
+def wrong_flags(args):
+    """What is wrong with them and what mends it, each."""
     known = [tracker.value for tracker in LoggerType]
     name = args.report_to
     if name not in (*known, "none"):
-        raise InputError(f"--report_to={name}: one of {', '.join(known)}, none was needed")
-    if name not in (*(tracker.value for tracker in get_available_trackers()), "all", "none"):
-        raise InputError(f"--report_to={name}: its package is not installed; pip install {name}, or --report_to=none")
+        yield f"--report_to={name}: one of {', '.join(known)}, none was needed"
+    elif name not in (*(tracker.value for tracker in get_available_trackers()), "all", "none"):
+        yield f"--report_to={name}: its package is not installed; pip install {name}, or --report_to=none"
     precision = args.mixed_precision
     if precision == "fp16" and not gpu_is_used():
-        raise InputError("mixed precision fp16 needs a GPU, and none was found: use --mixed_precision=no")
+        yield "mixed precision fp16 needs a GPU, and none was found: use --mixed_precision=no"
     if precision == "bf16" and gpu_is_used() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError("this GPU has no bf16 (Ampere and newer have): use --mixed_precision=fp16, and LOW_MEMORY=1")
-    if args.use_8bit_adam:
-        eight_bit_adam()
-    if args.bf16_weights:
-        check_bf16_weights(args)
+        yield "this GPU has no bf16 (Ampere and newer have): use --mixed_precision=fp16, and LOW_MEMORY=1"
+    for used, library in ((args.use_8bit_adam, eight_bit_adam), (args.bf16_weights, bf16_adam)):
+        try:
+            if used:
+                library()
+        except InputError as error:
+            yield str(error)
+    if args.bf16_weights and not args.use_8bit_adam:
+        yield "--bf16_weights needs --use_8bit_adam (LOW_MEMORY=2 sets both)"
+    if args.bf16_weights and precision != "bf16":
+        yield f"--bf16_weights needs --mixed_precision=bf16, not {precision} (MIXED_PRECISION)"
+    if args.bf16_weights and args.ema_decay is not None:
+        yield "--ema_decay does not go with --bf16_weights, which round its small steps away: drop one"
     if args.compile and (lacking := compiling_lacks()):
-        raise InputError(f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)")
+        yield f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)"
     if args.cuda_graph and not gpu_is_used():
-        raise InputError("--cuda_graph needs a GPU, and none was found: leave the flag out (CUDA_GRAPH=0)")
-    stride = f", frame stride {args.frame_stride}" if args.frame_stride > 1 else ""
-    return f"{args.nframes} frames of {args.resolution} px{stride}, mixed precision {precision}, tracker {name}"
-
-
-def check_bf16_weights(args):
-    """What bf16 weights need is there."""
-    bf16_adam()
-    if not args.use_8bit_adam:
-        raise InputError("--bf16_weights needs --use_8bit_adam (LOW_MEMORY=2 sets both)")
-    if args.mixed_precision != "bf16":
-        raise InputError(f"--bf16_weights needs --mixed_precision=bf16, not {args.mixed_precision} (MIXED_PRECISION)")
-    if args.ema_decay is not None:
-        raise InputError("--ema_decay does not go with --bf16_weights, which round its small steps away: drop one")
+        yield "--cuda_graph needs a GPU, and none was found: leave the flag out (CUDA_GRAPH=0)"
 
 
 def open_base_model(args):
