@@ -1,11 +1,15 @@
 """Layers compiled by other processes: the first step finds them, and whatever goes wrong with them costs time only."""
 
+import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +34,9 @@ from libs.unet_walk import PARTS, LayerWalk, Parts
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++") or room_for_processes(CPU)[1] < 2, reason="a compiler, and room for two processes"
+)
 
 
 class Models(nn.Module):
@@ -66,17 +73,17 @@ def main():
     print("found", found["autograd_cache_hit"], "compiled", found["autograd_cache_miss"])
 
 
-def run_main(tmp_path):
-    run = "if __name__ == '__main__':\n    import test_compile_ahead\n    test_compile_ahead.main()\n"
+def run_main(tmp_path, main="main", timeout=600):
+    run = f"if __name__ == '__main__':\n    import test_compile_ahead\n    test_compile_ahead.{main}()\n"
     (tmp_path / "run.py").write_text(f"import common.libraries\nimport torch\n{run}")
     tests = Path(__file__).parent
     paths = os.pathsep.join(map(str, (tests.parent, tests)))
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": paths}
     command = [sys.executable, str(tmp_path / "run.py")]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs it on CPUs")
+@needs_compiler
 def test_the_first_step_finds_what_was_compiled(tmp_path):
     """The encoder, the first layer, and once those with a gradient; a later start begins no processes."""
     first, second = (run_main(tmp_path).stdout.splitlines()[-2:] for _ in range(2))
@@ -122,7 +129,7 @@ def test_training_runs_what_was_foreseen(stage, train, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LayerWalk, "parts", Parts(*map(noting, vars(PARTS).values())))
     ahead = SimpleNamespace(processes=2, run=foresee)
-    monkeypatch.setattr("libs.training.loop.start_compiling", lambda *args: ahead)
+    monkeypatch.setattr("libs.training.loop.start_compiling", lambda *args: nullcontext(ahead))
     train(stage, output_dir=tmp_path / "run", max_train_steps=1)
     assert run == foreseen and len(run) >= 10
 
@@ -156,7 +163,7 @@ def ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_ahead, "log", SimpleNamespace(info=lambda *args: lines.append(args[0] % args[1:])))
     ahead = object.__new__(CompileAhead)
     ahead.device, ahead.begin, ahead.processes, ahead.done = CPU, 0, 2, tmp_path / "diffueraser" / "key"
-    ahead.pool = ThreadPoolExecutor(1)
+    ahead.pool, ahead.started = ThreadPoolExecutor(1), set()
     return ahead, lines
 
 
@@ -187,6 +194,37 @@ def test_all_is_compiled_once_for_a_machine(ahead, monkeypatch):
     models = Models()
     ahead.run(models, models.encoder, models)
     assert len(lines) == 1 and ahead.done.exists()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_failure_ends_the_processes(ahead, begun):
+    """Before `run` and in it, also those that ignore the signal by which a pool ends its processes."""
+    ahead, _ = ahead
+    spawn = multiprocessing.get_context("spawn")
+    ahead.pool = ProcessPoolExecutor(1, spawn, signal.signal, (signal.SIGTERM, signal.SIG_IGN))
+    others = set(multiprocessing.active_children())
+    never = ahead.pool.submit(signal.pause)
+    ahead.started = set(multiprocessing.active_children()) - others
+    models = Models()
+    with pytest.raises(ZeroDivisionError), ahead:
+        if begun:
+            ahead.run(models, models.encoder, lambda: float(torch.ones(1)))
+        1 / 0  # noqa: B018
+    assert isinstance(never.exception(), BrokenProcessPool)
+    assert not ahead.started & set(multiprocessing.active_children())
+
+
+def start_and_die():
+    ahead = CompileAhead(CPU, "models")
+    ahead.pool.submit(int).result()
+    print("started", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@needs_compiler
+def test_processes_end_with_a_run_that_is_killed(tmp_path):
+    """They hold on to its output: it ends when they do."""
+    assert run_main(tmp_path, "start_and_die", timeout=120).stdout.splitlines()[-1] == "started"
 
 
 @pytest.mark.parametrize(("cores", "gib", "processes"), [(16, 64, 8), (4, 64, 4), (16, 20, 3), (1, 64, 1), (0, 64, 0)])

@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import ExitStack
@@ -57,10 +58,26 @@ class CompileAhead:
             return
         log.info("compiling in %d processes, once for this machine (COMPILE=0 turns it off)", self.processes)
         settings = torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision, cores // self.processes
-        context = multiprocessing.get_context("spawn")
+        context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
         self.pool = ProcessPoolExecutor(self.processes, context, start_process, (device, *settings))
         for _ in range(self.processes):
             self.pool.submit(int)
+        self.started = set(multiprocessing.active_children()) - others
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Where a run fails before `run`, its end would wait for them to start."""
+        if self.processes:
+            self.kill()
+
+    def kill(self):
+        """End the processes at once. They ignore the signal by which a pool ends them, and would wait for ever for a
+        lock that one of them held when it was killed."""
+        for process in self.started:
+            process.kill()
+        self.pool.shutdown()
 
     def run(self, model, encoder, step):
         """Fill torch's cache. What fails is left to the first step, and the log says so.
@@ -71,10 +88,12 @@ class CompileAhead:
             step: a training step's forward pass. What it makes are FakeTensors: none of them may outlive it.
         """
         try:
-            with self.pool:
-                compiled, failed = self.compile_all(calls_of_a_step(model, encoder, step))
+            compiled, failed = self.compile_all(calls_of_a_step(model, encoder, step))
         except RuntimeError as error:  # processes that did not start, or something that FakeTensors cannot do
             compiled, failed = 0, [error]
+        if failed:
+            self.kill()
+        self.pool.shutdown()
         seconds = time.perf_counter() - self.begin
         log.info("compiled %d pieces after %.0f s; the first step puts them together", compiled, seconds)
         if failed:
@@ -209,12 +228,19 @@ def start_process(device, threads, precision, compilers):
     sys.modules.pop("__mp_main__", None)
     for number in STOP_SIGNALS:  # the parent's, which a terminal or a job sends to all; this one ends with it
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.fp32_precision = precision
     torch._inductor.config.compile_threads = compilers
     compiling.set_up_compiling()
     # Compiling something loads the compiler, and starts the processes that it has itself.
     compiling.compile_part(torch.square)(torch.ones(8, device=device, requires_grad=True)).sum().backward()
+
+
+def end_with_parent():
+    """Also where that is killed: a pool's processes would wait for more work for ever, and keep the GPU's memory."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def compile_pickled(call, device):

@@ -54,13 +54,13 @@ def run(stage, argv=None):
         require_agreement(accelerator, config, found)
         start_trackers(accelerator, config)
         set_up_torch(config)
-        train(config, stage, accelerator, found, stop)
+        with start_compiling(config, stage, accelerator, found) as ahead:
+            train(config, stage, accelerator, found, stop, ahead)
         accelerator.end_training()
 
 
-def train(config, stage, accelerator, found, stop):
+def train(config, stage, accelerator, found, stop, ahead):
     """Step until the last step, or until a signal asks to stop. `found`: RunInputs, what the checks have opened."""
-    ahead = start_compiling(config, stage, accelerator, found)
     base, validation_embeds = load_base(config, accelerator, found)
     validation = Validation(config, stage, accelerator, found, base, validation_embeds, stop)
     model = build_model(config, stage, accelerator, found)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -77,9 +78,9 @@ def set_up_torch(config):
 
 
 def start_compiling(config, stage, accelerator, found):
-    """CompileAhead, or None where layers are not compiled one by one before they run."""
+    """A context: CompileAhead, or None where layers are not compiled one by one before they run."""
     if not config.compile or not config.cuda_graph or config.gradient_checkpointing:
-        return None
+        return nullcontext()
     names = ("train_batch_size", "nframes", "resolution", "mixed_precision", "use_8bit_adam")
     configs = [weights and weights.config for weights in found.opened.values()]
     settings = [getattr(config, name) for name in names]
