@@ -20,7 +20,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from libs.training import compile_ahead
+from libs.training import compile_ahead, setup
 from libs.training.compile_ahead import (
     Call,
     CompileAhead,
@@ -30,7 +30,9 @@ from libs.training.compile_ahead import (
     without_values,
 )
 from libs.training.compiling import compile_encoder, compile_models
+from libs.training.config import parse_args
 from libs.unet_walk import PARTS, LayerWalk, Parts
+from train_DiffuEraser_stage1 import Stage1
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own
@@ -194,6 +196,29 @@ def test_all_is_compiled_once_for_a_machine(ahead, monkeypatch):
     models = Models()
     ahead.run(models, models.encoder, models)
     assert len(lines) == 1 and ahead.done.exists()
+
+
+def test_a_disk_without_room_for_the_note(ahead, monkeypatch):
+    ahead, lines = ahead
+    monkeypatch.setattr(compile_ahead, "compile_pickled", lambda call, device: None)
+    ahead.done.parent.write_text("")  # where its folder would be
+    models = Models()
+    ahead.run(models, models.encoder, models)
+    assert lines[0].startswith("compiled 3 pieces")
+
+
+@pytest.mark.parametrize("setting", ["allow_tf32", "bf16_weights"])
+def test_settings_that_change_what_is_compiled(setting, monkeypatch):
+    """The note that all was compiled is another one then."""
+    told = []
+    monkeypatch.setattr(setup, "CompileAhead", lambda device, what: told.append(what))
+    found = SimpleNamespace(opened={}, base=SimpleNamespace(vae_config={}))
+    for on in (False, True):
+        config = parse_args(Stage1, [])
+        config.compile = config.cuda_graph = True
+        setattr(config, setting, on)
+        setup.start_compiling(config, Stage1, SimpleNamespace(device=CPU), found)
+    assert told[0] != told[1]
 
 
 @pytest.mark.parametrize("begun", [False, True])

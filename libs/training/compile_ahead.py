@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.distributed import count_processes_here
 from common.errors import first_line
+from libs import unet_walk
 from libs.training import compiling
 from libs.training.log import log
 from libs.training.stopping import STOP_SIGNALS
@@ -49,7 +50,7 @@ class CompileAhead:
     def __init__(self, device, told):
         self.device, self.begin = device, time.perf_counter()
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-        sources = [Path(module.__file__).read_text() for module in (compiling, sys.modules[__name__])]
+        sources = [Path(module.__file__).read_text() for module in (compiling, unet_walk, sys.modules[__name__])]
         key = hashlib.sha256(repr((told, torch.__version__, gpu, str(device), sources)).encode()).hexdigest()
         self.done = Path(cache_dir(), "diffueraser", key[:32])
         cores, self.processes = room_for_processes(device)
@@ -98,7 +99,8 @@ class CompileAhead:
         log.info("compiled %d pieces after %.0f s; the first step puts them together", compiled, seconds)
         if failed:
             log.info("compiling: the first step does the rest (%s)", first_line(failed[0]))
-        else:
+            return
+        with suppress(OSError):  # a full disk: the next start looks the pieces up again
             self.done.parent.mkdir(exist_ok=True)
             self.done.touch()
 

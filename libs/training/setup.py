@@ -81,9 +81,9 @@ def start_compiling(config, stage, accelerator, found):
     """A context: CompileAhead, or None where layers are not compiled one by one before they run."""
     if not config.compile or not config.cuda_graph or config.gradient_checkpointing:
         return nullcontext()
-    names = ("train_batch_size", "nframes", "resolution", "mixed_precision", "use_8bit_adam")
+    shapes, types = ("train_batch_size", "nframes", "resolution"), ("mixed_precision", "bf16_weights", "allow_tf32")
     configs = [weights and weights.config for weights in found.opened.values()]
-    settings = [getattr(config, name) for name in names]
+    settings = [getattr(config, name) for name in (*shapes, *types, "use_8bit_adam")]
     return CompileAhead(accelerator.device, (stage.number, settings, configs, found.base.vae_config))
 
 
