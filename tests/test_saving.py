@@ -112,6 +112,17 @@ def test_an_error_meanwhile_waits_for_the_checkpoint(checkpoints, tmp_path, monk
     assert ("could not be written" in caplog.text) == full
 
 
+def test_files_of_validation_keep_their_rights(checkpoints, tmp_path, monkeypatch):
+    """The process has one umask: to read it in the thread would open what others write meanwhile to everybody."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("umask has changed"))
+    (tmp_path / "expected").touch()
+    checkpoints.save(GOOD, must=False)
+    Path(tmp_path, "checkpoint-7.partial/model.safetensors").chmod(0o600)  # as safetensors leaves it
+    checkpoints.finish()
+    saved = tmp_path / "checkpoint-7/model.safetensors"
+    assert saved.stat().st_mode == (tmp_path / "expected").stat().st_mode
+
+
 def test_other_processes_wait_for_the_name(checkpoints, tmp_path, monkeypatch):
     """They flush and delete nothing, and go on when the main process has."""
     waited = []

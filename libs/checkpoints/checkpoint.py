@@ -26,6 +26,8 @@ STATE_FILE = "trainer_state.json"
 BEST_FILE = "best_checkpoint.json"  # in the run's folder
 HELD_OUT = "held_out_loss"  # a measure of checkpoints; the others are scores of the validation videos
 PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".replaced"  # no names that users give to copies of their own, as ".old"
+UMASK = os.umask(0)  # read here, not in a thread: everybody could change the files that others make meanwhile
+os.umask(UMASK)
 
 
 @dataclass
@@ -194,11 +196,9 @@ def clean_up(run_dir):
 
 def replace_folder(partial, folder):
     """Flush `partial` and give it the name `folder`, in whose place nothing half-written can ever stand."""
-    umask = os.umask(0)
-    os.umask(umask)
     for path in sorted(partial.rglob("*")):
         if path.is_file():
-            path.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
+            path.chmod(0o666 & ~UMASK)  # safetensors writes files that only their owner can read
         flush(path)
     flush(partial)
     old = folder.with_name(folder.name + OLD_SUFFIX)
