@@ -264,3 +264,12 @@ def test_a_single_core_compiles_in_its_first_step(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert CompileAhead(CPU, "models").processes == 0
+
+
+@pytest.mark.parametrize("setting", [{"fx_graph_cache": False}, {"force_disable_caches": True}])
+def test_no_processes_without_a_cache(setting, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compile_ahead, "room_for_processes", lambda device: (2, 2))
+    monkeypatch.setattr(compile_ahead, "ProcessPoolExecutor", lambda *args: pytest.fail("processes"))
+    with torch._inductor.config.patch(setting):
+        assert CompileAhead(CPU, "models").processes == 0

@@ -54,7 +54,9 @@ class CompileAhead:
         key = hashlib.sha256(repr((told, torch.__version__, gpu, str(device), sources)).encode()).hexdigest()
         self.done = Path(cache_dir(), "diffueraser", key[:32])
         cores, self.processes = room_for_processes(device)
-        if self.processes < 2 or self.done.exists():
+        config = torch._inductor.config
+        kept = config.fx_graph_cache and not config.force_disable_caches  # else the first step would find nothing
+        if self.processes < 2 or not kept or self.done.exists():
             self.processes = 0
             return
         log.info("compiling in %d processes, once for this machine (COMPILE=0 turns it off)", self.processes)
