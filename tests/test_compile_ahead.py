@@ -177,7 +177,7 @@ def test_what_fails_is_left_to_the_first_step(ahead, monkeypatch):
     ahead, lines = ahead
     monkeypatch.setattr(compile_ahead, "compile_pickled", fail_for_the_encoder)
     models = Models()
-    ahead.run(models, models.encoder, models)
+    assert not ahead.run(models, models.encoder, models)
     assert lines[0].startswith("compiled 2 pieces") and lines[1] == "compiling: the first step does the rest (no room)"
     assert not ahead.done.exists()
 
@@ -185,7 +185,7 @@ def test_what_fails_is_left_to_the_first_step(ahead, monkeypatch):
 def test_a_step_that_cannot_be_foreseen(ahead):
     ahead, lines = ahead
     models = Models()
-    ahead.run(models, models.encoder, lambda: float(torch.ones(1)))  # asks for a value, which a FakeTensor has not
+    assert not ahead.run(models, models.encoder, lambda: float(torch.ones(1)))  # a FakeTensor has no value
     assert lines[0].startswith("compiled 0 pieces") and "the first step does the rest" in lines[1]
     assert not ahead.done.exists()
 
@@ -194,7 +194,7 @@ def test_all_is_compiled_once_for_a_machine(ahead, monkeypatch):
     ahead, lines = ahead
     monkeypatch.setattr(compile_ahead, "compile_pickled", lambda call, device: None)
     models = Models()
-    ahead.run(models, models.encoder, models)
+    assert ahead.run(models, models.encoder, models)
     assert len(lines) == 1 and ahead.done.exists()
 
 

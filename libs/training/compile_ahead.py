@@ -40,7 +40,7 @@ GPU_BYTES = 5 * 2**30  # of the GPU's, for a process and its largest layer, and 
 
 
 class CompileAhead:
-    """The processes, begun before models are loaded, as they take as long to start; none where this was done before.
+    """The processes, which start while models are loaded; none where all was compiled before, or without room for two.
 
     Args:
         told: whatever tells what a step compiles, in a form that `repr` shows. Where it does not tell all, the first
@@ -83,7 +83,7 @@ class CompileAhead:
         self.pool.shutdown()
 
     def run(self, model, encoder, step):
-        """Fill torch's cache. What fails is left to the first step, and the log says so.
+        """Fill torch's cache. What fails is left to the first step, and the log says so. Returns whether nothing has.
 
         Args:
             model: an Inpainter whose layers are compiled one by one (`compile_models`), none of them recomputed.
@@ -101,10 +101,11 @@ class CompileAhead:
         log.info("compiled %d pieces after %.0f s; the first step puts them together", compiled, seconds)
         if failed:
             log.info("compiling: the first step does the rest (%s)", first_line(failed[0]))
-            return
+            return False
         with suppress(OSError):  # a full disk: the next start looks the pieces up again
             self.done.parent.mkdir(exist_ok=True)
             self.done.touch()
+        return True
 
     def compile_all(self, calls, interval=20):
         """(number of calls compiled, [what went wrong with others])."""
@@ -233,6 +234,8 @@ def start_process(device, threads, precision, compilers):
     for number in STOP_SIGNALS:  # the parent's, which a terminal or a job sends to all; this one ends with it
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # else some of torch would take memory of the first GPU too
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.fp32_precision = precision
     torch._inductor.config.compile_threads = compilers

@@ -161,13 +161,14 @@ def make_loader(config, accelerator, found, cache, last_step):
 
 def make_passes(config, accelerator, model, base, ahead):
     """The ForwardBackward of a prepared model, which `ahead`, a CompileAhead or None, compiles."""
+    compiled = False
     if ahead and ahead.processes:
         # A noise scheduler keeps its tables on the device of its latest call.
         own = replace(base, noise_scheduler=copy(base.noise_scheduler))
         unwrapped = accelerator.unwrap_model(model)
         step = partial(inpainting_loss, unwrapped, own, example_batch(config))
-        ahead.run(unwrapped, base.vae.vae.encoder, step)
-    elif config.compile:
+        compiled = ahead.run(unwrapped, base.vae.vae.encoder, step)
+    if config.compile and not compiled:
         log_compiling()
     passes = GraphedForwardBackward if config.cuda_graph else ForwardBackward
     return passes(accelerator, model, base, LossWeights.of(config))
