@@ -13,9 +13,6 @@ import gc
 import json
 import statistics
 import time
-from copy import copy
-from dataclasses import replace
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +26,7 @@ from libs.inpainter import INPAINTERS, cast_parameters
 from libs.training.compile_ahead import CompileAhead
 from libs.training.compiling import compile_encoder, compile_models
 from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward
-from libs.training.loss import ForwardBackward, inpainting_loss
+from libs.training.loss import ForwardBackward
 from libs.training.optimizer import make_optimizer
 from libs.vae import FrozenVAE
 from toy.full_size import make_model
@@ -119,12 +116,10 @@ class Step:
         optimizer = make_optimizer(flags, parameters, flags.learning_rate, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         prompt_embeds = torch.randn(2, 77, 768, device="cuda")
-        noise_scheduler = DDPMScheduler.from_config(SCHEDULER)
-        self.base = LoadedBase(vae, noise_scheduler, prompt_embeds, accelerator.device)
+        self.base = LoadedBase(vae, DDPMScheduler.from_config(SCHEDULER), prompt_embeds, accelerator.device)
         begin = time.perf_counter()
         if ahead and ahead.processes:
-            base = replace(self.base, noise_scheduler=copy(noise_scheduler))
-            ahead.run(model, vae.vae.encoder, partial(inpainting_loss, model, base, self.batch))
+            ahead.run(model, self.base, self.batch)
         self.ahead_s = time.perf_counter() - begin
         passes = GraphedForwardBackward if flags.cuda_graph else ForwardBackward
         self.forward_backward, self.parts = passes(accelerator, self.model, self.base), Parts()

@@ -69,7 +69,7 @@ def main():
     ahead = CompileAhead(CPU, "models")
     print("processes", ahead.processes)
     if ahead.processes:
-        ahead.run(models, models.encoder, models)
+        ahead.compile_step(models, models.encoder, models)
     models().backward()
     found = torch._dynamo.utils.counters["aot_autograd"]
     print("found", found["autograd_cache_hit"], "compiled", found["autograd_cache_miss"])
@@ -130,7 +130,8 @@ def test_training_runs_what_was_foreseen(stage, train, tmp_path, monkeypatch):
         run.clear()
 
     monkeypatch.setattr(LayerWalk, "parts", Parts(*map(noting, vars(PARTS).values())))
-    ahead = SimpleNamespace(processes=2, run=foresee)
+    ahead = object.__new__(CompileAhead)
+    ahead.processes, ahead.compile_step = 2, foresee
     monkeypatch.setattr("libs.training.loop.start_compiling", lambda *args: nullcontext(ahead))
     train(stage, output_dir=tmp_path / "run", max_train_steps=1)
     assert run == foreseen and len(run) >= 10
@@ -177,7 +178,7 @@ def test_what_fails_is_left_to_the_first_step(ahead, monkeypatch):
     ahead, lines = ahead
     monkeypatch.setattr(compile_ahead, "compile_pickled", fail_for_the_encoder)
     models = Models()
-    assert not ahead.run(models, models.encoder, models)
+    assert not ahead.compile_step(models, models.encoder, models)
     assert lines[0].startswith("compiled 2 pieces") and lines[1] == "compiling: the first step does the rest (no room)"
     assert not ahead.done.exists()
 
@@ -185,7 +186,7 @@ def test_what_fails_is_left_to_the_first_step(ahead, monkeypatch):
 def test_a_step_that_cannot_be_foreseen(ahead):
     ahead, lines = ahead
     models = Models()
-    assert not ahead.run(models, models.encoder, lambda: float(torch.ones(1)))  # a FakeTensor has no value
+    assert not ahead.compile_step(models, models.encoder, lambda: float(torch.ones(1)))  # a FakeTensor has no value
     assert lines[0].startswith("compiled 0 pieces") and "the first step does the rest" in lines[1]
     assert not ahead.done.exists()
 
@@ -194,7 +195,7 @@ def test_all_is_compiled_once_for_a_machine(ahead, monkeypatch):
     ahead, lines = ahead
     monkeypatch.setattr(compile_ahead, "compile_pickled", lambda call, device: None)
     models = Models()
-    assert ahead.run(models, models.encoder, models)
+    assert ahead.compile_step(models, models.encoder, models)
     assert len(lines) == 1 and ahead.done.exists()
 
 
@@ -203,7 +204,7 @@ def test_a_disk_without_room_for_the_note(ahead, monkeypatch):
     monkeypatch.setattr(compile_ahead, "compile_pickled", lambda call, device: None)
     ahead.done.parent.write_text("")  # where its folder would be
     models = Models()
-    ahead.run(models, models.encoder, models)
+    ahead.compile_step(models, models.encoder, models)
     assert lines[0].startswith("compiled 3 pieces")
 
 
@@ -233,7 +234,7 @@ def test_a_failure_ends_the_processes(ahead, begun):
     models = Models()
     with pytest.raises(ZeroDivisionError), ahead:
         if begun:
-            ahead.run(models, models.encoder, lambda: float(torch.ones(1)))
+            ahead.compile_step(models, models.encoder, lambda: float(torch.ones(1)))
         1 / 0  # noqa: B018
     assert isinstance(never.exception(), BrokenProcessPool)
     assert not ahead.started & set(multiprocessing.active_children())

@@ -16,7 +16,8 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,7 @@ from common.errors import first_line
 from libs import unet_walk
 from libs.training import compiling
 from libs.training.log import log
+from libs.training.loss import inpainting_loss
 from libs.training.stopping import STOP_SIGNALS
 from libs.unet_walk import Parts
 
@@ -82,14 +84,22 @@ class CompileAhead:
             process.kill()
         self.pool.shutdown()
 
-    def run(self, model, encoder, step):
-        """Fill torch's cache. What fails is left to the first step, and the log says so. Returns whether nothing has.
+    def run(self, model, base, batch):
+        """Compile what a training step runs, into torch's cache. What fails is left to the first step, and the log says
+        so. Returns whether nothing has.
 
         Args:
-            model: an Inpainter whose layers are compiled one by one (`compile_models`), none of them recomputed.
-            encoder: the VAE's, compiled.
-            step: a training step's forward pass. What it makes are FakeTensors: none of them may outlive it.
+            model: an Inpainter as accelerate prepared it, without DDP around it; its layers are compiled one by one
+                (`compile_models`) and not recomputed.
+            base: LoadedBase, the encoder of its VAE compiled.
+            batch: of `TrainingClips.collate`, of any clips.
         """
+        # A noise scheduler keeps its tables on the device of its latest call: here they are FakeTensors.
+        base = replace(base, noise_scheduler=copy.copy(base.noise_scheduler))
+        return self.compile_step(model, base.vae.vae.encoder, partial(inpainting_loss, model, base, batch))
+
+    def compile_step(self, model, encoder, step):
+        """`run`, of any step: a function that nothing outlives of what it makes."""
         try:
             compiled, failed = self.compile_all(calls_of_a_step(model, encoder, step))
         except RuntimeError as error:  # processes that did not start, or something that FakeTensors cannot do

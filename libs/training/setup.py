@@ -3,9 +3,6 @@
 import math
 import warnings
 from contextlib import nullcontext
-from copy import copy
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +24,7 @@ from libs.training.config import settings_with
 from libs.training.cuda_graph import GraphedForwardBackward, leave_default_stream
 from libs.training.latent_cache import LatentCache
 from libs.training.log import log, log_compiling, log_parameters
-from libs.training.loss import ForwardBackward, inpainting_loss
+from libs.training.loss import ForwardBackward
 from libs.training.loss_weights import LossWeights
 from libs.training.optimizer import make_optimizer, match_layout
 
@@ -161,13 +158,8 @@ def make_loader(config, accelerator, found, cache, last_step):
 
 def make_passes(config, accelerator, model, base, ahead):
     """The ForwardBackward of a prepared model, which `ahead`, a CompileAhead or None, compiles."""
-    compiled = False
-    if ahead and ahead.processes:
-        # A noise scheduler keeps its tables on the device of its latest call.
-        own = replace(base, noise_scheduler=copy(base.noise_scheduler))
-        unwrapped = accelerator.unwrap_model(model)
-        step = partial(inpainting_loss, unwrapped, own, example_batch(config))
-        compiled = ahead.run(unwrapped, base.vae.vae.encoder, step)
+    begun = ahead and ahead.processes
+    compiled = begun and ahead.run(accelerator.unwrap_model(model), base, example_batch(config))
     if config.compile and not compiled:
         log_compiling()
     passes = GraphedForwardBackward if config.cuda_graph else ForwardBackward
