@@ -7,6 +7,7 @@ import sysconfig
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate.utils import parse_flag_from_env
 
@@ -19,6 +20,33 @@ def gpu_is_used():
 def accelerator_or_cpu():
     """The torch.device that work outside a training run is done on."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def available_memory(group=None):
+    """Bytes of the machine's memory that may still be taken; of a container or a job with a limit, what that leaves.
+
+    Args:
+        group: folder of a control group (https://docs.kernel.org/admin-guide/cgroup-v2.html); None: this process's.
+    """
+    if group is None:
+        own = next((line[3:] for line in read_lines("/proc/self/cgroup") if line.startswith("0::")), "")
+        group = Path(f"/sys/fs/cgroup{own}")
+    left = [psutil.virtual_memory().available]
+    for folder in (group, *group.parents):
+        limit = next(iter(read_lines(folder / "memory.max")), "max")
+        if limit != "max":
+            used = int(read_lines(folder / "memory.current")[0])
+            stat = dict(line.split() for line in read_lines(folder / "memory.stat"))
+            left.append(int(limit) - used + int(stat.get("inactive_file", 0)))  # files' pages are given back
+    return max(0, min(left))
+
+
+def read_lines(path):
+    """[] of a file that cannot be read."""
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 import torch._inductor.config
 from torch import nn
@@ -29,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.distributed import count_processes_here
 from common.errors import first_line
+from common.hardware import available_memory
 from libs import unet_walk
 from libs.training import compiling
 from libs.training.log import log
@@ -134,7 +134,7 @@ def room_for_processes(device):
     """(cores for this process of the run, how many processes these and the memory of machine and GPU have room for)."""
     here = count_processes_here()
     cores = len(os.sched_getaffinity(0)) // here
-    most = [MOST_PROCESSES, cores, psutil.virtual_memory().available // here // HOST_BYTES]
+    most = [MOST_PROCESSES, cores, available_memory() // here // HOST_BYTES]
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         most.append(free // GPU_BYTES)
