@@ -35,7 +35,6 @@ from libs.unet_walk import PARTS, LayerWalk, Parts
 from train_DiffuEraser_stage1 import Stage1
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs it on CPUs")
 
 

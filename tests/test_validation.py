@@ -27,7 +27,7 @@ import libs.training.validation
 import libs.training.validation_loss
 from common.errors import InputError
 from common.run_files import AS_DEPLOYED, append_row, read_rows, validation_form, write_rows
-from libs.checkpoints.checkpoint import mark_best, prune, read_best
+from libs.checkpoints.checkpoint import PARTIAL_SUFFIX, mark_best, prune, read_best
 from libs.checkpoints.rank import main as rank_checkpoints
 from libs.evaluation.baselines import telea
 from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers
@@ -168,11 +168,12 @@ def test_two_processes_may_write_the_same_gif(tmp_path, monkeypatch):
 
 
 def test_a_signal_while_validating(validated, tmp_path, capsys, monkeypatch):
-    """That step's checkpoint is there already; the video is finished, no other begun, and the next step is the last."""
+    """That step's checkpoint is written; the video is finished, no other begun, and the next step is the last."""
     fill, checkpoints = Pipeline.fill, []
 
     def interrupted(*args, **settings):
-        checkpoints.append([path.name for path in tmp_path.glob("run/checkpoint-*")])
+        # It gets its final name while videos are filled.
+        checkpoints.append([path.name.removesuffix(PARTIAL_SUFFIX) for path in tmp_path.glob("run/checkpoint-*")])
         if len(checkpoints) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return fill(*args, **settings)
