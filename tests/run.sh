@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All tests, on a machine that has nothing but Python 3.11: arguments go to pytest, as in `bash tests/run.sh -k masks`.
 # --gpu runs those that need a GPU, and no others: these run on the CPU, wherever they are.
-# --long kills the trainer a hundred times instead of five (about 15 minutes more).
+# --long kills the trainer a hundred times instead of five (some minutes more).
 set -euo pipefail
 if [[ "${1:-}" == --long ]]; then
   export KILLS=100
