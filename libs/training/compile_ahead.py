@@ -1,4 +1,4 @@
-"""Layers compiled by several processes at once, into torch's cache on the disk, where the first step finds them.
+"""Layers compiled by several processes at once, into torch's cache on the disk, from which this one takes them.
 
 Most of torch.compile's work is Python's: in one process, layer after layer, it takes two to four minutes. Which layers
 there are, and what they are called with, a step on FakeTensors tells, which have everything but values
@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -85,8 +85,8 @@ class CompileAhead:
         self.pool.shutdown()
 
     def run(self, model, base, batch):
-        """Compile what a training step runs, into torch's cache. What fails is left to the first step, and the log says
-        so. Returns whether nothing has.
+        """Compile what a training step runs. What fails is left to the first step, and the log says so. Returns whether
+        nothing has.
 
         Args:
             model: an Inpainter as accelerate prepared it, without DDP around it; its layers are compiled one by one
@@ -101,14 +101,16 @@ class CompileAhead:
     def compile_step(self, model, encoder, step):
         """`run`, of any step: a function that nothing outlives of what it makes."""
         try:
-            compiled, failed = self.compile_all(calls_of_a_step(model, encoder, step))
+            calls = calls_of_a_step(model, encoder, step)
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                compiled, failed = self.compile_all(calls)
         except RuntimeError as error:  # processes that did not start, or something that FakeTensors cannot do
             compiled, failed = 0, [error]
         if failed:
             self.kill()
         self.pool.shutdown()
-        seconds = time.perf_counter() - self.begin
-        log.info("compiled %d pieces after %.0f s; the first step puts them together", compiled, seconds)
+        torch.cuda.empty_cache()
+        log.info("compiled %d pieces after %.0f s", compiled, time.perf_counter() - self.begin)
         if failed:
             log.info("compiling: the first step does the rest (%s)", first_line(failed[0]))
             return False
@@ -119,15 +121,21 @@ class CompileAhead:
 
     def compile_all(self, calls, interval=20):
         """(number of calls compiled, [what went wrong with others])."""
-        tasks = [self.pool.submit(compile_pickled, pickle.dumps(call), self.device) for call in calls]
-        waiting = set(tasks)
+        tasks = {self.pool.submit(compile_pickled, pickle.dumps(call), self.device): call for call in calls}
+        waiting, failed, told = set(tasks), [], time.perf_counter()
         while waiting:
-            _, waiting = wait(waiting, interval)
-            if waiting:
-                seconds = time.perf_counter() - self.begin
-                log.info("compiling: %d of %d pieces after %.0f s", len(tasks) - len(waiting), len(tasks), seconds)
-        failed = [task.exception() for task in tasks if task.exception()]
-        return len(tasks) - len(failed), failed
+            done, waiting = wait(waiting, max(0, told + interval - time.perf_counter()), FIRST_COMPLETED)
+            for task in done:
+                call = tasks.pop(task)
+                if task.exception():
+                    failed.append(task.exception())
+                else:
+                    call.compile(self.device)  # taken from the cache: torch knows it in this process from now on
+            if time.perf_counter() >= told + interval:
+                told = time.perf_counter()
+                seconds = told - self.begin
+                log.info("compiling: %d of %d pieces after %.0f s", len(calls) - len(tasks), len(calls), seconds)
+        return len(calls) - len(failed), failed
 
 
 def room_for_processes(device):
