@@ -236,8 +236,8 @@ def choose_engine(config):
     precision = variable("MIXED_PRECISION", configured or usual)
     arguments.append(f"--mixed_precision={precision}")
     sharded = config.distributed_type == "FSDP"
-    if sharded:  # layers gather their weights as they go, which leaves holes in the allocator's memory: without this,
-        # fp32 ran out of 80 GB with 25 GiB in use.
+    if gpus:  # else the allocator's memory has holes that nothing fits: a step in one CUDA graph needs 8 GiB more, and
+        # FSDP ran out of 80 GB with 25 GiB in use.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", variable("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
     return Engine(arguments, rank, processes, machines, gpus, compiles, sharded)
 

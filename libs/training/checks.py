@@ -45,6 +45,7 @@ BF16_SAVES = 2  # of them, where weights have 16
 EMA_BYTES = 4  # more with --ema_decay, in memory and in a checkpoint
 SHARD_BYTES = 4  # more with FSDP, which writes the weights a second time, and what is frozen
 FROZEN_BYTES = 2
+FORWARD_GIB_PER_FRAME = 0.3  # of 512x512, held after a forward pass whose layers are recomputed
 OF_THE_RUN = {"output_dir", "logging_dir", "latent_cache", "resume_from_checkpoint"}  # folders that it writes to
 
 
@@ -392,8 +393,11 @@ def check_memory(args, stage, opened):
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
     activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]
     several = distributed_type() == "ddp" and processes * args.gradient_accumulation_steps > 1
-    if args.cuda_graph or (several and not args.gradient_checkpointing):
-        activations += trained * 4 / 2**30  # gradients, which the measured runs did not hold in the forward pass
+    if several or (args.cuda_graph and args.gradient_checkpointing):
+        # Gradients, which the measured runs did not hold in the forward pass.
+        gradients = trained * (2 if args.bf16_weights else 4) / 2**30
+        beside = FORWARD_GIB_PER_FRAME * frames * width if args.gradient_checkpointing else math.inf
+        activations += min(gradients, beside)
     about = "more than" if args.mixed_precision == "no" else "about"  # what was measured was half precision
     if not gpu_is_used():
         return f"{about} {fixed + activations:.1f} GiB; no GPU was found"
