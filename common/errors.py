@@ -76,7 +76,7 @@ def one_line(error):
     found = ". ".join(str(error).split(". ")[:3])  # what failed, how much was asked for, how much the GPU has
     return (
         f"{found}: use fewer frames at once (--nframes), smaller ones (--resolution, --size) or, to train, "
-        "LOW_MEMORY=1 in another output folder"
+        "LOW_MEMORY=1 or 2 in another output folder"
     )
 
 
