@@ -110,6 +110,13 @@ def test_raw_streams_have_the_usual_rate(clip, tmp_path):
     assert len(video) == 6 and video.fps == 10  # AVI's frames have no times of their own
 
 
+def test_one_frame_of_a_time_lapse(run, clip, tmp_path):
+    """Its clock ticks once in ten seconds."""
+    path = encode(tmp_path / "a.avi", clip.frames[:1], "mjpeg", "avi", pixels="yuvj420p", time_base=Fraction(10))
+    assert run(path, clip.mask)[0] == 0
+    assert open_video(path).fps == pytest.approx(0.1) and len(read_video(tmp_path / "out/result.mp4")[0]) == 1
+
+
 def test_turned_videos_are_shown_upright(run, tmp_path):
     frames, holes = moving_video(4, 48, 64)
     path = encode(tmp_path / "a.mp4", frames, rotation=90, aspect=Fraction(4, 3))

@@ -110,7 +110,8 @@ class VideoFile:
             self.time_base, known, end = Fraction(1, USUAL_CLOCK), np.round(known * ticks).astype(np.int64), None
         order = np.arange(len(pts))
         self.pts = np.maximum.accumulate(known - order) + order  # a time that comes twice is moved by a tick
-        steps = np.diff(self.pts) if len(pts) > 1 else np.array([round(1 / (rate * self.time_base))])
+        # A clock may tick more slowly than the rate, as that of time-lapses in AVI.
+        steps = np.diff(self.pts) if len(pts) > 1 else np.array([max(1, round(1 / (rate * self.time_base)))])
         usual = max(1, int(np.median(steps)))
         last = end - int(self.pts[-1]) if end else 0
         self.last_duration = last if 0 < last <= LONGEST_LAST * usual else usual
