@@ -157,7 +157,12 @@ def test_files_joined_byte_by_byte(run, clip, tmp_path):
 
 @pytest.mark.parametrize(
     ("container", "codec", "rate"),
-    [("matroska", "pcm_s16le", 37800), ("mov", "pcm_s24le", 192000), ("matroska", "ac3", 48000)],
+    [
+        ("matroska", "pcm_s16le", 37800),
+        ("mov", "pcm_s24le", 192000),
+        ("matroska", "ac3", 48000),
+        ("avi", "libmp3lame", 11025),
+    ],
 )
 def test_sound_of_any_rate_and_codec_is_aac(run, clip, tmp_path, container, codec, rate):
     given = encode(tmp_path / "a", clip.frames, container=container, sound=codec, sound_rate=rate)

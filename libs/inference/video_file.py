@@ -30,6 +30,7 @@ LIMITED_RANGE = 1  # luma 16-235
 SD_SIDES = (1279, 576)  # up to this width and height, a video without tags is BT.601, larger ones BT.709, as players do
 ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 SOUND_OF_BROWSERS = ("aac", "mp3")  # copied; any other is encoded as AAC
+LOWEST_MP3 = 16_000  # samples a second: fewer, as old recordings have them, are not allowed in an mp4
 AAC_RATES = av.Codec("aac", "w").audio_rates
 # Texts and lists that ffmpeg would play
 NO_VIDEOS = ("tty", "hls", "concat", "dash", "sdp", "bin", "xbin", "adf", "idf")
@@ -289,7 +290,8 @@ class Sound:
         self.container, self.start, self.last = container, source.start, None
         with source.opened() as (given, _):
             audio = first_sound(given)
-            self.encode = audio.codec_context.codec.canonical_name not in SOUND_OF_BROWSERS
+            codec = audio.codec_context.codec.canonical_name
+            self.encode = codec not in SOUND_OF_BROWSERS or (codec == "mp3" and audio.rate < LOWEST_MP3)
             if self.encode:
                 self.stream = container.add_stream("aac", rate=audio.rate if audio.rate in AAC_RATES else 48_000)
             else:
