@@ -175,6 +175,8 @@ def write_result(folder, video, frames, fps):
     Path(folder, "frames").mkdir(exist_ok=True)
     for i in range(earlier.get("frames", 0)):
         frame_file(folder, i).unlink(missing_ok=True)
+    # Written into, it would change what a link leads to, and copies that share it, as those of `cp -al` do.
+    Path(folder, "result.mp4").unlink(missing_ok=True)
     source = None if video.fps is None else video
     with VideoWriter(folder / "result.mp4", *first.shape[:2], fps, source) as movie:
 

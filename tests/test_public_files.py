@@ -306,6 +306,19 @@ def test_an_earlier_result_is_replaced(run, clip, tmp_path):
     assert names == ["00000.png", "00001.png", "00099.png"]
 
 
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_what_shares_a_file_with_an_earlier_result_is_kept(run, clip, tmp_path, link):
+    """A result that was moved away and linked to, and a copy by `cp -al`."""
+    assert run(clip.folder, clip.mask)[0] == 0
+    result = tmp_path / "out/result.mp4"
+    kept = result.rename(tmp_path / "kept.mp4")
+    getattr(result, link)(kept)
+    before = kept.read_bytes()
+    write_frames(tmp_path / "short", clip.frames[:2])
+    assert run(tmp_path / "short", clip.mask)[0] == 0
+    assert kept.read_bytes() == before and len(open_video(result)) == 2
+
+
 def test_nobodys_scores_are_replaced(clip, tmp_path, capsys):
     call = [f"--frames={tmp_path}", "--videos", "clip", "--no_model", "--rivals", "mean-colour",
             f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
