@@ -64,13 +64,14 @@ def one_line(error):
     """What a user needs of an InputError, of memory that is full, and of files and names that the system or a library
     refuses where no check foresaw it."""
     if isinstance(error, InputError):
-        # A loader worker's error arrives with its traceback as text; its last line is the error.
-        return str(error).strip().splitlines()[-1].removeprefix("common.errors.InputError: ")
+        # A loader worker's error arrives with its traceback as text, which ends with the error.
+        return escape_lines(str(error).strip().rpartition("\ncommon.errors.InputError: ")[-1])
     if isinstance(error, MemoryError):
         return f"this machine's memory is full ({first_line(error)}): use a shorter or smaller clip, or --resolution"
     if isinstance(error, OSError):
         remedy = ": free some space, or write to another disk" if error.errno in FULL else ""
-        return (f"{error.filename}: {error.strerror}" if error.filename else first_line(error)) + remedy
+        found = f"{escape_lines(str(error.filename))}: {error.strerror}" if error.filename else first_line(error)
+        return found + remedy
     if isinstance(error, UnicodeError):
         return f"a name or text that is no UTF-8 cannot be used here ({error}): rename it"
     found = ". ".join(str(error).split(". ")[:3])  # what failed, how much was asked for, how much the GPU has
@@ -78,6 +79,11 @@ def one_line(error):
         f"{found}: use fewer frames at once (--nframes), smaller ones (--resolution, --size) or, to train, "
         "LOW_MEMORY=1 or 2 in another output folder"
     )
+
+
+def escape_lines(text):
+    """On one line: names of files may have line breaks."""
+    return "\\n".join(text.splitlines())
 
 
 def first_line(error):

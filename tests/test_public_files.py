@@ -11,9 +11,10 @@ import pytest
 from clips import encode, moving_video, read_masks, read_video, write_frames
 from fuzz_files import fuzz
 from PIL import Image
+from torch._utils import ExceptionWrapper
 
 import eval_DiffuEraser
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.files import OWN_FILES
 from common.weights import variant_of, weight_files
 from dataset.finetune_dataset import FinetuneDataset
@@ -354,6 +355,24 @@ def test_what_the_system_refuses_is_one_line(capsys):
         eval_DiffuEraser.main(["--no_model", f"--frames={'x' * 300}"])
     error = capsys.readouterr().err
     assert error.startswith("error: xxx") and "File name too long" in error and error.count("\n") == 1
+
+
+def test_names_of_two_lines_are_whole_in_an_error_of_one(run, clip, tmp_path, capsys):
+    status, _, error = run(tmp_path / "a\nb.mp4", clip.mask)
+    assert status == 1 and error.startswith(f"error: {tmp_path}/a\\nb.mp4 does not exist") and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        eval_DiffuEraser.main(["--no_model", "--frames=" + 200 * "a\n"])
+    assert capsys.readouterr().err == "error: " + 199 * "a\\n" + "a: File name too long\n"
+
+
+def test_a_loader_worker_s_error_is_its_last_line():
+    try:
+        raise InputError("a/0.jpg is empty")
+    except InputError:
+        caught = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(InputError, match="Traceback") as raised:
+        caught.reraise()
+    assert one_line(raised.value) == "a/0.jpg is empty"
 
 
 def test_variants_are_named_and_taken_where_they_are(tmp_path):
