@@ -63,7 +63,8 @@ def build_parser():
 
 def open_clip(args):
     """The clip and its masks, of one size and length; both are read to their ends, and held nowhere."""
-    require(Path(args.video).resolve() != Path(args.mask).resolve(), f"--mask={args.mask} is the clip itself")
+    same = os.path.realpath(args.video) == os.path.realpath(args.mask)  # Path.resolve raises at links in a circle
+    require(not same, f"--mask={args.mask} is the clip itself")
     video, masks = open_video(args.video), Masks(args.mask)
     sizes = [f"{clip.width}x{clip.height}" for clip in (masks, video)]
     if sizes[0] != sizes[1]:

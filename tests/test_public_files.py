@@ -1,6 +1,7 @@
 """What people's files are like: names, lists, pictures, masks, containers, and folders that hold something already."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -373,6 +374,20 @@ def test_a_loader_worker_s_error_is_its_last_line():
     with pytest.raises(InputError, match="Traceback") as raised:
         caught.reraise()
     assert one_line(raised.value) == "a/0.jpg is empty"
+
+
+@pytest.mark.parametrize("which", ["video", "mask"])
+def test_what_is_no_file(run, clip, tmp_path, which):
+    """Links in a circle, and pipes, as a shell makes them of <(command)."""
+    (tmp_path / "circle").symlink_to("circle")
+    os.mkfifo(tmp_path / "pipe")
+    for name, found in (("circle", "does not exist"), ("pipe", "is neither a file nor a folder")):
+        inputs = {"video": clip.folder, "mask": clip.mask, which: tmp_path / name}
+        status, _, error = run(**inputs)
+        assert (
+            status == 1
+            and error == f"error: {tmp_path / name} {found}: a video file or a folder of frames was needed\n"
+        )
 
 
 def test_variants_are_named_and_taken_where_they_are(tmp_path):

@@ -114,7 +114,8 @@ def open_video(path):
     if path.is_dir() or is_image(path):
         return Pictures(path)
     if not path.is_file():
-        raise InputError(f"{path} does not exist: a video file or a folder of frames was needed")
+        found = "is neither a file nor a folder" if path.exists() else "does not exist"  # a pipe is read but once
+        raise InputError(f"{path} {found}: a video file or a folder of frames was needed")
     return VideoFile(path)
 
 
