@@ -383,15 +383,34 @@ def test_nothing_is_overwritten_and_what_is_no_pair_is_named(tmp_path, capsys):
     shutil.copy(folders[1] / "holeless.mp4", folders[1] / "short.mp4")
     (folders[2] / "Seq_7.mp4").unlink()
     (target / ".Env1_short.partial").mkdir(parents=True)
-    (target / "Env12_Seq_7").mkdir()
+    for name in ("with", "without", "masks"):
+        (target / "Env12_Seq_7" / name).mkdir(parents=True)
     import_pairs.main([str(source), str(target)])
     output = capsys.readouterr()
     assert "Env12_Seq_7  is there already" in output.out and "1 of 4 pairs are in" in output.out
     assert re.search(r"left out: Env1_Seq_7: .*Masked/Seq_7.mp4 does not exist", output.err)
     assert re.search(r"Env1_short: .* has 5 frames of 96x64, .* has 12 frames of 96x64", output.err)
     assert "holeless.mp4 has no hole in any frame" in output.err
-    assert not list((target / "Env12_Seq_7").iterdir())
+    assert not list((target / "Env12_Seq_7").glob("*/*"))
     assert [path.name for path in target.iterdir() if not path.name.startswith(".")] == ["Env12_Seq_7"]
+
+
+def test_names_that_are_taken(tmp_path, capsys):
+    """By another pair, a file or a link of the user's; what training would pass over is no pair."""
+    source, target = tmp_path / "source", tmp_path / "pairs"
+    for folder in ("a/b_c", "a_b/c", "d", "e", ".Trash/f"):
+        files = (source / folder / f"{name}.mp4" for name in ("rgb_full", "rgb_removed", "mask"))
+        write_mp4s(*files, 255 - WHITE, times=slice(2))
+    target.mkdir()
+    (target / "d").write_text("mine")
+    (target / "e").symlink_to("nowhere")
+    import_pairs.main([str(source), str(target)])
+    output = capsys.readouterr()
+    assert "1 of 4 pairs are in" in output.out and (target / "d").read_text() == "mine"
+    assert f"left out: a_b_c: {source}/a_b/c/rgb_full.mp4 and {source}/a/b_c/rgb_full.mp4 get one name" in output.err
+    for name in ("d", "e"):
+        assert f"left out: {name}: {target}/{name} is there and no pair: move it" in output.err
+    assert sorted(path.name for path in target.iterdir()) == ["a_b_c", "d", "e"]
 
 
 def test_a_folder_of_no_known_layout(tmp_path, capsys):

@@ -8,6 +8,7 @@ docs/data.md.
 """
 
 import functools
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from common.command_line import Parser, at_least
+from common.command_line import Parser, at_least, require
 from common.errors import InputError, one_line_errors
 from common.files import check_writable
 from common.threads import in_threads
@@ -92,8 +93,9 @@ LAYOUTS = (find_rose, find_vor, find_tuples)
 
 
 def find_below(source, name):
-    """What has that name in a folder, or at most two folders below it."""
-    return [path for depth in ("", "*/", "*/*/") for path in source.glob(depth + name)]
+    """What has that name in a folder, or at most two folders below it; nothing in hidden ones."""
+    found = [path for depth in ("", "*/", "*/*/") for path in source.glob(depth + name)]
+    return [path for path in found if not any(is_hidden(part) for part in path.relative_to(source).parts)]
 
 
 def first_file(paths):
@@ -109,11 +111,18 @@ def match(with_object, without, masks, prefix=""):
             yield Pair(prefix + path.stem, path, *others, is_light)
 
 
+def is_unpacked(folder):
+    return all(Path(folder, name).is_dir() for name in FOLDERS)
+
+
 def unpack(pair, target):
     """Write a pair's frames and masks to target/<name>, which is there as a whole or not at all; returns their number.
 
-    Raises: InputError where the videos cannot be read, differ in length or size, or have no hole.
+    Raises: InputError where the videos cannot be read, differ in length or size, or have no hole, and where something
+    else has that name.
     """
+    blocked = os.path.lexists(target / pair.name)  # also by a link that leads nowhere
+    require(not blocked, f"{target / pair.name} is there and no pair: move it, or choose another target")
     videos = [open_video(path) for path in (pair.with_object, pair.without, pair.mask)]
     looks = [f"{len(video)} frames of {video.width}x{video.height}" for video in videos]
     if len(set(looks)) > 1:
@@ -154,7 +163,8 @@ def main(argv=None):
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N pairs by name only")
     args = parser.parse_args(argv)
     at_least(1, args, "limit")
-    pairs = next(filter(None, (sorted(find(args.source), key=lambda pair: pair.name) for find in LAYOUTS)), [])
+    found = (sorted(find(args.source), key=lambda pair: (pair.name, pair.with_object)) for find in LAYOUTS)
+    pairs = next(filter(None, found), [])
     if not pairs:
         raise InputError(
             f"{args.source} holds no pairs in a known layout ({describe_content(args.source)}): docs/data.md shows them"
@@ -166,17 +176,16 @@ def main(argv=None):
 
 def import_pairs(pairs, target):
     """Unpack those that are not there, with a line on each; one that is no pair is named and left out."""
-    left_out = 0
+    left_out, taken = 0, {}
     for number, pair in enumerate(pairs, start=1):
-        if (target / pair.name).exists():
-            said = "is there already"
-        else:
-            try:
-                said = f"{unpack(pair, target)} frames"
-            except InputError as error:
-                left_out += 1
-                print(f"left out: {pair.name}: {error}", file=sys.stderr, flush=True)
-                continue
+        try:
+            first = taken.setdefault(pair.name, pair)
+            require(first is pair, f"{pair.with_object} and {first.with_object} get one name: rename a folder")
+            said = "is there already" if is_unpacked(target / pair.name) else f"{unpack(pair, target)} frames"
+        except InputError as error:
+            left_out += 1
+            print(f"left out: {pair.name}: {error}", file=sys.stderr, flush=True)
+            continue
         print(f"{number}/{len(pairs)}  {pair.name}  {said}", flush=True)
     if left_out == len(pairs):
         raise InputError(f"none of {len(pairs)} pairs could be unpacked: see the lines above")
