@@ -254,10 +254,13 @@ def find_hole(values, exact):
     faint = (inner > 0) & (inner < NOISE)
     if exact and bright and faint.any():
         # Labels are areas of one value and lie at any distance. What was compressed before it was saved as a PNG is
-        # near 0 or near the brightest, with shades between them at every edge; soft edges are no areas.
+        # near 0 or near the brightest, with shades between them at every edge; soft edges are no areas. Its background
+        # may be one: strong compression makes it one value that is not 0.
         sharp = np.count_nonzero(np.bincount(values.ravel())[NOISE + 1 :]) == 1
         flat = (inner == values[1:, :-1]) & (inner == values[:-1, 1:])
-        exact = flat[faint].mean() > 0.5 and (between or sharp or brightest < 3 * NOISE)
+        grey = (inner > NOISE) & (inner < brightest * 3 // 4)
+        areas = between and np.count_nonzero(flat & grey) > 0.25 * np.count_nonzero(grey)
+        exact = flat[faint].mean() > 0.5 and (areas or sharp or brightest < 3 * NOISE)
     threshold = 0 if exact else max(NOISE, brightest // 4)
     hole = np.where(values > threshold, 255, 0).astype(np.uint8)
     if exact:

@@ -224,6 +224,17 @@ def test_white_masks_that_were_compressed(tmp_path, quality):
         check_hole(read_mask(tmp_path / name), truth)
 
 
+@pytest.mark.parametrize("quality", [5, 8, 15, 23])
+def test_strongly_compressed_masks_of_small_objects(tmp_path, quality):
+    """Their background is one value, but not 0, as labels have it."""
+    truth = cv2.ellipse(np.zeros((120, 160), np.uint8), (80, 60), (14, 6), 30, 0, 360, 255, -1)
+    Image.fromarray(truth).save(tmp_path / "a.jpg", quality=quality)
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    assert cv2.imread(str(tmp_path / "a.png"), cv2.IMREAD_UNCHANGED)[0, 0] > 0
+    for name in ("a.jpg", "a.png"):
+        check_hole(read_mask(tmp_path / name), truth > 0, reach=6)
+
+
 def test_labels_of_any_number_are_hole():
     labels = np.kron(np.arange(48, dtype=np.uint8).reshape(6, 8), np.ones((12, 12), np.uint8))
     hole, note = find_hole(labels, exact=True)
