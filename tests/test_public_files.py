@@ -347,6 +347,22 @@ def test_nobodys_scores_are_replaced(clip, tmp_path, capsys):
     assert "hole " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("place", ["frames/clip", "masks/clip/scores", "linked"])
+def test_scores_are_not_written_among_pictures(tmp_path, capsys, place):
+    """A contact sheet would be a frame of the next evaluation."""
+    frames, holes = moving_video(3, 48, 64)
+    write_frames(tmp_path / "frames/clip", frames)
+    write_frames(tmp_path / "masks/clip", np.stack([holes] * 3, axis=-1))
+    (tmp_path / "linked").symlink_to("frames/clip")
+    before = sorted(tmp_path.rglob("*"))
+    call = [f"--frames={tmp_path / 'frames'}", f"--masks={tmp_path / 'masks'}", f"--output_dir={tmp_path / place}"]
+    with pytest.raises(SystemExit):
+        eval_DiffuEraser.main([*call, "--no_model", "--baselines", "mean-colour"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "/clip, where contact sheets would count as frames" in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_nobodys_report_is_replaced(train, tmp_path):
     train(1, max_train_steps=1)
     page = tmp_path / "run/report.html"

@@ -11,11 +11,13 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import cv2
 import torch
 
+from common.command_line import require
 from common.errors import InputError
 from common.files import check_writable, note_own, refuse_foreign, write_json
 from common.hardware import accelerator_or_cpu
@@ -95,9 +97,12 @@ class Plan:
 
     def key(self, number):
         """A short hash of the names, sizes and times of the files that a video's scores follow from."""
+        return short_hash(self.sources(number)) + (self.key_of_objects if self.protocol.drawn else "")
+
+    def sources(self, number):
+        """The folders that a video's pictures may lie in."""
         folder = self.folders[number]
-        roots = [folder, *(Path(root, folder.name) for root in (self.args.masks, self.args.prior) if root)]
-        return short_hash(roots) + (self.key_of_objects if self.protocol.drawn else "")
+        return [folder, *(Path(root, folder.name) for root in (self.args.masks, self.args.prior) if root)]
 
     @cached_property
     def key_of_objects(self):
@@ -142,6 +147,11 @@ class Plan:
 
     def refuse(self):
         """Raise InputError where the folder holds what is not to be replaced; nothing is written."""
+        target = Path(os.path.realpath(self.output_dir))
+        for source in chain.from_iterable(map(self.sources, range(len(self.folders)))):
+            apart = not target.is_relative_to(os.path.realpath(source))
+            require(apart, f"--output_dir {self.output_dir} is in {source}, where contact sheets would count as "
+                    "frames: choose another")  # fmt: skip
         check_writable(self.output_dir, "--output_dir")
         refuse_foreign(self.output_dir, self.written, self.args.overwrite)
         if any(self.scored_folder.glob("*.json")) and not self.args.overwrite:
