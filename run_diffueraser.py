@@ -68,9 +68,9 @@ def open_clip(args):
     video, masks = open_video(args.video), Masks(args.mask)
     sizes = [f"{clip.width}x{clip.height}" for clip in (masks, video)]
     if sizes[0] != sizes[1]:
-        raise InputError(
-            f"{args.mask} is {sizes[0]}, {args.video} is {sizes[1]}: masks of the clip's size were needed; scale --mask"
-        )
+        remedy = "turn" if (masks.height, masks.width) == (video.width, video.height) else "scale"
+        raise InputError(f"{args.mask} is {sizes[0]}, {args.video} is {sizes[1]}: masks of the clip's size were "
+                         f"needed; {remedy} --mask")  # fmt: skip
     if len(masks) not in (1, len(video)):
         raise InputError(f"{args.mask} has {len(masks)} masks, {args.video} has {len(video)} frames: one for each, or "
                          "one for all, was needed")  # fmt: skip

@@ -127,6 +127,9 @@ def test_turned_videos_are_shown_upright(run, tmp_path):
     assert errors[0] < 15 < errors[1]  # of chroma, and of the opposite turn
     result = open_video(tmp_path / "out/result.mp4")
     assert (result.height, result.width, result.sample_aspect_ratio) == (64, 48, Fraction(3, 4))
+    Image.fromarray(holes[0]).save(tmp_path / "lying.png")  # as the frames lie in the file
+    status, _, error = run(path, tmp_path / "lying.png")
+    assert status == 1 and "lying.png is 64x48" in error and "turn --mask" in error
 
 
 @pytest.mark.parametrize("display", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, -1, -1, 0), (0, 1, 1, 0)])
