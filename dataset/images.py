@@ -261,6 +261,7 @@ def find_hole(values, exact):
         grey = (inner > NOISE) & (inner < brightest * 3 // 4)
         areas = between and np.count_nonzero(flat & grey) > 0.25 * np.count_nonzero(grey)
         exact = flat[faint].mean() > 0.5 and (areas or sharp or brightest < 3 * NOISE)
+        exact = exact and values.min() == 0  # without a background of 0, every pixel would be hole
     threshold = 0 if exact else max(NOISE, brightest // 4)
     hole = np.where(values > threshold, 255, 0).astype(np.uint8)
     if exact:

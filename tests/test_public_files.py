@@ -235,6 +235,15 @@ def test_strongly_compressed_masks_of_small_objects(tmp_path, quality):
         check_hole(read_mask(tmp_path / name), truth > 0, reach=6)
 
 
+def test_strongly_compressed_boxes_on_the_blocks_of_a_jpeg(tmp_path):
+    """Without ripples: two values, neither of them 0."""
+    truth = np.zeros((96, 128), np.uint8)
+    truth[16:48, 32:96] = 255
+    Image.fromarray(truth).save(tmp_path / "a.jpg", quality=15)
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    assert np.array_equal(read_mask(tmp_path / "a.png"), truth)
+
+
 def test_labels_of_any_number_are_hole():
     labels = np.kron(np.arange(48, dtype=np.uint8).reshape(6, 8), np.ones((12, 12), np.uint8))
     hole, note = find_hole(labels, exact=True)
