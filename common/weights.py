@@ -164,14 +164,14 @@ def read_config(folder, *class_names):
 
 
 @contextmanager
-def library_errors(what):
+def library_errors(what, remedy="fetch it again"):
     """Raises InputError for whatever a library makes of files that are not what they are named for."""
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # those of diffusers, transformers and tokenizers have no class in common
-        raise InputError(f"{what} is of no use ({first_line(error)}): fetch it again") from None
+    except Exception as error:  # those of diffusers, transformers and the Hub's client have no class in common
+        raise InputError(f"{what} is of no use ({first_line(error)}): {remedy}") from None
 
 
 def require_utf8(path):

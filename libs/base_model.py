@@ -128,13 +128,13 @@ def check_tokenizer(folder):
         raise InputError(f"{merges} is a Git LFS pointer, not a vocabulary: run git lfs pull")
 
 
-def load_whole(cls, folder, **settings):
-    """A library's model from a folder, on the CPU. Raises InputError where a weight is missing."""
-    with quiet_libraries(), library_errors(folder):
+def load_whole(cls, folder, needed=None, **settings):
+    """A library's model from a folder, on the CPU. Raises InputError, which says what was `needed`, where a weight is
+    missing."""
+    with quiet_libraries(), library_errors(folder, needed or "fetch it again"):
         model, report = cls.from_pretrained(folder, output_loading_info=True, **settings)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise InputError(
-            f"{folder} lacks {missing[0]} ({len(missing)} in all): weights of another model, or incomplete"
-        )
+        needed = needed or "weights of another model, or incomplete"
+        raise InputError(f"{folder} lacks {missing[0]} ({len(missing)} in all): {needed}")
     return model

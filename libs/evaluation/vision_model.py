@@ -6,9 +6,8 @@ import torch
 from transformers import AutoConfig
 
 from common.command_line import require
-from common.errors import InputError, first_line
-from common.weights import may_be_hub_name
-from libs.base_model import quiet_libraries
+from common.weights import library_errors, may_be_hub_name
+from libs.base_model import load_whole, quiet_libraries
 
 
 def load_vision_model(cls, path, types, needed):
@@ -21,22 +20,12 @@ def load_vision_model(cls, path, types, needed):
     Raises: InputError for anything else.
     """
     require(Path(path).is_dir() or may_be_hub_name(path), f"{path} is no folder: {needed}")
-    try:
-        with quiet_libraries():
-            config = AutoConfig.from_pretrained(path)
-            if config.model_type not in types:
-                raise InputError(f"{path} holds a {config.model_type}: {needed}")
-            if hasattr(config, "vision_config"):  # some published CLIPs tell its projection's size outside of it only
-                config.vision_config.projection_dim, config = config.projection_dim, config.vision_config
-            model, report = cls.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # those of transformers, safetensors and the Hub's client have no class in common
-        raise InputError(f"{path} is of no use ({first_line(error)}): {needed}") from None
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(f"{path} lacks {missing[0]} ({len(missing)} in all): {needed}")
-    return model.eval().requires_grad_(False)
+    with quiet_libraries(), library_errors(path, needed):
+        config = AutoConfig.from_pretrained(path)
+        require(config.model_type in types, f"{path} holds a {config.model_type}: {needed}")
+        if hasattr(config, "vision_config"):  # some published CLIPs tell its projection's size outside of it only
+            config.vision_config.projection_dim, config = config.projection_dim, config.vision_config
+    return load_whole(cls, path, needed, config=config, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def normalize(picture, mean, std, device):
