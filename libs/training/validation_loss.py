@@ -90,12 +90,9 @@ class ValidationLoss:
         losses = spread(self.accelerator, n, lambda i: attempt(step, device, measure_clip, i))
         if None in losses.values():
             return None, None, {}
-        by_video = {
-            video.folder: float(np.mean([losses[i][0] for i in range(k, n, len(videos))]))
-            for k, video in enumerate(videos[:n])
-        }
-        mean = float(np.mean([losses[i][0] for i in range(n)]))
-        in_holes = [losses[i][1] for i in range(n) if losses[i][1] is not None]
+        of_frames, in_holes = zip(*(losses[i] for i in range(n)), strict=True)
+        by_video = {video.folder: float(np.mean(of_frames[k :: len(videos)])) for k, video in enumerate(videos[:n])}
+        mean, in_holes = float(np.mean(of_frames)), [loss for loss in in_holes if loss is not None]
         in_hole = float(np.mean(in_holes)) if in_holes else None
         if self.accelerator.is_main_process:
             row = {"step": step, "held_out_loss": mean, "held_out_loss_hole": in_hole}
