@@ -99,12 +99,10 @@ def scan_pair(folder):
     if not broken:
         try:
             size = check_sizes([v.frames[0] for v in (video, with_video, masks)])
-            found = has_hole(masks.frames)
+            require(has_hole(masks.frames), f"{folder}/masks: none of {len(masks.frames)} masks has a hole, which is "
+                    "any value above 0; mend them, or remove the pair")  # fmt: skip
         except BrokenFrame as error:
             broken = str(error)
-        else:
-            require(found, f"{folder}/masks: none of {len(masks.frames)} masks has a hole, which is any value above 0; "
-                           "mend them, or remove the pair")  # fmt: skip
     return PairedVideo(folder, video.frames, broken, with_video.frames, masks.frames, size)
 
 
