@@ -110,10 +110,8 @@ def fill(outline, height, width):
 def draw_holes(length, height, width, args, number):
     """(length, height, width) uint8, 255 = hole: the training's masks, by seed and number."""
     rng = np.random.default_rng([args.seed, number])
-    shapes = create_random_shape_with_random_motion(
-        length, height, width, args.mask_span, args.mask_original_margins, rng
-    )
-    return np.stack([np.asarray(shape) for shape in shapes])
+    outlines = random_outlines(rng, length, height, width, args.mask_span, args.mask_original_margins)
+    return np.stack([fill(outline, height, width) for outline in outlines])
 
 
 def mask_span(text):
