@@ -15,9 +15,9 @@ from diffusers.optimization import get_scheduler
 from common.command_line import require
 from common.errors import one_line_errors
 from common.hardware import accelerator_or_cpu
-from dataset.crop import RESOLUTION_HELP, Crop, resolution, sides
+from dataset.crop import RESOLUTION_HELP, Crop, resolution
 from dataset.folders import list_videos
-from dataset.images import read_frame
+from dataset.images import read_frames
 from libs.base_model import quiet_libraries
 from toy.make_weights import made_here
 
@@ -31,15 +31,13 @@ def load_frames(args):
     rng = np.random.default_rng(args.seed)
     rng.shuffle(videos)
     held_out = max(1, len(videos) // 10)
-    width, height = sides(args.resolution)
     parts = []
     for part in (videos[held_out:], videos[:held_out]):
-        paths = [path for video in part for path in video.frames]
-        frames = np.empty((len(paths), height, width, 3), np.uint8)
-        for path, resized in zip(paths, frames, strict=True):
-            frame = read_frame(path)
-            Crop.of(*frame.shape[:2], args.resolution).resize(frame, out=resized)
-        parts.append(frames)
+        clips = []
+        for video in part:
+            frames = read_frames(video.frames)
+            clips.append(Crop.of(*frames[0].shape[:2], args.resolution).resize_all(frames))
+        parts.append(np.concatenate(clips))
     return parts
 
 
