@@ -25,7 +25,6 @@ from accelerate.utils import (
 from common.errors import InputError, first_line
 from common.hardware import gpu_is_used
 
-ADAM_STATE_BYTES = 16  # per trained parameter: weight, gradient and Adam's two moments, fp32
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
@@ -86,11 +85,6 @@ def count_processes_here():
 
 def count_machines():
     return math.ceil(count_processes() / count_processes_here())
-
-
-def state_bytes(trained, frozen, kind, processes):
-    """Bytes per card of a model with so many trained parameters, and frozen ones in half precision."""
-    return (trained * ADAM_STATE_BYTES + frozen * 2) / (processes if kind == "fsdp" else 1)
 
 
 def make_accelerator(args):

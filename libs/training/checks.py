@@ -10,13 +10,7 @@ import torch
 from accelerate.tracking import LoggerType, get_available_trackers
 
 from common.command_line import require
-from common.distributed import (
-    check_distributed,
-    count_processes,
-    count_processes_here,
-    distributed_type,
-    state_bytes,
-)
+from common.distributed import check_distributed, count_processes, count_processes_here, distributed_type
 from common.errors import InputError
 from common.files import check_writable
 from common.hardware import compiling_lacks, gpu_is_used
@@ -39,12 +33,13 @@ from libs.training.config import resume_policy
 from libs.training.optimizer import bf16_adam, eight_bit_adam
 from libs.unet_motion_model import refuse_long_clips
 
-ADAM_BYTES = 12  # per trained parameter in a checkpoint: the weight and Adam's two moments, fp32
+TRAINED_BYTES = 16  # per trained parameter in memory: weight, gradient and Adam's two moments, fp32
+CHECKPOINT_BYTES = 12  # of these in a checkpoint: weight and moments
 EIGHT_BIT_SAVES = 6  # of them, where moments have 8 bits
 BF16_SAVES = 2  # of them, where weights have 16
 EMA_BYTES = 4  # more with --ema_decay, in memory and in a checkpoint
 SHARD_BYTES = 4  # more with FSDP, which writes the weights a second time, and what is frozen
-FROZEN_BYTES = 2
+FROZEN_BYTES = 2  # per frozen parameter, in half precision
 FORWARD_GIB_PER_FRAME = 0.3  # of 512x512, held after a forward pass whose layers are recomputed
 OF_THE_RUN = {"output_dir", "logging_dir", "latent_cache", "resume_from_checkpoint"}  # folders that it writes to
 
@@ -367,7 +362,7 @@ def count_parameters(stage, opened):
 def check_disk_space(args, stage, opened):
     """One checkpoint has to fit: it is written before an old one is deleted."""
     trained, frozen = count_parameters(stage, opened)
-    needed = trained * (ADAM_BYTES - EIGHT_BIT_SAVES * args.use_8bit_adam - BF16_SAVES * args.bf16_weights)
+    needed = trained * (CHECKPOINT_BYTES - EIGHT_BIT_SAVES * args.use_8bit_adam - BF16_SAVES * args.bf16_weights)
     needed += trained * EMA_BYTES * (args.ema_decay is not None)
     if distributed_type() != "ddp":
         needed += trained * SHARD_BYTES + frozen * FROZEN_BYTES
@@ -385,7 +380,8 @@ def check_memory(args, stage, opened):
     """Weights, gradients and what is kept of them must fit the GPU; activations are an estimate from measured runs."""
     trained, frozen = count_parameters(stage, opened)
     processes = count_processes()
-    state = state_bytes(trained, frozen, distributed_type(), processes)
+    state = trained * TRAINED_BYTES + frozen * FROZEN_BYTES
+    state /= processes if distributed_type() == "fsdp" else 1
     state += trained * EMA_BYTES * (args.ema_decay is not None)
     state -= trained * (EIGHT_BIT_SAVES * args.use_8bit_adam + 2 * BF16_SAVES * args.bf16_weights)  # gradients too
     fixed = state / 2**30
