@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tempfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -105,11 +105,6 @@ def locked(folder):
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
                 raise
         yield
-
-
-def locked_by_main_process(folder, accelerator):
-    """`locked` in the main process, nothing in the others."""
-    return locked(folder) if accelerator.is_main_process else nullcontext()
 
 
 def list_numbered(folder, name):

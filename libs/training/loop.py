@@ -6,10 +6,11 @@ Everything beside a step lives in objects of its own: what is read only (LoadedB
 """
 
 import os
+from contextlib import nullcontext
 
 from common.distributed import lost_processes_named, make_accelerator, sum_over_processes, unsharded
 from common.errors import one_line_errors
-from common.files import locked_by_main_process
+from common.files import locked
 from libs.training.checks import check_run, refuse_stale
 from libs.training.config import parse_args
 from libs.training.ema import Ema
@@ -44,7 +45,7 @@ def run(stage, argv=None):
         raise SystemExit(int(checks.failed))
     accelerator = make_accelerator(config)
     with (
-        locked_by_main_process(config.output_dir, accelerator),
+        locked(config.output_dir) if accelerator.is_main_process else nullcontext(),
         StopRequest(config.output_dir) as stop,
         log_on_main_process(accelerator),
         lost_processes_named(config.output_dir),
