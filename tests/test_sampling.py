@@ -9,7 +9,7 @@ from clips import moving_video
 from diffusers import UniPCMultistepScheduler
 
 from libs.base_model import BaseModel, quiet_libraries
-from libs.inference.composition import paste, resize_picture
+from libs.inference.composition import paste, paste_frame, resize_picture
 from libs.inference.few_step import FewStepSampler
 from libs.inference.pipeline import Pipeline
 from libs.inference.windows import CrossFadedLatents, ramp
@@ -146,14 +146,16 @@ def test_progress_counts_the_frames(changes, prior):
 def test_paste_leaves_the_rest_untouched(soft_edge):
     frames, holes = moving_video(2, 60, 80)
     new = np.full_like(frames, 255)
-    pasted = paste(frames, new, holes, soft_edge)
+    pasted = [paste_frame(*of_frame, soft_edge) for of_frame in zip(frames, new, holes, strict=True)]
+    assert soft_edge or np.array_equal(pasted, paste(frames, new, holes))
     for frame, result, hole in zip(frames, pasted, holes, strict=True):
         distance = np.min([np.hypot(*np.subtract(np.indices(hole.shape).T, p).T) for p in np.argwhere(hole)], axis=0)
         assert (result[hole > 0] == 255).all()
         assert np.array_equal(result[distance > soft_edge + 1], frame[distance > soft_edge + 1])
         ring = (distance > 0) & (distance < soft_edge)
         assert not soft_edge or (result[ring] > frame[ring]).any()
-    assert np.array_equal(paste(frames, new, np.zeros_like(holes), soft_edge), frames)
+    assert np.array_equal(paste_frame(frames[0], new[0], np.zeros_like(holes[0]), soft_edge), frames[0])
+    assert np.array_equal(paste(frames, new, np.zeros_like(holes)), frames)
 
 
 @pytest.mark.parametrize("times", [2, 3, 4, 8])
