@@ -89,3 +89,8 @@ def escape_lines(text):
 def first_line(error):
     """Of an error's message, for the log."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def and_more(names):
+    """What an error says behind the first of several."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

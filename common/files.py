@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from common.errors import InputError
+from common.errors import InputError, and_more
 
 OWN_FILES = ".diffueraser.json"  # in a folder of results: {file or folder that we made there: its number of files}
 
@@ -59,10 +59,9 @@ def refuse_foreign(folder, names, overwrite, flag="--output_dir"):
     earlier = read_own(folder)
     foreign = [name for name in names if name not in earlier and is_filled(Path(folder, name))]
     if foreign and not overwrite:
-        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise InputError(
-            f"{flag} {folder} holds {foreign[0]}{more}, which no earlier result made: choose another folder, or add "
-            "--overwrite to replace it"
+            f"{flag} {folder} holds {foreign[0]}{and_more(foreign)}, which no earlier result made: choose another "
+            "folder, or add --overwrite to replace it"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from common.errors import InputError, first_line
+from common.errors import InputError, and_more, first_line
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # diffusers' names and huggingface_hub's
@@ -326,10 +326,6 @@ def compare_shapes(expected, found, where):
             f"{where}: {key}{and_more(wrong)} has shape {found[key]}, its config needs {expected[key]}: "
             "config.json and weights do not belong together"
         )
-
-
-def and_more(keys):
-    return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
 
 
 def fingerprint(files):

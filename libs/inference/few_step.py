@@ -13,8 +13,8 @@ from diffusers import TCDScheduler
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.errors import InputError
-from common.weights import and_more, open_weights
+from common.errors import InputError, and_more
+from common.weights import open_weights
 
 PREFIX = "lora_unet_"
 PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
