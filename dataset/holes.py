@@ -12,7 +12,7 @@ from common.errors import InputError
 from dataset.folders import list_folders, read_validation_names
 from dataset.images import BrokenFrame, describe_content, image_size, list_frames, pair_by_name, read_mask, size_of
 from dataset.mask_kinds import GUIDES_MIX, NO_GROWTH, draw_kind, grow, parse_growth, parse_mix
-from dataset.objects import AnnotatedVideo, Objects, paste
+from dataset.objects import AnnotatedVideo, Objects, paste_object
 from dataset.utils import FULL_SPAN, fill, random_outlines
 
 MIN_HOLE = 0.01  # share of the crop: of the guide's holes in every frame, of others over the clip
@@ -66,7 +66,7 @@ class Holes:
         leaves = rng.random() < self.border
         if rng.random() < self.paste_share:
             track = self.objects.draw_track(rng, len(paths), height, width, video.name, leaves, with_frames=True)
-            pasted, holes = paste(rng, frames, track)
+            pasted, holes = paste_object(rng, frames, track)
             return holes, pasted
         shares = np.array(list(self.mix.values()))
         kind = rng.choice(list(self.mix), p=shares / shares.sum())

@@ -207,7 +207,7 @@ def read_labels(path):
     return labels
 
 
-def paste(rng, frames, track):
+def paste_object(rng, frames, track):
     """(frames with the object pasted in, holes (f, h, w) 255 = hole) for a clip (f, h, w, 3) uint8 without it.
 
     Its edge is soft. Half the time a shadow is drawn too, for the most part outside the hole. The hole falls short of

@@ -215,7 +215,7 @@ def test_a_thin_object_keeps_its_hole(tmp_path):
     for seed in range(60):
         rng = np.random.default_rng(seed)
         track = pole.draw_track(rng, 1, 512, 512, "b", with_frames=True)
-        _, holes = objects.paste(rng, clean, track)
+        _, holes = objects.paste_object(rng, clean, track)
         assert np.count_nonzero(holes) >= 0.25 * np.count_nonzero(track.masks(512, 512))
 
 

@@ -28,7 +28,7 @@ from dataset.images import (
     read_frames,
     read_mask_values,
 )
-from dataset.objects import AnnotatedVideo, Objects, paste
+from dataset.objects import AnnotatedVideo, Objects, paste_object
 from dataset.pairs import FOLDERS, read_window, scan_pair
 from dataset.utils import draw_holes
 from libs.evaluation.metrics import SMALLEST_FLOW
@@ -210,7 +210,7 @@ def read_pasted(folder, number, seed, args):
     rng, objects = np.random.default_rng([seed, number]), annotated(args)
     for _ in range(MOST_DRAWS):
         track = objects.draw_track(rng, *truth.shape[:3], folder.name, with_frames=True)
-        shown, holes = paste(rng, truth, track)
+        shown, holes = paste_object(rng, truth, track)
         if np.count_nonzero(holes) >= LEAST_HOLE * holes.size:
             return Clip(shown, holes, truth)
     raise InputError(f"{folder}: {MOST_DRAWS} objects in a row are next to nowhere in its frames; change --seed")
