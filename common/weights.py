@@ -82,7 +82,7 @@ class OpenedWeights:
         self.parameters = sum(math.prod(shape) for shape in found.values())
         with library_errors(f"{folder}/config.json"):
             self.model = cls.on_meta(config)
-        compare_shapes(shapes_of(self.model), found, folder)
+        compare_shapes(shapes_of(self.model.state_dict()), found, folder)
 
     @property
     def source_class(self):
@@ -290,7 +290,7 @@ def read_shapes(files):
     shapes = {}
     for file in files:
         if file.suffix == ".bin":
-            shapes.update({key: tuple(tensor.shape) for key, tensor in load_bin(file, "meta").items()})
+            shapes.update(shapes_of(load_bin(file, "meta")))
         else:
             with open_weights(file) as weights:
                 shapes.update({key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()})
@@ -308,8 +308,9 @@ def read_tensors(files):
                     yield key, weights.get_tensor(key)
 
 
-def shapes_of(model):
-    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+def shapes_of(tensors):
+    """{key: shape} of a state dict."""
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def compare_shapes(expected, found, where):

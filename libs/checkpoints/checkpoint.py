@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from common.distributed import unsharded_state_dict
 from common.errors import InputError
 from common.files import flush, list_numbered, write_json
-from common.weights import compare_shapes, open_weights, read_shapes, read_tensors
+from common.weights import compare_shapes, open_weights, read_shapes, read_tensors, shapes_of
 
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"  # the same keys, of runs with --ema_decay
@@ -142,7 +142,7 @@ def register_hooks(accelerator, keys):
         model = accelerator.unwrap_model(models.pop())
         files = [Path(input_dir, MODEL_FILE)]
         state_dict = model.state_dict()
-        compare_shapes({key: tuple(state_dict[key].shape) for key in keys}, read_shapes(files), input_dir)
+        compare_shapes(shapes_of({key: state_dict[key] for key in keys}), read_shapes(files), input_dir)
         for key, tensor in read_tensors(files):
             state_dict[key].copy_(tensor)
 

@@ -257,7 +257,7 @@ def write_model(folder, cls, config, tensors, marker):
     """Check every key and shape, then write config.json, the weights in fp32, and the marker; returns a summary."""
     state_dict = {key: tensor.to(torch.float32).contiguous() for key, tensor in tensors}
     model = cls.on_meta(config)
-    compare_shapes(shapes_of(model), {key: tuple(tensor.shape) for key, tensor in state_dict.items()}, folder.name)
+    compare_shapes(shapes_of(model.state_dict()), shapes_of(state_dict), folder.name)
     folder.mkdir(parents=True)
     model.save_config(folder)
     file = Path(folder, f"{WEIGHTS_NAME}.safetensors")

@@ -13,7 +13,7 @@ from torch import nn
 
 from common.errors import InputError
 from common.hardware import full_precision
-from common.weights import read_state_dict
+from common.weights import read_state_dict, shapes_of
 
 ALEXNET, LINEAR = "alexnet-owt-*.pth", "alex.pth"
 NEEDED = (
@@ -92,7 +92,7 @@ def load_lpips(folder):
         lacking = LINEAR if alexnet else ALEXNET
         raise InputError(f"{folder} has no {lacking}: {NEEDED}" if Path(folder).is_dir() else f"{folder}: {NEEDED}")
     model = Lpips()
-    shapes = {key: tuple(value.shape) for key, value in model.features.state_dict(prefix="features.").items()}
+    shapes = shapes_of(model.features.state_dict(prefix="features."))
     trunk = read_state_dict(alexnet[0], shapes, NEEDED, lambda key: key.startswith("classifier."))
     shapes = {f"lin{k}.model.1.weight": (1, channels, 1, 1) for k, channels in enumerate(CHANNELS)}
     linear = read_state_dict(Path(folder, LINEAR), shapes, NEEDED)

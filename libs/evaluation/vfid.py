@@ -137,7 +137,7 @@ def load_i3d(path):
     """
     with torch.device("meta"):
         model = I3D()
-    state_dict = read_state_dict(path, shapes_of(model), NEEDED, lambda key: key.endswith(COUNTER))
+    state_dict = read_state_dict(path, shapes_of(model.state_dict()), NEEDED, lambda key: key.endswith(COUNTER))
     model.load_state_dict(state_dict, assign=True)
     return model.to(accelerator_or_cpu(), torch.float32)
 

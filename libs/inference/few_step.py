@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.errors import InputError, and_more
-from common.weights import open_weights
+from common.weights import open_weights, shapes_of
 
 PREFIX = "lora_unet_"
 PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
@@ -80,7 +80,7 @@ class FewStepWeights:
         """Yield (weight, change) of every layer: tensors of one shape on one device, this process's part of a sharded
         weight. The change is fp32."""
         parameters = dict(unet.named_parameters())
-        layers = self.match({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+        layers = self.match(shapes_of(parameters))
         with open_weights(self.file) as tensors:
             for layer, name in layers.items():
                 weight = parameters[name]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common.weights import compare_shapes, read_shapes, read_tensors
+from common.weights import compare_shapes, read_shapes, read_tensors, shapes_of
 from libs.checkpoints.checkpoint import EMA_FILE, saved_keys
 from libs.training.log import log
 
@@ -70,8 +70,8 @@ class Ema:
             save_file(state_dict, Path(folder, EMA_FILE), metadata={"format": "pt"})
 
     def load(self, file):
-        expected = {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}
-        compare_shapes({key: expected[key] for key in saved_keys(self.model)}, read_shapes([file]), file)
+        state_dict = self.model.state_dict()
+        compare_shapes(shapes_of({key: state_dict[key] for key in saved_keys(self.model)}), read_shapes([file]), file)
         for key, tensor in read_tensors([file]):
             if key in self.averages:
                 self.averages[key].copy_(tensor)
