@@ -11,6 +11,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import cv2
 from tqdm import tqdm
 
 import common.libraries  # noqa: F401
@@ -29,7 +30,7 @@ from libs.inference.composition import (
 from libs.inference.load import add_inference_flags, check_inference_flags, load_pipeline, own_default
 from libs.inference.prior import ON_THE_SPOT, make_prior
 from libs.inference.streams import Mapped, Stream
-from libs.inference.video import Masks, dilate, open_video, upscale, write_image
+from libs.inference.video import Masks, dilate, open_video, write_image
 from libs.inference.video_file import DEFAULT_FPS, VideoWriter
 
 RESULTS = ("frames", "result.mp4")
@@ -132,7 +133,8 @@ def remove_object(pipeline, prompt_embeds, clip, prior, size, args):
         def compose(frame, new, hole):
             if args.soft_edge is None:
                 return compose_as_deployed(frame, new, hole)
-            return paste_frame(frame, upscale(new, *hole.shape), hole, args.soft_edge)
+            new = cv2.resize(new, hole.shape[::-1], interpolation=cv2.INTER_CUBIC)  # back from a smaller size
+            return paste_frame(frame, new, hole, args.soft_edge)
 
         yield from in_threads(compose, clip[0], filled, clip[1])
 

@@ -171,13 +171,6 @@ def resize(frames, holes, height, width):
     return tuple(np.stack([resize_picture(picture, height, width) for picture in clip]) for clip in (frames, holes))
 
 
-def upscale(frame, height, width):
-    """(height, width, 3) uint8, the way back of a frame from a smaller size."""
-    if frame.shape[:2] == (height, width):
-        return frame
-    return cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
 def write_gif(path, frames):
     """Write (f, h, w, 3) uint8 frames as a looping GIF of 8 fps; renamed when whole, as a report may look on."""
     path.parent.mkdir(parents=True, exist_ok=True)
