@@ -3,10 +3,9 @@
 python -m toy.join_videos --output_dir joined --davis_roots dataset/DAVIS toy/data/DAVIS --ytvos_roots toy/data/YTBV
 """
 
-import argparse
 from pathlib import Path
 
-from common.command_line import require
+from common.command_line import Parser, require
 from common.errors import one_line_errors
 
 KINDS = ("JPEGImages", "Annotations")
@@ -42,7 +41,7 @@ def link_folders(output_dir, roots, size):
 
 @one_line_errors
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--davis_roots", nargs="+", required=True, metavar="DIR")
     parser.add_argument("--ytvos_roots", nargs="+", required=True, metavar="DIR")

@@ -4,14 +4,13 @@ soft colours and waves go on behind them, so that what a hole hides can be guess
 python -m toy.make_videos --output_dir toy/data
 """
 
-import argparse
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from common.command_line import require
+from common.command_line import Parser, require
 from common.errors import one_line_errors
 from common.files import is_filled
 
@@ -97,7 +96,7 @@ def write_video(root, size, name, frames, masks, name_step=1):
 
 @one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output_dir", default="toy/data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--more", type=int, default=0, metavar="N", help="N more training videos in YTBV")

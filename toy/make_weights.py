@@ -5,7 +5,6 @@ python -m toy.make_weights --output_dir toy/learn/weights --size small
 python -m toy.make_weights --output_dir weights-random --size full --dtype float16
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from common.command_line import require
+from common.command_line import Parser, require
 from common.errors import one_line_errors
 from common.files import is_filled
 from libs.brushnet_CA import BrushNetModel
@@ -192,7 +191,7 @@ def write_vae(folder, spec, dtype):
 
 @one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output_dir", default="toy/weights")
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")

@@ -3,7 +3,6 @@
 python -m toy.train_vae --weights toy/learn/weights --davis_root toy/data/DAVIS --ytvos_root toy/data/YTBV
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 
-from common.command_line import require
+from common.command_line import Parser, require
 from common.errors import one_line_errors
 from common.hardware import accelerator_or_cpu
 from dataset.crop import RESOLUTION_HELP, Crop, resolution
@@ -80,7 +79,7 @@ def train(args):
 
 @one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--weights", default="toy/learn/weights", help="its sd-vae-ft-mse gets trained weights")
     parser.add_argument("--davis_root", default="toy/data/DAVIS")
     parser.add_argument("--ytvos_root", default="toy/data/YTBV")
