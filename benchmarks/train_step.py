@@ -22,9 +22,10 @@ from common.distributed import DTYPES
 from dataset.crop import RESOLUTION_HELP, resolution, sides
 from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
-from libs.inpainter import INPAINTERS, cast_parameters
+from libs.inpainter import cast_parameters
 from libs.training.compile_ahead import CompileAhead
 from libs.training.compiling import compile_encoder, compile_models
+from libs.training.config import CONFIGS
 from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward
 from libs.training.loss import ForwardBackward
 from libs.training.optimizer import make_optimizer
@@ -97,7 +98,7 @@ class Step:
     def __init__(self, flags, stage):
         torch.manual_seed(0)
         torch.cuda.set_stream(torch.cuda.Stream() if flags.cuda_graph else torch.cuda.default_stream())
-        self.flags, self.stage, self.nframes = flags, stage, INPAINTERS[stage].nframes
+        self.flags, self.stage, self.nframes = flags, stage, flags.nframes
         self.accelerator = accelerator = Accelerator(mixed_precision=flags.mixed_precision)
         dtype = DTYPES[flags.mixed_precision]
         told = stage, flags.resolution, flags.mixed_precision
@@ -162,7 +163,7 @@ class Step:
 
 def measure(options, stage, variant):
     """One result with an empty latent cache, and one with a full one."""
-    flags = argparse.Namespace(**{**vars(options), **VARIANTS[variant]})
+    flags = argparse.Namespace(**{**vars(CONFIGS[stage]()), **vars(options), **VARIANTS[variant]})
     step = Step(flags, stage)
     for cached in (False, True):
         if cached:
@@ -199,11 +200,6 @@ if __name__ == "__main__":
     parser.add_argument("--learning_rate", type=float, default=5e-6)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=WARM_UP + 2)
-    parser.set_defaults(
-        adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8,
-        gradient_checkpointing=False, compile=False, cuda_graph=False, use_8bit_adam=False,
-        bf16_weights=False,
-    )  # fmt: skip
     options = parser.parse_args()
     for stage in options.stages:
         for variant in options.variants:
