@@ -34,13 +34,16 @@ from libs.unet_motion_model import MotionAdapter
 
 # In a converted folder: step, prompt and checksum. Tells it, as it may be written anew, from source weights.
 MARKER_FILE = "conversion.json"
-HELP = {
+HELP = {  # on the arguments of `convert`, which are the options of both converters
     "input_dir": "a checkpoint-<step> folder, or a run's folder: its newest complete checkpoint",
     "output_dir": "where unet_main/ and brushnet/ are written",
     "pretrained_stage1": "the converted stage 1 that the run started from",
     "model_config": "folder whose unet_main/config.json tells the attention heads of an original script's checkpoint",
     "variant": 'of the weight files in pretrained_stage1, such as "fp16"',
     "export_motion_adapter": "also write the motion modules as motion_adapter/, which diffusers' MotionAdapter loads",
+    "average": "the mean of so many checkpoints of a run's folder",
+    "average_by": "the last ones, or those of the lowest held-out loss",
+    "no_ema": "of a run with --ema_decay, the weights that were trained",
 }
 CONVERTED, MOTION_ADAPTER = ("unet_main", "brushnet"), "motion_adapter"  # folders that a converter writes
 
@@ -49,18 +52,7 @@ def convert(stage, input_dir, output_dir, pretrained_stage1=None, model_config=N
             export_motion_adapter=False, average=1, average_by=LAST, no_ema=False):  # fmt: skip
     """Write `output_dir`/unet_main, /brushnet and README.md from a checkpoint; prints step, tensors and checksums.
 
-    Args:
-        stage: 1 or 2.
-        input_dir: a checkpoint-<step> folder, of these scripts or of the original ones; or a run's folder, of which the
-            newest complete checkpoint is taken.
-        pretrained_stage1: stage 2: the converted stage 1 that the run started from; it gives the frozen weights.
-        model_config: a folder with unet_main/config.json; the number of attention heads of an original script's
-            checkpoint, which has no config and whose shapes do not tell, is read there.
-        variant: of the weight files in pretrained_stage1.
-        export_motion_adapter: stage 2: also write the motion modules alone, as `output_dir`/motion_adapter.
-        average: take the mean of so many checkpoints of a run's folder: the last ones, or with average_by
-            "held_out_loss" those of the lowest.
-        no_ema: take the weights that were trained, also where a checkpoint has their EMA.
+    Args: HELP says what they are; pretrained_stage1 and export_motion_adapter are stage 2's.
 
     Raises: InputError where anything does not fit; `output_dir` is untouched then.
     """
@@ -284,7 +276,7 @@ def main(stage, argv=None, **defaults):
         form = {"action": "store_true"} if isinstance(value, bool) else {"metavar": "DIR" if value else "NAME"}
         parser.add_argument(f"--{name}", default=value, help=HELP[name], **form)
     add = parser.add_argument
-    add("--average", type=int, default=1, metavar="N", help="the mean of so many checkpoints of a run's folder")
-    add("--average_by", choices=ORDERS, default=LAST, help="the last ones, or those of the lowest held-out loss")
-    add("--no_ema", action="store_true", help="of a run with --ema_decay, the weights that were trained")
+    add("--average", type=int, default=1, metavar="N", help=HELP["average"])
+    add("--average_by", choices=ORDERS, default=LAST, help=HELP["average_by"])
+    add("--no_ema", action="store_true", help=HELP["no_ema"])
     convert(stage, **vars(parser.parse_args(argv)))
