@@ -93,10 +93,9 @@ class FewStepWeights:
 
     @torch.no_grad()
     def fold(self, unet):
-        """Change the UNet's weights for good; added up in fp32, whatever type they have. Returns the UNet."""
+        """Change the UNet's weights for good; added up in fp32, whatever type they have."""
         for weight, change in self.changes(unet):
             weight.copy_(weight.float() + change)
-        return unet
 
     @contextmanager
     @torch.no_grad()
@@ -116,7 +115,7 @@ class FewStepWeights:
             for weight, change in self.changes(unet):
                 originals.append((weight, weight.clone()))
                 weight.copy_(weight.float() + change)
-            yield unet
+            yield
         finally:
             for weight, original in originals:
                 weight.copy_(original)
