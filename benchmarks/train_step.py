@@ -22,13 +22,13 @@ from common.distributed import DTYPES
 from dataset.crop import RESOLUTION_HELP, resolution, sides
 from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
-from libs.inpainter import cast_parameters
 from libs.training.compile_ahead import CompileAhead
-from libs.training.compiling import compile_encoder, compile_models
+from libs.training.compiling import compile_encoder
 from libs.training.config import CONFIGS
 from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward
 from libs.training.loss import ForwardBackward
 from libs.training.optimizer import make_optimizer
+from libs.training.setup import set_up_model
 from libs.vae import FrozenVAE
 from toy.full_size import make_model
 from toy.make_weights import SCHEDULER, SIZES, random_vae
@@ -105,13 +105,8 @@ class Step:
         ahead = CompileAhead(accelerator.device, told) if flags.compile and flags.cuda_graph else None
         vae, model = make_vae(dtype, self.nframes), make_model(stage, dtype)
         self.batch = make_batch(self.nframes, *sides(flags.resolution))
-        if flags.bf16_weights:
-            cast_parameters(model.parameters(), dtype)
-        if flags.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+        set_up_model(flags, accelerator, model)
         if flags.compile:
-            by_layer = flags.cuda_graph or flags.gradient_checkpointing
-            compile_models((model.unet_main, model.brushnet), by_layer, channels_last=not flags.use_8bit_adam)
             compile_encoder(vae.vae.encoder)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(flags, parameters, flags.learning_rate, accelerator.device)

@@ -121,6 +121,15 @@ def open_latent_cache(config, accelerator, base, dtype):
 def build_model(config, stage, accelerator, found):
     """The stage's Inpainter, ready for `accelerator.prepare`: frozen, recomputed and compiled as the settings say."""
     model = stage.load_models(found.opened, frozen_dtype=DTYPES[accelerator.mixed_precision])
+    set_up_model(config, accelerator, model)
+    log_parameters(model, config.checkpoints_total_limit)
+    found.state.configs = {name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")}
+    register_hooks(accelerator, saved_keys(model))
+    return model
+
+
+def set_up_model(config, accelerator, model):
+    """Weights in bf16, recomputed layers and compiled ones, as the settings say, in place."""
     if config.bf16_weights:
         cast_parameters(model.parameters(), torch.bfloat16)
     if config.gradient_checkpointing:
@@ -129,10 +138,6 @@ def build_model(config, stage, accelerator, found):
     if config.compile:
         by_layer = config.cuda_graph or config.gradient_checkpointing
         compile_models((model.unet_main, model.brushnet), by_layer, channels_last=not config.use_8bit_adam)
-    log_parameters(model, config.checkpoints_total_limit)
-    found.state.configs = {name: dict(getattr(model, name).config) for name in ("unet_main", "brushnet")}
-    register_hooks(accelerator, saved_keys(model))
-    return model
 
 
 def make_loader(config, accelerator, found, cache, last_step):
