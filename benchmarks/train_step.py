@@ -25,10 +25,9 @@ from libs.base_model import LoadedBase
 from libs.training.compile_ahead import CompileAhead
 from libs.training.compiling import compile_encoder
 from libs.training.config import CONFIGS
-from libs.training.cuda_graph import WARM_UP, GraphedForwardBackward
-from libs.training.loss import ForwardBackward
+from libs.training.cuda_graph import WARM_UP
 from libs.training.optimizer import make_optimizer
-from libs.training.setup import set_up_model
+from libs.training.setup import make_passes, set_up_model
 from libs.vae import FrozenVAE
 from toy.full_size import make_model
 from toy.make_weights import SCHEDULER, SIZES, random_vae
@@ -114,11 +113,8 @@ class Step:
         prompt_embeds = torch.randn(2, 77, 768, device="cuda")
         self.base = LoadedBase(vae, DDPMScheduler.from_config(SCHEDULER), prompt_embeds, accelerator.device)
         begin = time.perf_counter()
-        if ahead and ahead.processes:
-            ahead.run(model, self.base, self.batch)
-        self.ahead_s = time.perf_counter() - begin
-        passes = GraphedForwardBackward if flags.cuda_graph else ForwardBackward
-        self.forward_backward, self.parts = passes(accelerator, self.model, self.base), Parts()
+        self.forward_backward = make_passes(flags, accelerator, self.model, self.base, ahead)
+        self.ahead_s, self.parts = time.perf_counter() - begin, Parts()
         self.time_parts()
 
     def time_parts(self):
