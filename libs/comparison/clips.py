@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from common.files import write_json, written_whole
+from dataset.mask_kinds import grow
 from libs.inference.composition import resize_picture
 from libs.inference.video_file import VideoWriter
 
@@ -39,11 +40,11 @@ def save_clips(output_dir, video, shown, holes, results, fps):
     folder.mkdir(parents=True, exist_ok=True)
     methods = [name for name in results if (results[name] != shown).any()]
     height, width = small_size(*holes.shape[1:])
-    outlines, regions = [], []
-    for t, hole in enumerate(holes > 0):
-        changed = np.logical_or.reduce([hole, *((results[name][t] != shown[t]).any(axis=-1) for name in methods)])
-        outlines.append(grow(shrink_mask(hole, height, width), BORDER))
-        regions.append(grow(shrink_mask(changed, height, width), BORDER))
+    changed = holes > 0
+    outlines = grow([shrink_mask(hole, height, width) for hole in changed], BORDER)
+    for name in methods:
+        changed |= (results[name] != shown).any(axis=-1)
+    regions = grow([shrink_mask(mask, height, width) for mask in changed], BORDER)
     tiles = Tiles(height, width, [shown, *(results[name] for name in methods)], regions)
     with written_whole(folder / f"{video}.mp4") as partial:
         encode(partial, tiles, fps)
@@ -68,10 +69,6 @@ def shrink_mask(mask, height, width):
     return np.where(covered > 0, np.uint8(255), np.uint8(0))
 
 
-def grow(region, pixels):
-    return cv2.dilate(region, np.ones((2 * pixels + 1,) * 2, np.uint8))
-
-
 class Tiles:
     """The pictures of a file, made one at a time: what is encoded again is not kept."""
 
@@ -88,7 +85,7 @@ class Tiles:
         width, height = self.size
         for t, region in enumerate(self.regions):
             picture = np.full((self.height, self.width, 3), GREY, np.uint8)
-            kept = self.whole_blocks(grow(region, BORDER))[..., None]  # beyond the region: chroma is half as fine
+            kept = self.whole_blocks(grow([region], BORDER)[0])[..., None]  # beyond the region: chroma is half as fine
             for number, clip in enumerate(self.clips):
                 column, row = divmod(number, self.rows)
                 tile = self.fill_up(resize_picture(clip[t], *self.shape))
