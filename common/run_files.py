@@ -54,16 +54,12 @@ def append_row(path, row):
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.is_file() else b""
     content = content[: content.rfind(b"\n") + 1]
-    lines = csv.reader(io.StringIO(content.decode(**ENCODING)))
-    columns = next(lines, list(row))
-    added = [name for name in row if name not in columns]
-    if added:
-        columns += added
-        with written_whole(path) as partial, open(partial, "w", newline="", **ENCODING) as file:
-            csv.writer(file).writerows([columns, *(line + [""] * len(added) for line in lines)])
+    columns = next(csv.reader(io.StringIO(content.decode(**ENCODING))), list(row))
+    if not row.keys() <= set(columns):
+        write_rows(path, [*read_table(path), row])
+        return
     with open(path, "a", newline="", **ENCODING) as file:
-        if not added:
-            file.truncate(len(content))
+        file.truncate(len(content))
         writer = csv.DictWriter(file, columns)
         if not content:
             writer.writeheader()
