@@ -77,12 +77,9 @@ class Results:
                                           for video in self.videos for seed in seeds}
                       for side in (name, plan.reference) for score in self.scores}  # fmt: skip
             rows += compare_all(values, plan.reference, [name], [""], self.scores)
-        order = list(self.scores)
-        rows.sort(key=lambda row: (order.index(row["score"]), -self.sign(row["score"]) * row["mean"]))
+        order, higher = list(self.scores), {name: score.higher_is_better for name, score in self.scores.items()}
+        rows.sort(key=lambda row: (order.index(row["score"]), -row["mean"] if higher[row["score"]] else row["mean"]))
         return [{name: value for name, value in row.items() if name != "task"} for row in rows]
-
-    def sign(self, score):
-        return 1 if self.scores[score].higher_is_better else -1
 
     def write(self):
         """The CSV files and evaluation.json; returns the lines to print."""
