@@ -1,4 +1,4 @@
-"""What this machine can do, for the shell scripts' defaults and for the checks."""
+"""What this machine can do: for the launcher's defaults, for the checks, and for scores."""
 
 import importlib.util
 import os

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-MASK_DILATIONS = 4  # of object masks in validation and by default in run_diffueraser.py
+MASK_DILATIONS = 4  # of object masks: in validation, in davis-removal, and by default in run_diffueraser.py
 SQUARE = cv2.getStructuringElement(cv2.MORPH_RECT, (3, 3))
 BLUR = (21, 21)  # pixels; OpenCV derives a standard deviation of 3.5 from it
 
