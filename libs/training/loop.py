@@ -71,7 +71,7 @@ def train(config, stage, accelerator, found, stop, ahead):
     forward_backward = make_passes(config, accelerator, model, base, ahead)
     state, unwrapped = found.state, accelerator.unwrap_model(model)
     checkpoints = Checkpoints(config, stage, accelerator, state, found.checkpoint)
-    resume(config, accelerator, optimizer, schedule, found)
+    resume(accelerator, optimizer, schedule, found)
     ema = Ema(config.ema_decay, accelerator, unwrapped, found.checkpoint)
 
     broken_videos, meter = BrokenVideos(config.max_broken_share), Meter(accelerator, last_step)

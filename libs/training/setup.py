@@ -207,7 +207,7 @@ def make_optimizer_and_schedule(config, accelerator, model, found):
     return optimizer, schedule, last_step
 
 
-def resume(config, accelerator, optimizer, schedule, found):
+def resume(accelerator, optimizer, schedule, found):
     """Load the checkpoint that the checks found fit, if any; the optimizer's settings come from the flags, not from it.
 
     Args:
