@@ -151,9 +151,9 @@ def upright(picture, image):
     return np.ascontiguousarray(picture[::rows, ::columns])
 
 
-def read_frames(paths):
-    """Frames of one size."""
-    frames = [read_frame(path) for path in paths]
+def read_frames(paths, read=read_frame):
+    """Frames, or what else `read` makes of pictures, of one size."""
+    frames = [read(path) for path in paths]
     for path, frame in zip(paths, frames, strict=True):
         if frame.shape != frames[0].shape:
             raise BrokenFrame(f"{path} is {size_of(frame)}, {paths[0].name} is {size_of(frames[0])}")

@@ -62,8 +62,10 @@ class Track:
 
     def masks(self, width, height, soft=False):
         """(f, height, width) uint8: 255 = object; `soft` with shades at its edge, as OpenCV's bilinear makes them."""
-        masks = np.empty((len(self.paths), height, width), np.uint8)
-        for labels, mask in zip(self.labels(), masks, strict=True):
+        with whose_frames(self.video):
+            sources = read_frames(self.paths, read_labels)
+        masks = np.empty((len(sources), height, width), np.uint8)
+        for labels, mask in zip(sources, masks, strict=True):
             if soft:
                 object_mask = cv2.compare(labels, self.label, cv2.CMP_EQ)
                 cv2.warpAffine(object_mask, self.transform, (width, height), dst=mask, flags=cv2.INTER_LINEAR)
@@ -71,15 +73,6 @@ class Track:
                 cv2.warpAffine(labels, self.transform, (width, height), dst=mask, flags=cv2.INTER_NEAREST)
                 cv2.compare(mask, self.label, cv2.CMP_EQ, dst=mask)
         return masks
-
-    def labels(self):
-        """Its masks' values, all of one size."""
-        with whose_frames(self.video):
-            labels = [read_labels(path) for path in self.paths]
-            for path, found in zip(self.paths, labels, strict=True):
-                if found.shape != labels[0].shape:
-                    raise BrokenFrame(f"{path} is {size_of(found)}, {self.paths[0].name} is {size_of(labels[0])}")
-        return labels
 
     def pictures(self):
         """The frames that belong to the masks, of their size, (h, w, 3) uint8, RGB."""

@@ -150,11 +150,11 @@ def test_nothing_of_the_clips_own_or_of_validation_videos_enters(root, monkeypat
     read = []
     for name in ("read_labels", "read_frames"):
         reader = getattr(objects, name)
-        monkeypatch.setattr(objects, name, lambda what, reader=reader: read.append(what) or reader(what))
+        monkeypatch.setattr(objects, name, lambda what, *how, reader=reader: read.append(what) or reader(what, *how))
     found, lenders = dataset(root, validation_image=[str(root / "JPEGImages/480p/cedar")], **settings), {}
     for index in range(len(found)):
         clip = found.clip(index, 0)
-        names = {path.parent.name for what in read for path in (what if isinstance(what, list) else [what])}
+        names = {path.parent.name for what in read for path in (what if isinstance(what, (list, tuple)) else [what])}
         lenders.setdefault(clip.video, set()).update(names)
         read.clear()
     assert lenders == {"alder": {"birch"}, "birch": {"alder"}}  # not cedar, which is held out, nor dogwood
