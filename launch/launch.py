@@ -80,7 +80,8 @@ def main(argv=None):
         *warnings,
         *([note] if note else []),
     )
-    words = f"stage {stage}: training, log in {log.path} (tail -f {log.path}), checkpoints in {output_dir}/"
+    follow = shlex.join(["tail", "-f", str(log.path)])
+    words = f"stage {stage}: training, log in {log.path} ({follow}), checkpoints in {output_dir}/"
     print(f"{words}; {note}" if note else words, flush=True)
     trainers = Trainers(arguments, log, Path(output_dir))
     status = trainers.run()
