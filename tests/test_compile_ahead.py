@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
@@ -182,6 +183,28 @@ def test_what_fails_is_left_to_the_first_step(ahead, monkeypatch):
     assert not ahead.compile_step(models, models.encoder, models)
     assert lines[0].startswith("compiled 2 pieces") and lines[1] == "compiling: the first step does the rest (no room)"
     assert not ahead.done.exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_layers_copies_end_with_their_call(ahead, monkeypatch, fails):
+    """On a GPU their weights and gradients would take the memory of those that train, after a failure for long."""
+    ahead, lines = ahead
+    monkeypatch.setattr(compile_ahead, "compile_pickled", lambda call, device: None)
+    models, copies, alive = Models(), [], []
+
+    def run(module, *inputs):
+        alive.append(sum(copied() is not None for copied in copies))
+        copies.append(weakref.ref(next(module.parameters())))
+        if fails:
+            raise torch.OutOfMemoryError("no room")
+        return inputs[0].sum()
+
+    monkeypatch.setattr(compile_ahead.compiling, "compile_part", lambda function: run)
+    monkeypatch.setattr(compile_ahead.compiling, "compile_encoder", lambda encoder: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(sum(copied() is not None for copied in copies)))
+    assert ahead.compile_step(models, models.encoder, models) != fails
+    assert alive == [0, 0, 0] and len(copies) == 2
+    assert lines[0].startswith(f"compiled {1 if fails else 3} pieces")
 
 
 def test_a_step_that_cannot_be_foreseen(ahead):

@@ -105,14 +105,14 @@ class CompileAhead:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 compiled, failed = self.compile_all(calls)
         except RuntimeError as error:  # processes that did not start, or something that FakeTensors cannot do
-            compiled, failed = 0, [error]
+            compiled, failed = 0, [first_line(error)]
         if failed:
             self.kill()
         self.pool.shutdown()
         torch.cuda.empty_cache()
         log.info("compiled %d pieces after %.0f s", compiled, time.perf_counter() - self.begin)
         if failed:
-            log.info("compiling: the first step does the rest (%s)", first_line(failed[0]))
+            log.info("compiling: the first step does the rest (%s)", failed[0])
             return False
         with suppress(OSError):  # a full disk: the next start looks the pieces up again
             self.done.parent.mkdir(exist_ok=True)
@@ -120,7 +120,7 @@ class CompileAhead:
         return True
 
     def compile_all(self, calls, interval=20):
-        """(number of calls compiled, [what went wrong with others])."""
+        """(number of calls compiled, [what went wrong with others, in words])."""
         tasks = {self.pool.submit(compile_pickled, pickle.dumps(call), self.device): call for call in calls}
         waiting, failed, told = set(tasks), [], time.perf_counter()
         while waiting:
@@ -128,9 +128,12 @@ class CompileAhead:
             for task in done:
                 call = tasks.pop(task)
                 if task.exception():
-                    failed.append(task.exception())
-                else:
+                    failed.append(first_line(task.exception()))
+                    continue
+                try:
                     call.compile(self.device)  # taken from the cache: torch knows it in this process from now on
+                except RuntimeError as error:  # not kept: its traceback would keep the layer's copy
+                    failed.append(first_line(error))
             if time.perf_counter() >= told + interval:
                 told = time.perf_counter()
                 seconds = told - self.begin
@@ -188,7 +191,7 @@ class Call:
 
     def compile(self, device):
         """Compile it for a forward and a backward pass, and run both, which chooses among forms of its kernels."""
-        module = self.module.to_empty(device=device)
+        module = copy.deepcopy(self.module).to_empty(device=device)  # not in place: its memory ends with this call
         if self.function:
             run, inputs = compiling.compile_part(self.function), (module, *self.inputs)
         else:
