@@ -8,6 +8,7 @@ import pytest
 from conftest import REPOSITORY
 
 from common.errors import InputError
+from dataset.finetune_dataset import FinetuneDataset
 from libs.checkpoints.checkpoint import TrainerState
 from libs.checkpoints.resume import BATCH, BATCH_SETTINGS, LOGGED, describe_run, go_on_from
 from libs.inpainter import INPAINTERS
@@ -202,6 +203,24 @@ def test_resuming_with_another_value(name):
         saved.settings["num_processes"] = 2
         _, changes = go_on_from("checkpoint-1", saved, now, policy, resume_anyway=False)
         assert [line.split()[4] for line in changes] == ["num_processes", name]
+
+
+def test_what_the_fixed_clips_follow_from(videos):
+    """All that the dataset draws a clip by; else a best checkpoint would be one of other clips."""
+    args = parse_args(Stage1, [f"--davis_root={videos / 'DAVIS'}", f"--ytvos_root={videos / 'YTBV'}"])
+    args.resolution, args.nframes = 32, 3
+    other = {"random_crop": True, "frame_stride": 2, "mask_span": (0.1, 0.2), "mask_original_margins": True,
+             "mask_mix": "box=1", "mask_growth": "3,3", "mask_border": 1.0, "proportion_empty_prompts": 1.0,
+             "known_frames": 1.0, "seed": 1, "nframes": 4, "resolution": 40}  # fmt: skip
+
+    def clips(**changes):
+        dataset = FinetuneDataset(SimpleNamespace(**{**vars(args), **changes}))
+        found = [dataset.clip(0, epoch) for epoch in range(3)]
+        return [(clip.frames.tobytes(), clip.holes.tobytes(), clip.prompt) for clip in found]
+
+    same = clips()
+    changing = {name for name, value in other.items() if clips(**{name: value}) != same}
+    assert changing == other.keys() and changing <= settings_with("sets_clips").keys()
 
 
 def test_where_holes_come_from_on_resuming(monkeypatch):

@@ -260,6 +260,7 @@ def test_a_best_checkpoint_of_other_annotated_videos(tmp_path):
     """It does not count where clips borrow their objects; one whose videos an older version did not note does."""
     config = SimpleNamespace(output_dir=tmp_path, best_by="held_out_loss", pcm_weights=None)
     settings = {**json.loads(json.dumps(resume_policy().defaults)), "mask_mix": "object=1", "hole_videos": "bear"}
+    settings["proportion_empty_prompts"] = 0.5
     state = SimpleNamespace(settings=settings)
 
     def mark(step, value):
@@ -269,7 +270,7 @@ def test_a_best_checkpoint_of_other_annotated_videos(tmp_path):
         return read_best(tmp_path)["step"]
 
     older = what_sets_clips(settings)
-    del older["hole_videos"]
+    del older["hole_videos"], older["proportion_empty_prompts"]
     mark_best(tmp_path, 10, 0.5, older)
     assert mark(20, 0.6) == 10 and mark(30, 0.4) == 30 and mark(40, 0.5) == 30
     settings["hole_videos"] = "hike"

@@ -136,7 +136,7 @@ class TrainConfig:
         metavar="TEXT", variable="PROMPT", may_be_empty=True, on_change=LOGGED, on_card=True, sets_clips=True)
     proportion_empty_prompts: float = setting(
         0.0, "share of clips trained with an empty prompt instead of --prompt", metavar="P", check=share,
-        variable="PROPORTION_EMPTY_PROMPTS", on_change=LOGGED)
+        variable="PROPORTION_EMPTY_PROMPTS", on_change=LOGGED, sets_clips=True)
     known_frames: float = setting(
         0.0, "share of clips in which some frames have no hole, as in the second pass over a long clip; for stage 2",
         metavar="P", check=share, variable="KNOWN_FRAMES", on_change=LOGGED, sets_clips=True)

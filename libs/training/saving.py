@@ -118,8 +118,9 @@ class Checkpoints:
             return
         clips, higher = what_sets_clips(self.state.settings), by in SCORES and SCORES[by].higher_is_better
 
-        def complete(noted):  # an older version did not note which videos are annotated
-            return what_sets_clips({"hole_videos": clips.get("hole_videos"), **noted})
+        def complete(noted):  # older versions did not note these
+            later = {name: clips.get(name) for name in ("hole_videos", "proportion_empty_prompts")}
+            return what_sets_clips({**later, **noted})
 
         try:
             if mark_best(self.config.output_dir, step, value, clips, complete, measure, higher):
