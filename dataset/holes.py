@@ -46,7 +46,7 @@ class Holes:
     def sources(self):
         """Names of the videos whose masks holes come from, in the order that draws choose by."""
         borrowed = [f"object of {video.name}" for video in self.objects.videos] if self.objects else []
-        return borrowed + [f"masks of {name}" for name in self.own]
+        return borrowed + [f"masks of {folder.name}" for folder in self.own]
 
     def draw(self, rng, guide_rng, crop, video, paths, frames):
         """(holes (f, h, w) uint8, conditioning frames (f, h, w, 3) uint8 or None) of a clip.
@@ -59,7 +59,7 @@ class Holes:
             frames: (f, h, w, 3) uint8, cropped.
         """
         width, height = crop.size
-        if video.name in self.own:
+        if video.folder in self.own:
             holes = self.read_own(crop, video, paths)
             if holes.any():
                 return self.grown(rng, holes), None
@@ -104,7 +104,7 @@ class Holes:
     def read_own(self, crop, video, paths):
         """The video's own masks (f, h, w) of these frames, cropped as they are."""
         width, height = crop.size
-        by_name = {path.stem: path for path in list_frames(self.own[video.name])}
+        by_name = {path.stem: path for path in list_frames(self.own[video.folder])}
         holes = np.empty((len(paths), height, width), np.uint8)
         for path, hole in zip(paths, holes, strict=True):
             mask = read_mask(by_name[path.stem])
@@ -115,7 +115,10 @@ class Holes:
 
 
 def find_own_masks(root, videos):
-    """{video's name: its folder below `root`} of the videos that have one, every frame with a mask of its size."""
+    """{video's folder: its masks', below `root`} of the videos that have one, every frame with a mask of its size.
+
+    Not by name: a validation video may have a training video's, and must not get its masks.
+    """
     if not root:
         return {}
     if not Path(root).is_dir():
@@ -135,7 +138,7 @@ def find_own_masks(root, videos):
         if image_size(mask) != image_size(frame):
             raise InputError(f"{mask} is {image_size(mask)}, its frame {frame} {image_size(frame)}: masks of the "
                              "frames' size were needed (--masks_of_videos)")  # fmt: skip
-    return {name: Path(root, name) for name in own}
+    return {video.folder: Path(root, name) for name, video in own.items()}
 
 
 def find_objects(args, videos, excluded, with_frames):

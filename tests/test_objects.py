@@ -12,6 +12,7 @@ from PIL import Image
 import dataset.objects as objects
 from common.errors import InputError
 from dataset.finetune_dataset import FinetuneDataset
+from dataset.folders import scan_video
 from dataset.images import BrokenFrame, read_mask
 from dataset.loader import TrainingClips
 from dataset.objects import AnnotatedVideo, Objects, read_labels, window
@@ -260,6 +261,19 @@ def test_own_masks_follow_their_frames(root, tmp_path):
         assert np.array_equal(clip.holes > 0, is_object) == (clip.video == "alder")
     grown = dataset(root, masks_of_videos=tmp_path, mask_growth="2,2")
     assert all(np.count_nonzero(grown.clip(i, 0).holes) > np.count_nonzero(found.clip(i, 0).holes) for i in range(10))
+
+
+def test_own_masks_are_not_those_of_a_validation_video_of_that_name(root, tmp_path):
+    """The held-out loss draws its holes with the training's dataset."""
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks/alder").symlink_to(root / "Annotations/480p/alder")
+    shutil.copytree(root / "JPEGImages/480p/dogwood", tmp_path / "alder")
+    found = dataset(root, masks_of_videos=tmp_path / "masks")
+    trained = found.clip(0, 0)
+    found.videos = [scan_video(tmp_path / "alder")]
+    validated = found.clip(0, 0)
+    assert trained.video == validated.video == "alder" and found.holes.sources() == ["masks of alder"]
+    assert not np.array_equal(trained.holes, validated.holes)
 
 
 def test_objects_of_any_folder_of_masks(root, tmp_path):
