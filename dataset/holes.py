@@ -77,7 +77,8 @@ class Holes:
                 track = self.objects.draw_track(rng, len(paths), height, width, video.name, leaves)
                 holes = track.masks(width, height)
             else:
-                holes = draw_kind(rng, kind, len(paths), height, width, leaves)
+                span = self.span if kind == "blob" else None  # one that leaves the frame
+                holes = draw_kind(rng, kind, len(paths), height, width, leaves, span)
             if np.count_nonzero(holes) >= MIN_HOLE * holes.size:
                 return self.grown(rng, holes), None
         raise InputError(f"{MAX_REDRAWS} holes in a row, {kind}, covered less than {MIN_HOLE:.0%} of {width}x{height}")

@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
+import dataset.holes as holes
+from dataset.crop import Crop
 from dataset.holes import Holes
 from dataset.mask_kinds import KINDS, draw_kind, grow, parse_growth, parse_mix
 from dataset.utils import create_random_shape_with_random_motion
@@ -111,6 +113,15 @@ def test_holes_leave_the_frame_only_where_told(kind):
     touching = [clip[:, [0, -1]].any() or clip[:, :, [0, -1]].any() for clip in leaving]
     assert np.mean(touching) > 0.4
     assert any(np.count_nonzero(clip[0]) != np.count_nonzero(clip[-1]) for clip in leaving)
+
+
+def test_blobs_that_leave_the_frame_keep_the_span(monkeypatch):
+    spans = []
+    monkeypatch.setattr(holes, "draw_kind", lambda *args: spans.append(args[-1]) or np.full((2, 64, 64), 255, np.uint8))
+    for kind in ("blob", "box"):
+        found = Holes(SimpleNamespace(mask_span=(0.3, 0.4), mask_border=1, mask_mix=f"{kind}=1"), [], ())
+        found.draw(np.random.default_rng(0), None, Crop.of(64, 64, 64), SimpleNamespace(folder=None), [None] * 2, None)
+    assert spans == [(0.3, 0.4), None]
 
 
 def test_text_is_low_high_or_in_a_corner():
