@@ -31,7 +31,8 @@ def checkpoints(tmp_path, monkeypatch):
         scaler=None, num_processes=1, is_main_process=True, device="cpu", wait_for_everyone=lambda: None,
         save_state=lambda folder: Path(folder, "model.safetensors").write_bytes(b"weights"),
     )  # fmt: skip
-    config = parse_args(Stage1, [f"--output_dir={tmp_path}", "--keep_best_checkpoint", "--checkpoints_total_limit=1"])
+    config = parse_args(Stage1, [f"--output_dir={tmp_path}", "--checkpoints_total_limit=1"])
+    config.keep_best_checkpoint = True
     monkeypatch.setattr(saving, "sum_over_processes", lambda accelerator, value: value)
     last = tmp_path / "checkpoint-6"
     last.mkdir()

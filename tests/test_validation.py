@@ -581,6 +581,8 @@ def test_ranking(tmp_path, capsys):
     ("settings", "expected"),
     [({"best_by": "psnr_hole", "validation_steps": 0}, "--best_by=psnr_hole needs validation videos to score"),
      ({"best_by": "lpips_hole"}, "--best_by=lpips_hole needs --lpips_weights"),
+     ({"keep_best_checkpoint": True, "validation_steps": 0}, "--keep_best_checkpoint needs the held-out loss"),
+     ({"keep_best_checkpoint": True, "probe_clips": 0}, "--keep_best_checkpoint needs the held-out loss"),
      ({"lpips_weights": "nowhere"}, "nowhere: --lpips_weights needs a folder with two published files"),
      ({"clip_weights": "nowhere"}, "nowhere is no folder: --clip_weights needs a CLIP model's folder")]
 )  # fmt: skip

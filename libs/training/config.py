@@ -371,7 +371,8 @@ def check_mask_root(config):
 
 
 def check_validation(config):
-    """The three validation lists belong together, entry by entry, frame by frame; --best_by's measure is measured."""
+    """The three validation lists belong together, entry by entry, frame by frame; what the best checkpoint is chosen by
+    is measured."""
     if config.validation_prompt is None:
         config.validation_prompt = [config.prompt] * len(config.validation_image)
     lists = {name: getattr(config, name) for name in ("validation_image", "validation_mask", "validation_prompt")}
@@ -380,9 +381,16 @@ def check_validation(config):
         raise InputError(f"the validation lists differ in length: {lengths} entries; give one of each per video")
     for images, masks in zip(config.validation_image, config.validation_mask, strict=True):
         pair_by_name(images, masks)
-    if config.best_by != HELD_OUT:
+    scored = config.validation_steps and config.validation_image
+    if config.best_by == HELD_OUT:
         require(
-            config.validation_steps and config.validation_image,
+            not config.keep_best_checkpoint or (scored and config.probe_clips),
+            "--keep_best_checkpoint needs the held-out loss to choose by, which is off: give --validation_image and "
+            "--validation_mask, with --validation_steps and --probe_clips above 0, or drop it",
+        )
+    else:
+        require(
+            scored,
             f"--best_by={config.best_by} needs validation videos to score: give --validation_image and "
             f"--validation_mask, or use --best_by={HELD_OUT}",
         )
