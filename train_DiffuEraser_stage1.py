@@ -4,6 +4,7 @@ Everything in both models is trained; the frames of a clip do not see each other
 """
 
 import common.libraries  # noqa: F401
+from common.command_line import require
 from libs.brushnet_CA import BrushNetModel
 from libs.inpainter import FrameInpainter
 from libs.training.loop import run
@@ -19,6 +20,12 @@ class Stage1(Stage):
     @staticmethod
     def open_models(args):
         if args.pretrained_stage1_path:
+            require(
+                not args.brushnet_model_name_or_path,
+                f"--brushnet_model_name_or_path={args.brushnet_model_name_or_path}: BrushNet is also in "
+                f"--pretrained_stage1_path={args.pretrained_stage1_path}: leave one of both out (by an empty "
+                "PRETRAINED_STAGE1_PATH, under the shell script)",
+            )
             return open_frame_models(args.pretrained_stage1_path, args.variant)
         source = {"revision": args.revision, "variant": args.variant}
         brushnet = args.brushnet_model_name_or_path

@@ -165,6 +165,9 @@ CASES = {
         "prediction_type 'sample': epsilon or v_prediction"),
     "stage1_weights_missing": (
         1, None, {"pretrained_stage1_path": "/no/weights"}, "/no/weights/unet_main is not a folder"),
+    "two_brushnets": (
+        1, None, {"brushnet_model_name_or_path": "elsewhere"},
+        "--brushnet_model_name_or_path=elsewhere: BrushNet is also in --pretrained_stage1_path=.*: leave one of both"),
     "wrong_class": (
         1, None, lambda c: {"pretrained_stage1_path": None,
                             "brushnet_model_name_or_path": c.weights / "diffuEraser/unet_main"},
