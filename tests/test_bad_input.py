@@ -168,6 +168,9 @@ CASES = {
     "two_brushnets": (
         1, None, {"brushnet_model_name_or_path": "elsewhere"},
         "--brushnet_model_name_or_path=elsewhere: BrushNet is also in --pretrained_stage1_path=.*: leave one of both"),
+    "falling_below_the_rate": (
+        1, None, {"lr_scheduler": "polynomial", "learning_rate": 1e-7},
+        "--learning_rate=1e-07: more than 1e-07 was needed, where --lr_scheduler=polynomial ends"),
     "wrong_class": (
         1, None, lambda c: {"pretrained_stage1_path": None,
                             "brushnet_model_name_or_path": c.weights / "diffuEraser/unet_main"},

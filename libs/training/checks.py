@@ -41,6 +41,7 @@ EMA_BYTES = 4  # more with --ema_decay, in memory and in a checkpoint
 SHARD_BYTES = 4  # more with FSDP, which writes the weights a second time, and what is frozen
 FROZEN_BYTES = 2  # per frozen parameter, in half precision
 FORWARD_GIB_PER_FRAME = 0.3  # of 512x512, held after a forward pass whose layers are recomputed
+POLYNOMIAL_END = 1e-7  # learning rate at the end of diffusers' schedule
 OF_THE_RUN = {"output_dir", "logging_dir", "latent_cache", "resume_from_checkpoint"}  # folders that it writes to
 
 
@@ -151,6 +152,9 @@ def wrong_flags(args):
         yield f"--bf16_weights needs --mixed_precision=bf16, not {precision} (MIXED_PRECISION)"
     if args.bf16_weights and args.ema_decay is not None:
         yield "--ema_decay does not go with --bf16_weights, which round its small steps away: drop one"
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= POLYNOMIAL_END and not args.scale_lr:
+        yield (f"--learning_rate={args.learning_rate}: more than {POLYNOMIAL_END} was needed, where "
+               "--lr_scheduler=polynomial ends")  # fmt: skip
     if args.compile and (lacking := compiling_lacks()):
         yield f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)"
     if args.cuda_graph and not gpu_is_used():
