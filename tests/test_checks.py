@@ -10,8 +10,30 @@ from conftest import BF16, error_line
 
 from common.errors import InputError
 from libs.training import checks
-from libs.training.config import parse_args
+from libs.training.config import parse_args, without_effect
 from train_DiffuEraser_stage1 import Stage1
+
+
+def test_settings_that_others_leave_without_effect(train, tmp_path, capsys):
+    """In the log, and in the table."""
+    changes = {"lr_warmup_steps": 10, "lr_power": 2.0, "loss_rim": 4, "prior": "median"}
+    expected = [
+        "--lr_warmup_steps=10 has no effect: --lr_scheduler=constant has no warm-up",
+        "--lr_power=2.0 has no effect: --lr_scheduler=constant has no power",
+        "--loss_rim=4 has no effect: --loss_weights are the same on the rim and in the rest",
+        "--prior=median has no effect: only validation with --pcm_weights starts from one",
+    ]
+    train(1, max_train_steps=1, **changes)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ", 1)[1] for line in lines if "has no effect" in line] == expected
+    with pytest.raises(SystemExit):
+        train(1, check_only=True, output_dir=tmp_path / "other", **changes)
+    assert "; ".join(expected) in capsys.readouterr().out.splitlines()[0]
+
+
+def test_settings_that_have_an_effect(flags):
+    changes = {"lr_scheduler": "polynomial", "lr_warmup_steps": 10, "lr_power": 2.0, "loss_weights": "4,2,1"}
+    assert without_effect(parse_args(Stage1, flags(1, **changes, loss_rim=4))) == []
 
 
 def test_check_only(train, tmp_path, capsys):

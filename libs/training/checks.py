@@ -29,7 +29,7 @@ from libs.evaluation.metrics import SCORES
 from libs.evaluation.networks import load_networks
 from libs.inference.few_step import FewStepWeights
 from libs.inference.prior import check_prior
-from libs.training.config import resume_policy
+from libs.training.config import resume_policy, without_effect
 from libs.training.optimizer import bf16_adam, eight_bit_adam
 from libs.unet_motion_model import refuse_long_clips
 
@@ -115,6 +115,7 @@ def check_run(args, stage):
     if opened:
         checks.check("disk space", check_disk_space, args, stage, opened)
         checks.check("memory", check_memory, args, stage, opened)
+    notes += without_effect(args)
     return checks, RunInputs(base, opened, dataset, state, checkpoint, notes, networks)
 
 
@@ -123,8 +124,8 @@ def check_flags(args):
     wrong = list(wrong_flags(args))
     require(not wrong, "; ".join(wrong))
     stride = f", frame stride {args.frame_stride}" if args.frame_stride > 1 else ""
-    precision, tracker = args.mixed_precision, args.report_to
-    return f"{args.nframes} frames of {args.resolution} px{stride}, mixed precision {precision}, tracker {tracker}"
+    found = f"{args.nframes} frames of {args.resolution} px{stride}, mixed precision {args.mixed_precision}"
+    return "; ".join([f"{found}, tracker {args.report_to}", *without_effect(args)])
 
 
 def wrong_flags(args):

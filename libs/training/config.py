@@ -398,6 +398,24 @@ def check_validation(config):
         require(config.lpips_weights, f"--best_by={config.best_by} needs --lpips_weights")
 
 
+def without_effect(config):
+    """A line about each setting that was changed, and that others leave without effect. Not an error: command lines of
+    the original scripts, and variables that are always set, go on working."""
+    scheduler, (_, rim, rest) = config.lr_scheduler, config.loss_weights
+    validates = bool(config.validation_image and config.validation_steps)
+    read = (
+        ("lr_warmup_steps", scheduler != "constant", "--lr_scheduler=constant has no warm-up"),
+        ("lr_num_cycles", scheduler == "cosine_with_restarts", f"--lr_scheduler={scheduler} has no restarts"),
+        ("lr_power", scheduler == "polynomial", f"--lr_scheduler={scheduler} has no power"),
+        ("loss_rim", rim != rest, "--loss_weights are the same on the rim and in the rest"),
+        ("pcm_weights", validates, "validation is off"),
+        ("prior", config.pcm_weights and validates, "only validation with --pcm_weights starts from one"),
+    )
+    defaults = {f.name: default_of(f) for f in fields(config)}
+    changed = ((name, is_read, why) for name, is_read, why in read if getattr(config, name) != defaults[name])
+    return [f"--{name}={getattr(config, name)} has no effect: {why}" for name, is_read, why in changed if not is_read]
+
+
 def settings_with(key):
     """{name: value} of the entry `key` of settings, of both stages, where it is set."""
     return {f.name: f.metadata[key] for cls in CONFIGS.values() for f in fields(cls) if f.metadata[key]}
