@@ -257,13 +257,13 @@ def trainer_flags(stage, engine, given):
     one_graph = engine.processes == 1 or (engine.machines == 1 and not accumulates)
     if variable("CUDA_GRAPH", "1" if compiles and fastest and one_graph else "0") == "1":
         flags.append("--cuda_graph")
+    if given.validation_image is not None:  # DAVIS's masks, which may have the same names, are not these videos'
+        return flags, None
     davis = os.environ.get("DAVIS_ROOT", "dataset/DAVIS") if given.davis_root is None else given.davis_root
     videos = find_validation_videos(Path(davis))
     if videos:
         images, masks = zip(*videos, strict=True)
         return [*flags, f"--validation_image={list(images)}", f"--validation_mask={list(masks)}"], None
-    if given.validation_image:
-        return flags, None
     return flags, (
         f"validation is off: {davis or 'DAVIS_ROOT, which is empty,'} has no ImageSets/2017/val.txt that names videos "
         "with Annotations/480p/; add them, or pass --validation_image and --validation_mask"

@@ -212,6 +212,14 @@ def test_validation_follows_the_flag(environment, monkeypatch, videos):
         assert (note is None) == bool(flag)
 
 
+def test_no_masks_of_davis_for_other_validation_videos(environment, videos):
+    with mock.patch.dict(os.environ, {**environment, "DAVIS_ROOT": str(videos / "DAVIS")}):
+        for extra, masks in (([], True), (["--validation_image=['a', 'b']"], False)):
+            engine = launch.choose_engine(launch.read_engine_config())
+            flags, note = launch.trainer_flags(1, engine, launch.read_flags(extra))
+            assert any(flag.startswith("--validation_mask=") for flag in flags) == masks and note is None
+
+
 def test_one_machine_of_a_cluster_has_the_usual_log(environment):
     with mock.patch.dict(os.environ, {**environment, "SLURM_NODEID": "3"}):
         assert launch.choose_engine(launch.read_engine_config()).rank == 0
