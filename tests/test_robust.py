@@ -108,7 +108,8 @@ def test_storage_that_stumbles_does_not_end_a_run(tmp_path, monkeypatch):
         assert stop.signal == "SIGUSR1"
 
 
-def test_a_checkpoint_saved_between_the_checks_and_the_lock(train, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("resume", ["latest", ""])  # "": an empty RESUME_FROM_CHECKPOINT
+def test_a_checkpoint_saved_between_the_checks_and_the_lock(train, tmp_path, capsys, monkeypatch, resume):
     """By a run that was just ending: training those steps again would waste them without a word."""
     train(1, max_train_steps=2)
     check, kept = libs.training.loop.check_run, tmp_path / "kept"
@@ -121,7 +122,7 @@ def test_a_checkpoint_saved_between_the_checks_and_the_lock(train, tmp_path, cap
 
     monkeypatch.setattr(libs.training.loop, "check_run", check_and_lose_the_race)
     with pytest.raises(SystemExit):
-        train(1, max_train_steps=3, resume_from_checkpoint="latest")
+        train(1, max_train_steps=3, resume_from_checkpoint=resume)
     assert "run/checkpoint-2 has been written meanwhile: run the same command again" in capsys.readouterr().err
 
 

@@ -353,7 +353,7 @@ def find_start(args, stage, start):
 def refuse_stale(args, found):
     """Raises InputError where a run that ended after the checks, and before the lock, has saved another checkpoint."""
     newest, _ = find_latest(args.output_dir)
-    if args.resume_from_checkpoint in (None, "latest") and newest != found.checkpoint:
+    if args.resume_from_checkpoint in (None, "", "latest") and newest != found.checkpoint:
         raise InputError(f"{newest} has been written meanwhile: run the same command again")
 
 
