@@ -171,6 +171,10 @@ CASES = {
     "falling_below_the_rate": (
         1, None, {"lr_scheduler": "polynomial", "learning_rate": 1e-7},
         "--learning_rate=1e-07: more than 1e-07 was needed, where --lr_scheduler=polynomial ends"),
+    "nothing_to_fall": (
+        1, None, {"lr_scheduler": "polynomial", "lr_warmup_steps": 2, "max_train_steps": 2},
+        "--lr_warmup_steps=2 are all of --max_train_steps: use another number"),
+    "rising_to_infinity": (1, None, {"lr_power": -1}, "--lr_power=-1.0: 0 or more was needed"),
     "wrong_class": (
         1, None, lambda c: {"pretrained_stage1_path": None,
                             "brushnet_model_name_or_path": c.weights / "diffuEraser/unet_main"},

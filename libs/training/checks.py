@@ -156,6 +156,8 @@ def wrong_flags(args):
     if args.lr_scheduler == "polynomial" and args.learning_rate <= POLYNOMIAL_END and not args.scale_lr:
         yield (f"--learning_rate={args.learning_rate}: more than {POLYNOMIAL_END} was needed, where "
                "--lr_scheduler=polynomial ends")  # fmt: skip
+    if args.lr_scheduler == "polynomial" and args.lr_warmup_steps == args.max_train_steps:  # diffusers divides by zero
+        yield f"--lr_warmup_steps={args.lr_warmup_steps} are all of --max_train_steps: use another number of either"
     if args.compile and (lacking := compiling_lacks()):
         yield f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)"
     if args.cuda_graph and not gpu_is_used():

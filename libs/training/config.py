@@ -225,7 +225,7 @@ class TrainConfig:
     lr_warmup_steps: int = setting(
         500, "optimizer steps of warm-up, where there is one", check=zero_or_more, on_change=LOGGED)
     lr_num_cycles: int = setting(1, "restarts of cosine_with_restarts", on_change=LOGGED)
-    lr_power: float = setting(1.0, "power of polynomial", on_change=LOGGED)
+    lr_power: float = setting(1.0, "power of polynomial", check=zero_or_more, on_change=LOGGED)
     use_8bit_adam: bool = setting(
         False, "AdamW with 8-bit state, from bitsandbytes or torchao", variable="LOW_MEMORY", on_at=("1", "2"),
         on_change=OPTIMIZER)
