@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import select
 import signal
 import sys
@@ -87,8 +88,10 @@ def escape_lines(text):
 
 
 def first_line(error):
-    """Of an error's message, for the log."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Of an error's message, for the log. A loader worker's arrives with its traceback as text: its last line is the
+    error."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if re.match("Caught .* in DataLoader worker", lines[0]) else 0]
 
 
 def and_more(names):

@@ -26,6 +26,7 @@ from common.files import written_whole
 from dataset.finetune_dataset import FinetuneDataset
 from dataset.folders import scan_video
 from dataset.loader import TrainingClips
+from libs.training.latent_cache import LatentCache
 from libs.training.optimizer import match_layout
 from libs.training.stopping import StopRequest
 
@@ -421,6 +422,12 @@ def test_optimizer_state_of_another_form_is_refused(train, tmp_path, capsys, fla
         train(1, max_train_steps=2, resume_from_checkpoint="latest", resume_anyway=True)
     error = capsys.readouterr().err
     assert f"holds optimizer {message}" in error
+
+
+def test_a_loader_workers_error_says_what_it_was(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(LatentCache, "key", lambda cache, path: os.stat("/gone/00001.jpg"))
+    error = error_line(capsys, train, 1, latent_cache=tmp_path / "cache", dataloader_num_workers=1)
+    assert error == "error: FileNotFoundError: [Errno 2] No such file or directory: '/gone/00001.jpg'"
 
 
 def test_out_of_memory_is_one_line(train, tmp_path, capsys, monkeypatch):
