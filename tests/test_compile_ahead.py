@@ -1,5 +1,6 @@
 """Layers compiled by other processes: the first step has them, and whatever goes wrong with them costs time only."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -213,6 +214,22 @@ def test_a_step_that_cannot_be_foreseen(ahead):
     assert not ahead.compile_step(models, models.encoder, lambda: float(torch.ones(1)))  # a FakeTensor has no value
     assert lines[0].startswith("compiled 0 pieces") and "the first step does the rest" in lines[1]
     assert not ahead.done.exists()
+
+
+def test_processes_that_cannot_be_started(ahead, monkeypatch, tmp_path):
+    """As in a container whose number of processes is limited."""
+
+    def refuse(process):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    _, lines = ahead
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compile_ahead, "room_for_processes", lambda device: (2, 2))
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", refuse)
+    models = Models()
+    with CompileAhead(CPU, "models") as started:
+        assert not started.compile_step(models, models.encoder, models)
+    assert lines[-1].startswith("compiling: the first step does the rest ([Errno 11] Resource")
 
 
 def test_all_is_compiled_once_for_a_machine(ahead, monkeypatch):

@@ -65,8 +65,9 @@ class CompileAhead:
         settings = torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision, cores // self.processes
         context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
         self.pool = ProcessPoolExecutor(self.processes, context, start_process, (device, *settings))
-        for _ in range(self.processes):
-            self.pool.submit(int)
+        with suppress(OSError):  # the system lets no more be started; where it lets none, `run` says so
+            for _ in range(self.processes):
+                self.pool.submit(int)
         self.started = set(multiprocessing.active_children()) - others
 
     def __enter__(self):
@@ -104,7 +105,7 @@ class CompileAhead:
             calls = calls_of_a_step(model, encoder, step)
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 compiled, failed = self.compile_all(calls)
-        except RuntimeError as error:  # processes that did not start, or something that FakeTensors cannot do
+        except (RuntimeError, OSError) as error:  # processes that did not start, or what FakeTensors cannot do
             compiled, failed = 0, [first_line(error)]
         if failed:
             self.kill()
