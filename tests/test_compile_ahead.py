@@ -254,13 +254,25 @@ def test_settings_that_change_what_is_compiled(setting, monkeypatch):
     """The note that all was compiled is another one then."""
     told = []
     monkeypatch.setattr(setup, "CompileAhead", lambda device, what: told.append(what))
-    found = SimpleNamespace(opened={}, base=SimpleNamespace(vae_config={}))
     for on in (False, True):
-        config = parse_args(Stage1, [])
-        config.compile = config.cuda_graph = True
-        setattr(config, setting, on)
-        setup.start_compiling(config, Stage1, SimpleNamespace(device=CPU), found)
+        setup.start_compiling(*compiled_run({setting: on}, step=0))
     assert told[0] != told[1]
+
+
+def compiled_run(settings, step):
+    config = parse_args(Stage1, ["--max_train_steps=2"])
+    vars(config).update(compile=True, cuda_graph=True, **settings)
+    found = SimpleNamespace(opened={}, base=SimpleNamespace(vae_config={}), state=SimpleNamespace(global_step=step))
+    return config, Stage1, SimpleNamespace(device=CPU), found
+
+
+def test_a_run_without_a_step_left_compiles_nothing(monkeypatch):
+    """As that of a chain of stages which is queued anew during the second one."""
+    begun = []
+    monkeypatch.setattr(setup, "CompileAhead", lambda device, what: begun.append(what) or nullcontext())
+    for step in (1, 2):
+        setup.start_compiling(*compiled_run({}, step))
+    assert len(begun) == 1
 
 
 @pytest.mark.parametrize("begun", [False, True])

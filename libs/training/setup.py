@@ -75,8 +75,9 @@ def set_up_torch(config):
 
 
 def start_compiling(config, stage, accelerator, found):
-    """A context: CompileAhead, or None where layers are not compiled one by one before they run."""
-    if not config.compile or not config.cuda_graph or config.gradient_checkpointing:
+    """A context: CompileAhead, or None where layers are not compiled one by one before they run, or no step is left."""
+    by_layer = config.compile and config.cuda_graph and not config.gradient_checkpointing
+    if not by_layer or found.state.global_step >= last_step_of(config, found):
         return nullcontext()
     shapes, types = ("train_batch_size", "nframes", "resolution"), ("mixed_precision", "bf16_weights", "allow_tf32")
     configs = [weights and weights.config for weights in found.opened.values()]
@@ -188,9 +189,7 @@ def make_optimizer_and_schedule(config, accelerator, model, found):
     learning_rate = config.learning_rate * (found.global_batch if config.scale_lr else 1)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(config, parameters, learning_rate, accelerator.device)
-    # Steps of all processes together: each of them sees its share of a global batch.
-    clips = len(found.dataset)
-    last_step = config.max_train_steps or math.ceil(config.num_train_epochs * clips / found.global_batch)
+    last_step = last_step_of(config, found)
     schedule = get_scheduler(
         config.lr_scheduler,
         optimizer,
@@ -202,9 +201,14 @@ def make_optimizer_and_schedule(config, accelerator, model, found):
     log.info(
         "global batch %d clips: %d process(es), each %d clip(s) %d time(s) a step; %.6g steps per epoch; the last step "
         "is %d", found.global_batch, *(found.state.settings[name] for name in BATCH_SETTINGS),
-        clips / found.global_batch, last_step,
+        len(found.dataset) / found.global_batch, last_step,
     )  # fmt: skip
     return optimizer, schedule, last_step
+
+
+def last_step_of(config, found):
+    """Its number. Steps are of all processes together: each of them sees its share of a global batch."""
+    return config.max_train_steps or math.ceil(config.num_train_epochs * len(found.dataset) / found.global_batch)
 
 
 def resume(accelerator, optimizer, schedule, found):
