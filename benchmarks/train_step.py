@@ -22,6 +22,7 @@ from common.distributed import DTYPES
 from dataset.crop import RESOLUTION_HELP, resolution, sides
 from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
+from libs.checkpoints.checkpoint import TrainerState
 from libs.training.compile_ahead import CompileAhead
 from libs.training.compiling import compile_encoder
 from libs.training.config import CONFIGS
@@ -113,7 +114,7 @@ class Step:
         prompt_embeds = torch.randn(2, 77, 768, device="cuda")
         self.base = LoadedBase(vae, DDPMScheduler.from_config(SCHEDULER), prompt_embeds, accelerator.device)
         begin = time.perf_counter()
-        self.forward_backward = make_passes(flags, accelerator, self.model, self.base, ahead)
+        self.forward_backward = make_passes(flags, accelerator, self.model, self.base, ahead, TrainerState(stage))
         self.ahead_s, self.parts = time.perf_counter() - begin, Parts()
         self.time_parts()
 

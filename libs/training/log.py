@@ -78,21 +78,23 @@ def log_parameters(model, checkpoints_total_limit):
     log.info("checkpoints: %s", kept)
 
 
-def log_compiling(interval=20):
-    """Say that the first step compiles and, every `interval` seconds, how far it is; ends when nothing was compiled
-    for as long. Returns the thread that does so."""
+def log_compiling(state, interval=20):
+    """Say that the first step compiles and, every `interval` seconds, how far it is, until `state`, a TrainerState,
+    counts that step as done. Returns the thread that does so."""
     log.info("compiling in the first step: half a minute in later starts, else minutes (COMPILE=0 turns it off)")
 
+    def count():
+        return sum(counters["inductor"][f"fxgraph_cache_{how}"] for how in ("hit", "miss", "bypass"))
+
     def watch():
-        begin, before = time.perf_counter(), 0
+        begin, earlier, step = time.perf_counter(), count(), state.global_step
         while True:
             time.sleep(interval)
-            pieces = sum(counters["inductor"][f"fxgraph_cache_{how}"] for how in ("hit", "miss", "bypass"))
-            if pieces == before > 0:
+            pieces = count() - earlier
+            if state.global_step > step:
                 return
             if pieces:
                 log.info("compiling: %d pieces after %.0f s", pieces, time.perf_counter() - begin)
-            before = pieces
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

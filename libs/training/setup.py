@@ -162,12 +162,12 @@ def make_loader(config, accelerator, found, cache, last_step):
     return accelerator.prepare(loader)
 
 
-def make_passes(config, accelerator, model, base, ahead):
+def make_passes(config, accelerator, model, base, ahead, state):
     """The ForwardBackward of a prepared model, which `ahead`, a CompileAhead or None, compiles."""
     begun = ahead and ahead.processes
     compiled = begun and ahead.run(accelerator.unwrap_model(model), base, example_batch(config))
     if config.compile and not compiled:
-        log_compiling()
+        log_compiling(state)
     passes = GraphedForwardBackward if config.cuda_graph else ForwardBackward
     return passes(accelerator, model, base, LossWeights.of(config))
 
