@@ -74,6 +74,10 @@ def test_model_card(train, videos, tmp_path, monkeypatch):
     assert "stage 1, step 1" in card.text and "- data: DAVIS, YTBV" in card.text and "- seed: 42" in card.text
     assert "held-out loss: " in card.text and "PSNR hole " in card.text
     assert str(tmp_path) not in card.text and str(videos) not in card.text
+    scores = tmp_path / "run/logs-finetune-stage1/scores.csv"  # as of a run that was killed and did step 1 again
+    scores.write_text(scores.read_text() + scores.read_text().splitlines()[-1] + "\n")
+    convert(1, tmp_path / "run", tmp_path / "c1")
+    assert ModelCard.load(tmp_path / "c1" / "README.md").text == card.text and "- 1 held-out video(s)" in card.text
     (tmp_path / "c1" / "README.md").write_text("mine")
     convert(1, tmp_path / "run", tmp_path / "c1")
     assert (tmp_path / "c1" / "README.md").read_text() == "mine"
