@@ -447,6 +447,8 @@ def test_eval_as_deployed_by_its_defaults(command, weights, pcm, tmp_path, monke
                            f"--output_dir={tmp_path / 'out'}", "--as_deployed", "--baselines"])  # fmt: skip
     settings = json.loads((tmp_path / "out/evaluation.json").read_text())["settings"]
     assert settings["pcm_weights"] == str(found) and settings["files"][str(found)]
+    assert settings["blend"] == "latents" and settings["two_passes"]
+    assert not settings.keys() & {"mask_dilation", "soft_edge", "max_side"}  # run_diffueraser.py's alone
 
 
 def test_flags_have_two_defaults(command):

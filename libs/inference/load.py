@@ -83,9 +83,10 @@ def own_default(flag):
 
 
 def check_inference_flags(args):
-    """Give every flag that was left out its default. Raises InputError for numbers that no weights make right."""
+    """Give every flag of the parser that was left out its default. Raises InputError for numbers that no weights make
+    right."""
     for flag, defaults in DEFAULTS.items():
-        if getattr(args, flag, None) is None:
+        if getattr(args, flag, defaults) is None:
             setattr(args, flag, defaults[args.as_deployed])
     if args.as_deployed and args.pcm_weights is None:
         args.pcm_weights = str(Path(os.environ.get("WEIGHTS", "weights"), PCM_FILE))
