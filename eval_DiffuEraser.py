@@ -79,6 +79,10 @@ def check(args):
     require(args.seeds <= MOST_SEEDS, f"--seeds={args.seeds}: at most {MOST_SEEDS} were needed")
     require(args.baselines or not args.no_model or args.prior not in ON_THE_SPOT,
             "--no_model and an empty --baselines leave nothing to score: leave one of them out")  # fmt: skip
+    require(
+        not args.no_model or not args.compare_with,
+        f"--compare_with={' '.join(args.compare_with)}: --no_model scores no folders; leave one of them out",
+    )
     plan = Plan.of(args)
     require(plan.protocol.takes_priors or args.prior in ON_THE_SPOT,
             f"--prior={args.prior}: --protocol={args.protocol} takes one of {', '.join(ON_THE_SPOT)}")  # fmt: skip

@@ -113,6 +113,8 @@ def test_bilinear_without_averaging_is_what_moves_the_score(tmp_path):
         (["--protocol=davis-removal", "--size=80x48"], "--protocol=davis-removal takes frames as they are"),
         (["--protocol=propainter-davis", "--mask_span=0.1,0.2"], "--mask_span is about synthetic holes"),
         (["--protocol=propainter-davis", "--mask_span=original"], "--mask_span is about synthetic holes"),
+        (["--mask_span=0.1,0.2"], "--mask_span is about synthetic holes, which --masks="),
+        (["--compare_with", "a", "b"], "--compare_with=a b: --no_model scores no folders"),
         (["--protocol=pairs"], "--masks: --protocol=pairs takes the masks that lie in --frames"),
         (["--protocol=pairs", "--masks="], "has no with/"),
         (["--protocol=propainter-davis", "--masks="], "--protocol=propainter-davis needs --masks"),

@@ -87,8 +87,10 @@ def choose_protocol(args):
             f"--masks: --protocol={name} takes the masks that lie in --frames; leave it out")  # fmt: skip
     require(not args.masks or Path(args.masks).is_dir(),
             f"{args.masks} is no folder: --masks needs a folder with a folder of masks per video")  # fmt: skip
-    require((args.mask_span == FULL_SPAN and not args.mask_original_margins) or protocol is DEFAULT,
-            f"--mask_span is about synthetic holes, which --protocol={name} does not have; leave it out")  # fmt: skip
+    usual_span = args.mask_span == FULL_SPAN and not args.mask_original_margins
+    source = f"--masks={args.masks}" if protocol is DEFAULT else f"--protocol={name}"
+    require(usual_span or (protocol is DEFAULT and not args.masks),
+            f"--mask_span is about synthetic holes, which {source} does not have; leave one of them out")  # fmt: skip
     args.size = protocol.size or args.size
     return protocol
 
