@@ -150,6 +150,18 @@ def test_frames_that_another_method_made_are_scored_in_the_protocols_size(data, 
     assert "needs frames of the video's size" in error_line(capsys, eval_DiffuEraser.main, flags)
 
 
+def test_frames_whose_numbers_have_no_leading_zeros_meet_their_prior(data):
+    frames = np.stack([np.full((240, 432, 3), 20 * i, np.uint8) for i in range(12)])
+    for part, pictures in (("frames", frames), ("prior", frames), ("masks", np.full_like(frames, 255))):
+        write_frames(data / part / "long", pictures)
+    for path in (data / "frames/long").iterdir():
+        path.rename(path.with_stem(str(int(path.stem))))
+    eval_DiffuEraser.main([f"--frames={data / 'frames'}", f"--masks={data / 'masks'}", "--videos", "long", "--no_model",
+                           f"--prior={data / 'prior'}", "--baselines", "--protocol=propainter-davis",
+                           f"--output_dir={data / 'out'}"])  # fmt: skip
+    assert read_table(data / "out/scores.csv")[1]["ssim"] == "1.0"
+
+
 def test_removal_without_truth(evaluate, capsys):
     """Nothing is compared with what nobody knows: the background alone is scored, and the hole has grown."""
     folder = evaluate("out", "--protocol=davis-removal")

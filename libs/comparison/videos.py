@@ -155,8 +155,9 @@ def read_propainter(folder, number, seed, args):
     """As core/dataset.py of https://github.com/sczhou/ProPainter reads its test sets: frames in the order of their
     names, scaled bilinearly (without averaging, with which plain methods have 0.02 to 0.28 dB more), masks by
     their place, scaled by Pillow's nearest, whatever is above 0, dilated 4 times by a cross of 3x3 pixels."""
-    paths = sorted(list_frames(folder), key=lambda path: path.name)
-    frames = [cv2.resize(frame, args.size, interpolation=cv2.INTER_LINEAR) for frame in read_frames(paths)]
+    # "10" after "9", as a prior's frames are read: the published sets' names have leading zeros.
+    given = read_frames(list_frames(folder))
+    frames = [cv2.resize(frame, args.size, interpolation=cv2.INTER_LINEAR) for frame in given]
     holes = np.stack([read_test_mask(path, args.size) for path in propainter_masks(args, folder)])
     require(holes.any(), f"{Path(args.masks, folder.name)} marks nothing: any value above 0 is hole")
     frames = np.stack(frames)
