@@ -7,6 +7,7 @@ from skimage.metrics import structural_similarity
 
 from libs.evaluation.baselines import BASELINES
 from libs.evaluation.metrics import Reference, average, psnr, ssim, table
+from libs.report.gather import average_by_step
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,16 @@ def test_average_of_scores_of_which_some_are_missing():
     assert average(rows) == pytest.approx({"frames": 40, "psnr": 1.75, "lpips": 0.5, "tc": 0.85})
     head, _ = table({"step 5": average(rows)})
     assert head.split() == ["frames", "PSNR", "LPIPS", "TC"]
+
+
+def test_the_pages_means_are_of_the_same_videos_at_every_step():
+    """Step 1 had another second video, step 3 time for one more, step 4 no time for it."""
+    found = {1: {"a": 10, "old": 50}, 2: {"a": 20, "b": 30}, 3: {"a": 12, "b": 32, "c": 90}, 4: {"a": 21, "b": 41}}
+    rows = [{"step": step, "number": n, "video": video, "frames": 4, "psnr_hole": value}
+            for step, videos in found.items() for n, (video, value) in enumerate(videos.items())]  # fmt: skip
+    count, means = average_by_step(rows)
+    assert (count, {step: row["psnr_hole"] for step, row in means.items()}) == (2, {2: 25, 3: 22, 4: 31})
+    assert average_by_step([]) == (0, {})
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -40,7 +40,7 @@ def gather(run_dir):
         raise InputError(f"{folder}/{HISTORY_FILE} has no step yet: wait for the run's first line in the log")
     held_out = numbers(read_rows(folder / HELD_OUT_FILE))
     form = validation_form(starts[-1]["settings"])
-    scores = average_by_step(numbers(read_rows(folder / of_form(SCORES_FILE, form))))
+    scored, scores = average_by_step(numbers(read_rows(folder / of_form(SCORES_FILE, form))))
     best = read_best(run_dir)
     videos = [Path(video).name for video in starts[-1]["settings"]["validation_image"]]
     return {
@@ -52,6 +52,7 @@ def gather(run_dir):
             Chart("peak memory, GiB", Line(column(history, "peak_gib"))),
         ],
         "scored_by": {name: score for name, score in SCORES.items() if any(name in row for row in scores.values())},
+        "scored": scored,
         "scores": evenly(list(scores.items()), SCORE_ROWS),
         "samples": samples(folder / "samples", videos, form),
         "checkpoints": checkpoints(run_dir, held_out, best),
@@ -73,11 +74,14 @@ def as_number(text):
 
 
 def average_by_step(rows):
-    """{step: mean scores over the videos}, in the order of steps."""
+    """(number of videos, {step: mean scores over them}), in the order of steps: those that the last step has, and the
+    steps that have them all. A validation leaves out what it has no time for, and means over others do not compare."""
     by_step = defaultdict(dict)
     for row in rows:
-        by_step[int(row["step"])][row["number"]] = row
-    return {step: average(list(videos.values())) for step, videos in sorted(by_step.items())}
+        by_step[int(row["step"])][row["number"], row["video"]] = row
+    videos = list(by_step[max(by_step)]) if by_step else []
+    steps = {step: found for step, found in sorted(by_step.items()) if found.keys() >= set(videos)}
+    return len(videos), {step: average([found[video] for video in videos]) for step, found in steps.items()}
 
 
 def column(rows, name):
