@@ -93,6 +93,14 @@ def test_the_table_says_what_is_best_and_what_is_found(evaluation):
     assert "▲" not in write_page(evaluation).read_text()
 
 
+def test_a_mean_is_of_all_seeds_or_of_none(evaluation):
+    """A PSNR that is infinite with one of two seeds: the other one alone would be another video's number."""
+    path = evaluation / "scores.csv"
+    assert path.read_bytes().count(b"new,1,bear,3,27,") == 1
+    path.write_bytes(path.read_bytes().replace(b"new,1,bear,3,27,", b"new,1,bear,3,inf,"))
+    assert read_data(write_page(evaluation).read_text())["values"]["psnr"] == [[21, 22, 23], [None, 27, 28]]
+
+
 def test_the_truth_can_be_chosen_where_a_clip_has_it(evaluation):
     """Where an object was pasted in, or filmed, the truth is not what is shown."""
     frames, holes = moving_video(3, 32, 48)

@@ -89,14 +89,16 @@ def shown_first(made):
 
 
 def mean_of_seeds(rows, scores):
-    """{score: {(method, video): mean over the seeds}}, of what is a number; scores that have none are left out."""
+    """{score: {(method, video): mean over the seeds}}, where it is finite for all, as in the verdicts; scores that have
+    none are left out."""
     entries = {score: defaultdict(list) for score in scores}
     for row in rows:
         for score in scores:
-            value = as_number(row.get(score))
-            if math.isfinite(value):
-                entries[score][row["method"], row["video"]].append(value)
-    means = {score: {key: fmean(values) for key, values in found.items()} for score, found in entries.items()}
+            entries[score][row["method"], row["video"]].append(as_number(row.get(score)))
+    means = {
+        score: {key: fmean(values) for key, values in found.items() if all(map(math.isfinite, values))}
+        for score, found in entries.items()
+    }
     return {score: found for score, found in means.items() if found}
 
 
