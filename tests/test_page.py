@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +141,28 @@ def test_what_is_no_evaluation_is_refused_in_one_line(evaluation, name, content,
         write_page(evaluation)
     if content == "mine":
         assert "<h1>" in write_page(evaluation, overwrite=True).read_text()
+
+
+DOCUMENT = """
+const videos = [{name: "bear"}];
+const document = {createElement() {
+  const [classes, parts] = [[], []];
+  const appendChild = (part) => { parts.push(part); return part; };
+  return {classes, parts, appendChild, classList: {add: (name) => classes.push(name)}, dataset: {}, style: {}};
+}};
+for (const value of [0.5, 0, -0.5]) {
+  const {parts} = bar({number: 0, value}, {decimals: 2}, 1, 1, false);
+  console.log(parts[2].textContent, ...parts[2].classes);
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="runs a part of the page's script with node")
+def test_a_tie_is_neither_better_nor_worse():
+    """Nor does it count among the videos in which a method is better."""
+    (bar,) = re.findall(r"(?s)^function bar\(.*?^}", (ROOM / "page.js").read_text(), re.MULTILINE)
+    shown = subprocess.run(["node", "-e", bar + DOCUMENT], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines() == ["+0.50 better", "0.00", "-0.50 worse"]
 
 
 def test_every_text_is_there_in_both_languages():

@@ -96,7 +96,7 @@ function bar({number, value}, about, sign, largest, alone) {
   const width = (Math.abs(value) / largest) * (alone ? 100 : 50);
   piece.style.width = `${width}%`;
   piece.style.left = `${alone ? 0 : better ? 50 : 50 - width}%`;
-  if (!alone) [piece, shown].forEach((element) => element.classList.add(better ? "better" : "worse"));
+  if (!alone && value) [piece, shown].forEach((element) => element.classList.add(better ? "better" : "worse"));
   return item;
 }
 
