@@ -573,6 +573,10 @@ def test_ranking(tmp_path, capsys):
     assert "better in 0 of 4" in lines[2] and last == "not scored on all of these videos: checkpoint-0"
     rank_checkpoints([str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[1].startswith("checkpoint-1  1.6000  the best")
+    append_row(tmp_path / "logs/held_out.csv", {"step": 1, "held_out_loss": 5})
+    append_row(tmp_path / "logs/held_out-until-1.csv", {"step": 0, "held_out_loss": 1})  # other clips
+    rank_checkpoints([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[1].startswith("checkpoint-2  1.7000  the best")
     assert "has no LPIPS of a checkpoint's step" in error_line(capsys, rank_checkpoints, [str(tmp_path), "--by=lpips"])
     assert "no config.json of a training run" in error_line(capsys, rank_checkpoints, [str(tmp_path / "logs")])
 

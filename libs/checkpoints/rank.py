@@ -13,7 +13,7 @@ import numpy as np
 
 from common.command_line import Parser, require
 from common.errors import one_line_errors
-from common.run_files import SCORES_FILE, of_form, read_rows, read_starts, validation_form
+from common.run_files import HELD_OUT_FILE, SCORES_FILE, of_form, read_rows, read_starts, validation_form
 from libs.checkpoints.checkpoint import HELD_OUT, list_checkpoints
 from libs.evaluation.intervals import compare
 from libs.evaluation.metrics import SCORES, Score, measure_words
@@ -32,9 +32,12 @@ def read_values(run_dir, by):
     """({step: {(number, name) of a video: value}} of a run's validations, the form that they have)."""
     settings = read_starts(run_dir)[-1]["settings"]
     folder, form = run_dir / settings["logging_dir"], validation_form(settings, deployed_first=True)
-    values = {}
+    values, after = {}, -1
+    if by == HELD_OUT and any(folder.glob(f"{Path(HELD_OUT_FILE).stem}-until-*")):
+        # The run went on with other clips there: the losses up to that step do not compare.
+        after = next((int(row["step"]) for row in read_rows(folder / HELD_OUT_FILE)), after)
     for row in read_rows(folder / of_form(SCORES_FILE, form)):
-        if row.get(by) and math.isfinite(float(row[by])):
+        if int(row["step"]) > after and row.get(by) and math.isfinite(float(row[by])):
             values.setdefault(int(row["step"]), {})[row["number"], row["video"]] = float(row[by])
     return values, "" if by == HELD_OUT else form
 
