@@ -341,7 +341,7 @@ REMOVED_FLAGS = {
     "--hub_model_id": "nothing is uploaded: use `hf upload` on the converted folders",
     "--push_to_hub": "nothing is uploaded: use `hf upload` on the converted folders",
     "--enable_xformers_memory_efficient_attention": "torch's own efficient attention is always on: drop it",
-    "--set_grads_to_none": "gradients are always set to None: drop the flag",
+    "--set_grads_to_none": "gradients are set to None where that saves memory: drop the flag",
 }
 
 
