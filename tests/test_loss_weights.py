@@ -12,7 +12,7 @@ from conftest import error_line
 from diffusers import DDPMScheduler
 from test_step import KnownPosterior
 
-import libs.training.validation_loss
+import libs.training.held_out_loss
 from common.run_files import append_row, read_rows
 from libs.base_model import LoadedBase
 from libs.training.loss import encode_batch, inpainting_loss, predict, weighted_mse
@@ -139,7 +139,7 @@ def test_the_held_out_loss_in_the_hole_by_hand(train, videos, tmp_path, capsys, 
         seen.append((errors.mean(), errors.transpose(0, 2, 3, 1)[hole].mean()))
         return prediction, target
 
-    monkeypatch.setattr(libs.training.validation_loss, "predict", watch)
+    monkeypatch.setattr(libs.training.held_out_loss, "predict", watch)
     train(1, max_train_steps=1, resolution=64, validation_steps=100, probe_clips=3, loss_weights="5,1,1",
           report_to="tensorboard", validation_image=[images], validation_mask=[masks])  # fmt: skip
     assert len(seen) == 2 * 3

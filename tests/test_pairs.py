@@ -21,7 +21,7 @@ from dataset.loader import TrainingClips
 from dataset.pairs import scan_pairs
 from libs.inference import import_pairs
 from libs.training.config import parse_args
-from libs.training.validation_loss import FIXED_EPOCH, ValidationLoss
+from libs.training.held_out_loss import FIXED_EPOCH, HeldOutLoss
 from train_DiffuEraser_stage1 import Stage1
 
 LENGTH, HEIGHT, WIDTH = 12, 64, 96
@@ -199,7 +199,7 @@ def test_the_held_out_loss_is_not_of_pairs(pairs, videos, tmp_path):
         output_dir=tmp_path, logging_dir="logs", validation_image=validation, validation_steps=1, nframes=5,
         probe_clips=4,
     )  # fmt: skip
-    fixed = ValidationLoss(config, None, dataset, None).dataset
+    fixed = HeldOutLoss(config, None, dataset, None).dataset
     assert fixed.clip(0, FIXED_EPOCH).video == "buoy" and dataset.clip(0, FIXED_EPOCH).video in "ab"
 
 

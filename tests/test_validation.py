@@ -23,8 +23,8 @@ from test_deployed import write_lora
 from test_networks import clip_weights, lpips_weights
 
 import libs.report.__main__
+import libs.training.held_out_loss
 import libs.training.validation
-import libs.training.validation_loss
 from common.errors import InputError
 from common.run_files import AS_DEPLOYED, append_row, read_rows, validation_form, write_rows
 from libs.checkpoints.checkpoint import PARTIAL_SUFFIX, mark_best, prune, read_best
@@ -105,7 +105,7 @@ def test_a_failed_validation_costs_nothing_else(validated, train, tmp_path, caps
     output = capsys.readouterr().out
     assert output.count("validation at step 1 failed, training goes on: CUDA out of memory.") == 2
     assert "0 videos in" in output and "without buoy, lantern" in output and "of its start" in output
-    monkeypatch.setattr(libs.training.validation_loss, "predict", fail)
+    monkeypatch.setattr(libs.training.held_out_loss, "predict", fail)
     validated(output_dir=tmp_path / "again")
     assert "of its start" not in capsys.readouterr().out
     for name in ("run", "again"):
@@ -125,7 +125,7 @@ def test_memory_is_given_back_after_what_did_not_fit(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     held = None
-    assert libs.training.validation_loss.attempt(1, torch.device("cuda"), fail) is None
+    assert libs.training.held_out_loss.attempt(1, torch.device("cuda"), fail) is None
     assert given_back == [True]
 
 
@@ -304,7 +304,7 @@ def test_held_out_losses_are_kept_when_a_run_starts_anew_twice(tmp_path):
     """It was killed before its next checkpoint, and goes on from the same step."""
     for content in ("first", "second", "third"):
         (tmp_path / "held_out.csv").write_text(content)
-        libs.training.validation_loss.set_aside(tmp_path / "held_out.csv", 8)
+        libs.training.held_out_loss.set_aside(tmp_path / "held_out.csv", 8)
     kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
     names = ("held_out-until-8.csv", "held_out-until-8-2.csv", "held_out-until-8-3.csv")
     assert kept == dict(zip(names, ("first", "second", "third"), strict=True))

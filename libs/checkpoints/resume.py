@@ -33,7 +33,7 @@ class ResumePolicy:
 
     on_change: dict  # {setting: REFUSED, OPTIMIZER, BATCH or LOGGED} of those that checkpoints record
     defaults: dict  # {setting: value} of the same: what a run had that was older than the setting
-    what_sets_clips: Callable  # settings -> what of them the fixed clips of the validation loss follow from
+    what_sets_clips: Callable  # settings -> what of them the fixed clips of the held-out loss follow from
 
 
 def describe_run(args, stage, opened, dataset, policy):

@@ -54,7 +54,7 @@ def setting(
     on_change=None,  # what resuming makes of another value; None: nothing, it is not recorded
     per_machine=False,  # machines of one run may differ in it
     on_card=False,  # the model card says it
-    sets_clips=False,  # the fixed clips of the validation loss follow from it
+    sets_clips=False,  # the fixed clips of the held-out loss follow from it
     flag=True,
 ):
     """A field of a dataclass of settings."""
@@ -429,7 +429,7 @@ def resume_policy():
 
 
 def what_sets_clips(settings):
-    """The part of a run's recorded settings that the fixed clips of the validation loss follow from.
+    """The part of a run's recorded settings that the fixed clips of the held-out loss follow from.
 
     A setting that is newer than the record had its default.
     """

@@ -29,8 +29,8 @@ from libs.inference.few_step import FewStepWeights
 from libs.inference.pipeline import Pipeline, deployed_pipeline
 from libs.inference.prior import make_prior, read_prior
 from libs.inference.video import dilate, resize, stack, write_gif, write_image
+from libs.training.held_out_loss import HeldOutLoss, attempt, spread
 from libs.training.log import log
-from libs.training.validation_loss import ValidationLoss, attempt, spread
 
 AS_TRAINED = ""  # the form of validation that samples as the stage trains; the other one is AS_DEPLOYED
 
@@ -109,7 +109,7 @@ class Validation:
             load_validation_video(images, masks, prompt_embeds[i : i + 1], config, i, found.networks)
             for i, (images, masks) in enumerate(pairs)
         ]
-        self.loss = ValidationLoss(config, accelerator, found.dataset, base)
+        self.loss = HeldOutLoss(config, accelerator, found.dataset, base)
 
     def is_due(self, step, first, saving):
         """Whether holes are to be filled: every N steps, after the `first` step of a start, and where their score is

@@ -1,7 +1,7 @@
-"""The validation loss: training's own loss on fixed clips of the validation videos (the log's "held-out loss").
+"""The held-out loss: training's own loss on fixed clips of the validation videos, which are never trained on.
 
-Clips are drawn as in training; they, timesteps and noises are fixed, so that it compares from step to step, and all
-errors count alike. Nothing of it is trained on. Beside it stands the mean squared error in the holes alone.
+Clips are drawn as in training, then they, timesteps and noises are fixed, so that it compares from step to step; all
+errors count alike. It comes with the mean squared error in the holes alone.
 """
 
 from copy import copy
@@ -25,7 +25,7 @@ FIXED_EPOCH = 2**31  # an epoch that no run reaches: the fixed clips' crops and 
 FAILURES = (RuntimeError, OSError, ValueError, cv2.error)
 
 
-class ValidationLoss:
+class HeldOutLoss:
     """Processes share the clips; all of them have to make every call.
 
     Args:
@@ -43,7 +43,7 @@ class ValidationLoss:
         self.clips = config.probe_clips if self.dataset.videos else 0
 
     def start(self, model, state):
-        """Measure it before the first step: later ones are compared with that."""
+        """Measure it before the first step, for later ones to be compared with."""
         step = state.global_step
         if not self.clips or state.probe_start is not None:
             return
