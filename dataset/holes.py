@@ -1,4 +1,4 @@
-"""The holes of a clip: the guide's, another kind of a mix, a video's own masks, or those of a pasted object.
+"""The holes of a clip: the default shape, other kinds in a mix, a video's own masks, or those of a pasted object.
 
 In the masks made here 255 = hole, 0 = keep; the training tensors turn that round (1 = keep).
 """
@@ -11,11 +11,11 @@ import numpy as np
 from common.errors import InputError
 from dataset.folders import list_folders, read_validation_names
 from dataset.images import BrokenFrame, describe_content, image_size, list_frames, pair_by_name, read_mask, size_of
-from dataset.mask_kinds import GUIDES_MIX, NO_GROWTH, draw_kind, grow, parse_growth, parse_mix
+from dataset.mask_kinds import DEFAULT_MIX, NO_GROWTH, draw_kind, grow, parse_growth, parse_mix
 from dataset.objects import AnnotatedVideo, Objects, paste_object
 from dataset.utils import FULL_SPAN, fill, random_outlines
 
-MIN_HOLE = 0.01  # share of the crop: of the guide's holes in every frame, of others over the clip
+MIN_HOLE = 0.01  # share of the crop: of default shapes in every frame, of others over the clip
 MAX_REDRAWS = 1000
 
 
@@ -34,7 +34,7 @@ class Holes:
     def __init__(self, args, videos, excluded):
         self.span = getattr(args, "mask_span", FULL_SPAN)
         self.original_margins = getattr(args, "mask_original_margins", False)
-        self.mix = parse_mix(getattr(args, "mask_mix", GUIDES_MIX))
+        self.mix = parse_mix(getattr(args, "mask_mix", DEFAULT_MIX))
         self.growth = parse_growth(getattr(args, "mask_growth", NO_GROWTH))
         self.border = getattr(args, "mask_border", 0)
         self.paste_share = getattr(args, "paste", 0)
@@ -48,12 +48,12 @@ class Holes:
         borrowed = [f"object of {video.name}" for video in self.objects.videos] if self.objects else []
         return borrowed + [f"masks of {folder.name}" for folder in self.own]
 
-    def draw(self, rng, guide_rng, crop, video, paths, frames):
+    def draw(self, rng, clip_rng, crop, video, paths, frames):
         """(holes (f, h, w) uint8, conditioning frames (f, h, w, 3) uint8 or None) of a clip.
 
         Args:
-            rng: for all that the guide does not have.
-            guide_rng: what the guide's holes are drawn from, as they always were.
+            rng: for all but default shapes.
+            clip_rng: the rest of the clip's; default shapes are drawn from it.
             crop: Crop of its frames.
             video, paths: where its frames come from.
             frames: (f, h, w, 3) uint8, cropped.
@@ -71,7 +71,7 @@ class Holes:
         shares = np.array(list(self.mix.values()))
         kind = rng.choice(list(self.mix), p=shares / shares.sum())
         if kind == "blob" and not leaves:
-            return self.grown(rng, self.draw_guides(guide_rng, len(paths), crop)), None
+            return self.grown(rng, self.draw_default(clip_rng, len(paths), crop)), None
         for _ in range(MAX_REDRAWS):
             if kind == "object":
                 track = self.objects.draw_track(rng, len(paths), height, width, video.name, leaves)
@@ -83,8 +83,9 @@ class Holes:
                 return self.grown(rng, holes), None
         raise InputError(f"{MAX_REDRAWS} holes in a row, {kind}, covered less than {MIN_HOLE:.0%} of {width}x{height}")
 
-    def draw_guides(self, rng, length, crop):
-        """Masks of one shape, drawn in the source frame and scaled to the crop; redrawn while next to none is seen."""
+    def draw_default(self, rng, length, crop):
+        """(length, h, w) uint8: one default shape, drawn in the source frame and scaled to the crop. Redrawn while the
+        crop shows next to none of it."""
         width, height = crop.size
         for _ in range(MAX_REDRAWS):
             outlines = random_outlines(rng, length, crop.height, crop.width, self.span, self.original_margins)

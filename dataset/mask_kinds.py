@@ -1,4 +1,4 @@
-"""Kinds of holes beside the guide's, and how a mix of them is drawn.
+"""Kinds of holes, the default shape (blob) and others, and how a mix of them is drawn.
 
 Coordinates are pixels of the crop, (x, y); in the masks made here 255 = hole, 0 = keep. Everything follows from the rng
 that is passed in. Kinds in use elsewhere: free-form strokes (https://arxiv.org/abs/1806.03589), boxes, ellipses and
@@ -13,7 +13,7 @@ import numpy as np
 
 from dataset.utils import FULL_SPAN, SUBPIXEL_BITS, random_positions, random_shape
 
-GUIDES_MIX, NO_GROWTH = "blob=1", "0,0"
+DEFAULT_MIX, NO_GROWTH = "blob=1", "0,0"
 SEVERAL_SPAN = (0.1, 0.35)
 
 
@@ -35,7 +35,7 @@ class Shape:
 
 
 def blob(rng, size):
-    """The guide's closed curve of cubic Bezier corners."""
+    """The default shape: a closed curve of cubic Bezier corners."""
     return Shape([random_shape(rng) * (size - 1)], size)
 
 
@@ -91,10 +91,10 @@ MIX_HELP = f"kinds of holes, and the share of clips that has each: {', '.join(KI
 
 
 def draw_kind(rng, kind, length, height, width, leaves=False, span=None):
-    """(length, height, width) uint8, 255 = hole: one hole of a kind, at rest or moving as the guide's.
+    """(length, height, width) uint8, 255 = hole: one hole of a kind, at rest or moving as the default shape does.
 
     Args:
-        kind: of KINDS, but for "object", which needs annotations.
+        kind: one of KINDS except "object", which needs annotations.
         leaves: the hole may touch the frame's border and be up to half outside.
         span: smallest and largest share of the frame's sides that its box takes; None: the kind's own.
     """

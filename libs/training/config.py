@@ -28,7 +28,7 @@ from common.errors import InputError
 from dataset.crop import RESOLUTION_HELP, multiples_of_8, resolution
 from dataset.finetune_dataset import PROMPT
 from dataset.images import pair_by_name
-from dataset.mask_kinds import GUIDES_MIX, MIX_HELP, NO_GROWTH, parse_growth, parse_mix
+from dataset.mask_kinds import DEFAULT_MIX, MIX_HELP, NO_GROWTH, parse_growth, parse_mix
 from dataset.pairs import settle_paired_share
 from dataset.utils import FULL_SPAN, MASK_SPAN_HELP, mask_span, split_mask_span
 from libs.checkpoints.checkpoint import HELD_OUT
@@ -113,7 +113,7 @@ class TrainConfig:
     mask_original_margins: bool = setting(  # of --mask_span=original
         False, "", flag=False, on_change=LOGGED, sets_clips=True)
     mask_mix: str = setting(
-        GUIDES_MIX, MIX_HELP, metavar="KIND=SHARE,...", check=parses(parse_mix),
+        DEFAULT_MIX, MIX_HELP, metavar="KIND=SHARE,...", check=parses(parse_mix),
         variable="MASK_MIX", on_change=LOGGED, on_card=True, sets_clips=True)
     mask_growth: str = setting(
         NO_GROWTH, "pixels that a clip's holes grow to each side, drawn between two bounds; below 0 they shrink",
