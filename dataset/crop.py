@@ -53,7 +53,7 @@ class Crop:
     def of(cls, height, width, resolution, rng=None):
         """The box in the centre of the frame; with a numpy Generator at a random position.
 
-        Beside a square, the box has the shape of `resolution` but for less than a pixel: sides are whole numbers.
+        Its sides are whole numbers: unless it is a square, its shape is that of `resolution` to within a pixel only.
         """
         size = sides(resolution)
         box = [width, height]

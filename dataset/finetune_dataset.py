@@ -19,7 +19,10 @@ from dataset.images import read_frames
 from dataset.pairs import DEFAULT_SHARE, PairedVideo, draw_window, read_window, scan_pairs
 
 PROMPT = "clean background"
-DAVIS_OVERSAMPLING = 10  # about 60 DAVIS videos beside 3,471 of YouTube-VOS: 15 % of an epoch instead of 2 %
+DAVIS_OVERSAMPLING = 10  # about 60 DAVIS videos among 3,471 of YouTube-VOS: 15 % of an epoch instead of 2 %
+# A sample's random generators are seeded by (seed, epoch, index), all but the first with one more number of their own,
+# so that one setting leaves the draws of others alone. First: window, default shapes, prompt, noise. 1: replacements of
+# broken videos (loader.py). 2: known frames. 3: crop. 4: other holes. 5: pair or not; a pair's window, prompt, noise.
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Clip:
     noise_seed: int  # everything random that the training step does to this clip follows from it
     video: str
     paths: tuple[Path, ...]  # of the frames, in the clip's order
-    conditioning_frames: np.ndarray | None = None  # like frames: shown around the hole, where others
+    conditioning_frames: np.ndarray | None = None  # like frames: shown around the hole; None: frames themselves
     broken: tuple[str, ...] = ()  # what was wrong with the videos in whose place this one stands
 
     @property
@@ -74,27 +77,27 @@ class FinetuneDataset(Dataset):
         if not davis and not ytvos and not pairs:
             raise InputError("no dataset was given: set --davis_root, --ytvos_root, --paired_root or several of them")
         self.too_short, self.validation_videos, self.left_out = [], [], []
-        held_out = {Path(folder).resolve() for folder in getattr(args, "validation_image", None) or []}
-        beside = bool(pairs and (davis or ytvos))  # pairs alone are what an epoch goes through
-        self.pairs = self.choose(pairs, "pair", held_out, broken) if beside else []
-        self.paired_share = getattr(args, "paired_share", DEFAULT_SHARE) if beside else 0
-        chosen = self.choose(davis + ytvos or pairs, "video", held_out, broken)
+        excluded = {Path(folder).resolve() for folder in getattr(args, "validation_image", None) or []}
+        mixed = bool(pairs and (davis or ytvos))  # pairs alone are what an epoch goes through
+        self.pairs = self.choose(pairs, "pair", excluded, broken) if mixed else []
+        self.paired_share = getattr(args, "paired_share", DEFAULT_SHARE) if mixed else 0
+        chosen = self.choose(davis + ytvos or pairs, "video", excluded, broken)
         oversampled = {video.folder for video in davis}
         times = (DAVIS_OVERSAMPLING if video.folder in oversampled else 1 for video in chosen)
         self.videos = [video for video, count in zip(chosen, times, strict=True) for _ in range(count)]
-        self.holes = Holes(args, chosen, {folder.name for folder in held_out})
+        self.holes = Holes(args, chosen, {folder.name for folder in excluded})
 
-    def choose(self, videos, what, held_out, broken):
+    def choose(self, videos, what, excluded, broken):
         """Those to train on; the others are counted. Raises InputError where none is left.
 
         Args:
-            held_out: folders, resolved.
+            excluded: the validation videos' folders, resolved.
         """
         chosen, too_short, validation, left_out = [], [], [], []
         for video in videos:
             if video.broken or video.folder in broken:
                 left_out.append(video.broken or broken[video.folder])
-            elif held_out.intersection(folder.resolve() for folder in video.folders):
+            elif excluded.intersection(folder.resolve() for folder in video.folders):
                 validation.append(video)
             else:
                 (chosen if len(video.frames) >= self.span else too_short).append(video)
@@ -127,8 +130,8 @@ class FinetuneDataset(Dataset):
     def __getitem__(self, index):
         """One sample as float tensors.
 
-        Returns: dict of pixel_values (f, 3, h, w) in [-1, 1]; conditioning_pixel_values, the same with the hole at -1
-            (black); masks (f, 1, h, w), 1 = keep, 0 = hole; input_ids (n,).
+        Returns: dict of pixel_values (f, 3, h, w) in [-1, 1]; conditioning_pixel_values, of the frames shown around the
+            hole, with the hole at -1 (black); masks (f, 1, h, w), 1 = keep, 0 = hole; input_ids (n,).
         """
         if not 0 <= index < len(self):
             raise IndexError(index)

@@ -41,7 +41,7 @@ class TrainingClips(Dataset):
     def collate(self, clips):
         """A batch: frames (b, f, h, w, 3) and holes (b, f, h, w) in bytes, lists of the rest.
 
-        Where a clip's conditioning shows others, also `conditioning_frames`, like frames.
+        Where a clip shows other frames around its hole, also `conditioning_frames`, like frames.
         With a cache also `posteriors` (b, f, 2c, h/8, w/8) and, for each of the b * f frames, its key in `missing`
         where its posterior is not held.
         """

@@ -27,7 +27,7 @@ from dataset.images import (
 )
 from dataset.mask_kinds import grow, place
 
-VOID = 255  # a label of palettes: nobody knows
+VOID = 255  # a palette's label for pixels that the annotators left open
 SPAN = (0.2, 0.8)  # share of the frame's side that the larger side of an object's box takes
 MIN_AREA = 0.002  # share of its own frame that an object has to have where its track begins
 MAX_TRIES = 50  # of videos, before annotations are taken to hold no object
@@ -141,7 +141,7 @@ class Objects:
                 transform = self.draw_transform(rng, (x, y, w, h), height, width, leaves)
                 return Track(video, paths, label, transform)
         raise InputError(
-            f"{MAX_TRIES} annotations in a row show no object beside {but}'s own: more annotated videos are needed "
+            f"{MAX_TRIES} annotations in a row show no object other than {but}'s own: more annotated videos are needed "
             "(--mask_root)"
         )
 
