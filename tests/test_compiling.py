@@ -1,4 +1,4 @@
-"""What compiled models do otherwise: the same values and gradients. Code is hardly generated: it would take minutes."""
+"""What compiled models do differently: equal values and gradients. Code is hardly generated: it would take minutes."""
 
 import shutil
 from functools import partial

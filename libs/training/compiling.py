@@ -1,4 +1,4 @@
-"""torch.compile for the models, and what their layers do otherwise for it: the same values with less memory traffic."""
+"""torch.compile for the models, and what their layers do differently for it: equal values, less memory traffic."""
 
 import torch
 import torch._functorch.config
@@ -16,13 +16,13 @@ BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2") 
 
 
 def compile_models(models, by_layer, channels_last=True):
-    """torch.compile, in cuDNN's own memory format, or gradients would come in another one than weights.
+    """torch.compile, with weights in channels_last, the format that cuDNN gives gradients.
 
     Args:
         models: UNet and BrushNet.
         by_layer: compile the parts of layers, equal ones once, which takes half as long as each model as one graph. The
             host has more to do in a step, which a CUDA graph hides.
-        channels_last: 8-bit optimizers know one format only, the other one.
+        channels_last: off with 8-bit optimizers, which know torch's default format only.
     """
     set_up_compiling()
     for model in models:
@@ -111,7 +111,7 @@ def is_plain(convolution):
 
 
 class FrozenConvolution(torch.autograd.Function):
-    """Compiled, torch's own keeps its input for a gradient that nobody asks for, or computes it again."""
+    """Keeps no input for the weight's gradient, which nobody asks for; torch's own does, or computes it again."""
 
     @staticmethod
     def forward(ctx, sample, weight, bias, padding):
