@@ -1,8 +1,8 @@
 """The loop that both stages share: read this first, then loss.py.
 
-Everything beside a step lives in objects of its own: what is read only (LoadedBase), passes through the model
+What a step needs lives in objects of its own: models that are only read (LoadedBase), passes through the trained one
 (ForwardBackward), averaged weights (Ema), the log's numbers (Meter), damaged videos (BrokenVideos), checkpoints
-(Checkpoints), validation (Validation). How they are made stands in setup.py.
+(Checkpoints), validation (Validation). setup.py makes most of them.
 """
 
 import os
@@ -36,7 +36,7 @@ STOPPED = "stopped by %s at step %d; the same command with --resume_from_checkpo
 
 @one_line_errors
 def run(stage, argv=None):
-    """Train one stage: what `accelerate launch train_DiffuEraser_stage<n>.py` does."""
+    """Train one stage, a subclass of Stage: what `accelerate launch train_DiffuEraser_stage<n>.py` does."""
     config = parse_args(stage, argv)
     checks, found = check_run(config, stage)
     if config.check_only:
@@ -61,7 +61,13 @@ def run(stage, argv=None):
 
 
 def train(config, stage, accelerator, found, stop, ahead):
-    """Step until the last step, or until a signal asks to stop. `found`: RunInputs, what the checks have opened."""
+    """Step until the last step, or until a signal asks to stop.
+
+    Args:
+        found: RunInputs, what the checks have opened.
+        stop: StopRequest.
+        ahead: CompileAhead or None.
+    """
     base, validation_embeds = load_base(config, accelerator, found)
     validation = Validation(config, stage, accelerator, found, base, validation_embeds, stop)
     model = build_model(config, stage, accelerator, found)
@@ -99,7 +105,7 @@ def train(config, stage, accelerator, found, stop, ahead):
         if step % config.logging_steps == 0 or step == first_step or last:
             meter.report(step, float(schedule.get_last_lr()[0]))
             meter.refuse_bad_losses(checkpoints.last)
-        # A checkpoint first: validation takes minutes, in which much may happen. It is flushed meanwhile.
+        # Save before validating: validation takes minutes, and the checkpoint is flushed to the disk meanwhile.
         stopping = not last and must_stop(config, accelerator, step, stop)
         saving = step % config.checkpointing_steps == 0 or last or stopping
         validating = validation.is_due(step, step == first_step, saving)
@@ -124,7 +130,7 @@ def train(config, stage, accelerator, found, stop, ahead):
 
 
 def clip_gradients(accelerator, model, max_norm):
-    """Their norm before clipping; None where more passes add to them."""
+    """The gradients' norm before clipping, (); None in a pass that later ones of the same step add to."""
     if not accelerator.sync_gradients:
         return None
     return unsharded(accelerator.clip_grad_norm_(model.parameters(), max_norm))

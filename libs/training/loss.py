@@ -134,7 +134,7 @@ class ForwardBackward:
         weights: LossWeights or None.
     """
 
-    keeps_gradients = False  # whether they have places of their own, as a CUDA graph's and DDP's in its buckets
+    keeps_gradients = False  # whether gradients stay at fixed places in memory: a CUDA graph's do, and DDP's buckets
 
     def __init__(self, accelerator, model, base, weights=None):
         self.accelerator, self.model, self.base, self.weights = accelerator, model, base, weights
@@ -147,7 +147,7 @@ class ForwardBackward:
         return loss.detach()
 
     def clear_gradients(self, optimizer):
-        """After the optimizer's step. Where several passes add to kept places, a second set would take memory."""
+        """After the optimizer's step. Zeroed where several passes add to fixed places: a second set takes memory."""
         optimizer.zero_grad(set_to_none=not self.accumulates_in_place)
 
     def release(self):

@@ -102,7 +102,7 @@ def load_base(config, accelerator, found):
 
 
 def open_latent_cache(config, accelerator, base, dtype):
-    """None: there is none."""
+    """The LatentCache, or None where the run has none."""
     if config.latent_cache and config.random_crop:
         log.info("latent cache: off, because --random_crop shows another part of a frame every time")
     if not config.latent_cache or config.random_crop:
@@ -163,7 +163,7 @@ def make_loader(config, accelerator, found, cache, last_step):
 
 
 def make_passes(config, accelerator, model, base, ahead, state):
-    """The ForwardBackward of a prepared model, which `ahead`, a CompileAhead or None, compiles."""
+    """The ForwardBackward of a prepared model, its layers compiled by `ahead`, a CompileAhead or None."""
     begun = ahead and ahead.processes
     compiled = begun and ahead.run(accelerator.unwrap_model(model), base, example_batch(config))
     if config.compile and not compiled:
