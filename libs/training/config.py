@@ -123,7 +123,7 @@ class TrainConfig:
         0.0, "share of clips whose hole may touch the frame's border and be up to half outside", metavar="P",
         check=share, variable="MASK_BORDER", on_change=LOGGED, on_card=True, sets_clips=True)
     mask_root: str | None = setting(
-        None, "a folder of masks per video, whose objects are borrowed beside those of the datasets' Annotations/",
+        None, "a folder of masks per video, whose objects are borrowed as well as those of the datasets' Annotations/",
         metavar="DIR", variable="MASK_ROOT", on_change=VIDEOS, per_machine=True)
     masks_of_videos: str | None = setting(
         None, "a folder of masks per training video: a video named there has these holes, or a drawn one where a "
