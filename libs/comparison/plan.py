@@ -31,7 +31,7 @@ from libs.evaluation.networks import SOURCES
 
 FPS = 24  # of clips to look at: folders of frames have no rate
 SETTINGS, SCORED = "evaluation.json", "scored"
-PACKAGES = ("diffusers", "transformers", "scikit-image", "pillow")  # beside torch and OpenCV, that change a number
+PACKAGES = ("diffusers", "transformers", "scikit-image", "pillow")  # that change a number, besides torch and OpenCV
 TABLES = ("scores.csv", "means.csv", "comparisons.csv")
 SCORE_WEIGHTS = ("i3d_weights", *SOURCES)
 WEIGHTS = ("base_model_name_or_path", "vae_path", "pcm_weights", *SCORE_WEIGHTS)  # flags of files that change a score

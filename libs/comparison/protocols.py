@@ -1,4 +1,4 @@
-"""Protocols: all that changes a number beside the method, under a name. Without one the user's flags decide.
+"""Protocols: all that changes a number besides the method, under a name. Without one the user's flags decide.
 
 A protocol says what is shown and hidden, refuses flags that contradict it, and describes itself in the result.
 """
@@ -26,7 +26,7 @@ class Protocol:
     size: tuple | None = None  # (width, height) of all frames; None: see may_scale
     may_scale: bool = True  # --size is the user's choice, and the frames' own without it
     masks: str = "needed"  # or "optional", "refused"
-    drawn: bool = False  # something beside a model's noise follows from the seed, in every case
+    drawn: bool = False  # something besides a model's noise follows from the seed, in every case
     has_truth: bool = True
     pasted: bool = True  # the known pixels are pasted back before anything is scored
     takes_priors: bool = True  # of another method's frames

@@ -10,7 +10,7 @@ from libs.evaluation.baselines import inpaint_frame, median_plate, with_plate
 from libs.inference.composition import resize_picture
 from libs.inference.streams import Mapped, pick
 
-ON_THE_SPOT = ("telea", "median", "none")  # what else --prior takes beside a path
+ON_THE_SPOT = ("telea", "median", "none")  # what --prior takes besides a path
 MEDIAN_FRAMES = 100  # of a clip, spread over it, that a median is taken of: 123 MB at 854x480
 
 
