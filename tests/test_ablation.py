@@ -1,4 +1,4 @@
-"""The laboratory: all four steps at the smallest size, its table by hand, and what is done is not done again."""
+"""benchmarks/ablation.py: all four steps at the smallest size, its table by hand; what is done is not done again."""
 
 import ast
 import csv
