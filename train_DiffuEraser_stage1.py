@@ -18,19 +18,19 @@ class Stage1(Stage):
     gib_per_frame = (2.1, 1.3, 0.13)
 
     @staticmethod
-    def open_models(args):
-        if args.pretrained_stage1_path:
+    def open_models(config):
+        if config.pretrained_stage1_path:
             require(
-                not args.brushnet_model_name_or_path,
-                f"--brushnet_model_name_or_path={args.brushnet_model_name_or_path}: BrushNet is also in "
-                f"--pretrained_stage1_path={args.pretrained_stage1_path}: leave one of both out (by an empty "
+                not config.brushnet_model_name_or_path,
+                f"--brushnet_model_name_or_path={config.brushnet_model_name_or_path}: BrushNet is also in "
+                f"--pretrained_stage1_path={config.pretrained_stage1_path}: leave one of both out (by an empty "
                 "PRETRAINED_STAGE1_PATH, under the shell script)",
             )
-            return open_frame_models(args.pretrained_stage1_path, args.variant)
-        source = {"revision": args.revision, "variant": args.variant}
-        brushnet = args.brushnet_model_name_or_path
+            return open_frame_models(config.pretrained_stage1_path, config.variant)
+        source = {"revision": config.revision, "variant": config.variant}
+        brushnet = config.brushnet_model_name_or_path
         return {
-            "unet_main": UNet2DConditionModel.open(args.base_model_name_or_path, "unet", **source),
+            "unet_main": UNet2DConditionModel.open(config.base_model_name_or_path, "unet", **source),
             "brushnet": BrushNetModel.open(brushnet, **source) if brushnet else None,
         }
 

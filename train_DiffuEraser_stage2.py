@@ -16,10 +16,10 @@ class Stage2(Stage):
     gib_per_frame = (1.85, 1.1, 0.25)
 
     @staticmethod
-    def open_models(args):
-        source = {"revision": args.revision, "variant": args.variant}
-        motion_modules = MotionAdapter.open_motion_part(args.motion_adapter_path, **source)
-        return {**open_frame_models(args.pretrained_stage1, args.variant), "motion_modules": motion_modules}
+    def open_models(config):
+        source = {"revision": config.revision, "variant": config.variant}
+        motion_modules = MotionAdapter.open_motion_part(config.motion_adapter_path, **source)
+        return {**open_frame_models(config.pretrained_stage1, config.variant), "motion_modules": motion_modules}
 
     @staticmethod
     def load_models(opened, frozen_dtype):

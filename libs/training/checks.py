@@ -95,87 +95,88 @@ class RunInputs:
         return global_batch(self.state.settings)
 
 
-def check_run(args, stage):
+def check_run(config, stage):
     """Check everything: (Checks, RunInputs). Raises InputError for the first thing wrong, except with --check_only."""
-    checks = Checks(keep_going=args.check_only)
-    checks.check("flags", check_flags, args)
-    checks.check("engine", check_distributed, args)
-    base = checks.open("frozen models", open_base_model, args)
-    opened = checks.open("weights", open_models, args, stage)
+    checks = Checks(keep_going=config.check_only)
+    checks.check("flags", check_flags, config)
+    checks.check("engine", check_distributed, config)
+    base = checks.open("frozen models", open_base_model, config)
+    opened = checks.open("weights", open_models, config, stage)
     if base and opened:
-        checks.check("model family", check_fit, args, base, opened)
-    checks.check("output folder", check_output_dir, args, opened or {})
-    if opened and args.pcm_weights:
-        checks.check("few-step weights", check_few_step, args, opened)
-    dataset = checks.open("training data", open_dataset, args)
-    checks.check("validation", check_validation_videos, args)
-    networks = checks.open("scores", open_networks, args) or []
-    start = describe_run(args, stage, opened, dataset, resume_policy()) if opened and dataset else None
-    state, checkpoint, notes = checks.open("checkpoints", find_start, args, stage, start) or (start, None, [])
+        checks.check("model family", check_fit, config, base, opened)
+    checks.check("output folder", check_output_dir, config, opened or {})
+    if opened and config.pcm_weights:
+        checks.check("few-step weights", check_few_step, config, opened)
+    dataset = checks.open("training data", open_dataset, config)
+    checks.check("validation", check_validation_videos, config)
+    networks = checks.open("scores", open_networks, config) or []
+    start = describe_run(config, stage, opened, dataset, resume_policy()) if opened and dataset else None
+    state, checkpoint, notes = checks.open("checkpoints", find_start, config, stage, start) or (start, None, [])
     if opened:
-        checks.check("disk space", check_disk_space, args, stage, opened)
-        checks.check("memory", check_memory, args, stage, opened)
-    notes += without_effect(args)
+        checks.check("disk space", check_disk_space, config, stage, opened)
+        checks.check("memory", check_memory, config, stage, opened)
+    notes += without_effect(config)
     return checks, RunInputs(base, opened, dataset, state, checkpoint, notes, networks)
 
 
-def check_flags(args):
+def check_flags(config):
     """The tracker and the optimizer are installed, and the precision is one that the device has."""
-    wrong = list(wrong_flags(args))
+    wrong = list(wrong_flags(config))
     require(not wrong, "; ".join(wrong))
-    stride = f", frame stride {args.frame_stride}" if args.frame_stride > 1 else ""
-    found = f"{args.nframes} frames of {args.resolution} px{stride}, mixed precision {args.mixed_precision}"
-    return "; ".join([f"{found}, tracker {args.report_to}", *without_effect(args)])
+    stride = f", frame stride {config.frame_stride}" if config.frame_stride > 1 else ""
+    found = f"{config.nframes} frames of {config.resolution} px{stride}, mixed precision {config.mixed_precision}"
+    return "; ".join([f"{found}, tracker {config.report_to}", *without_effect(config)])
 
 
-def wrong_flags(args):
+def wrong_flags(config):
     """What is wrong with them and what mends it, each."""
     known = [tracker.value for tracker in LoggerType]
-    name = args.report_to
+    name = config.report_to
     if name not in (*known, "none"):
         yield f"--report_to={name}: one of {', '.join(known)}, none was needed"
     elif name not in (*(tracker.value for tracker in get_available_trackers()), "all", "none"):
         yield f"--report_to={name}: its package is not installed; pip install {name}, or --report_to=none"
-    precision = args.mixed_precision
+    precision = config.mixed_precision
     if precision == "fp16" and not gpu_is_used():
         yield "mixed precision fp16 needs a GPU, and none was found: use --mixed_precision=no"
     if precision == "bf16" and gpu_is_used() and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield "this GPU has no bf16 (Ampere and newer have): use --mixed_precision=fp16, and LOW_MEMORY=1"
-    for used, library in ((args.use_8bit_adam, eight_bit_adam), (args.bf16_weights, bf16_adam)):
+    for used, library in ((config.use_8bit_adam, eight_bit_adam), (config.bf16_weights, bf16_adam)):
         try:
             if used:
                 library()
         except InputError as error:
             yield str(error)
-    if args.bf16_weights and not args.use_8bit_adam:
+    if config.bf16_weights and not config.use_8bit_adam:
         yield "--bf16_weights needs --use_8bit_adam (LOW_MEMORY=2 sets both)"
-    if args.bf16_weights and precision != "bf16":
+    if config.bf16_weights and precision != "bf16":
         yield f"--bf16_weights needs --mixed_precision=bf16, not {precision} (MIXED_PRECISION)"
-    if args.bf16_weights and args.ema_decay is not None:
+    if config.bf16_weights and config.ema_decay is not None:
         yield "--ema_decay does not go with --bf16_weights, which round its small steps away: drop one"
-    if args.lr_scheduler == "polynomial" and args.learning_rate <= POLYNOMIAL_END and not args.scale_lr:
-        yield (f"--learning_rate={args.learning_rate}: more than {POLYNOMIAL_END} was needed, where "
+    if config.lr_scheduler == "polynomial" and config.learning_rate <= POLYNOMIAL_END and not config.scale_lr:
+        yield (f"--learning_rate={config.learning_rate}: more than {POLYNOMIAL_END} was needed, where "
                "--lr_scheduler=polynomial ends")  # fmt: skip
-    if args.lr_scheduler == "polynomial" and args.lr_warmup_steps == args.max_train_steps:  # diffusers divides by zero
-        yield f"--lr_warmup_steps={args.lr_warmup_steps} are all of --max_train_steps: use another number of either"
-    if args.compile and (lacking := compiling_lacks()):
+    # diffusers divides by zero.
+    if config.lr_scheduler == "polynomial" and config.lr_warmup_steps == config.max_train_steps:
+        yield f"--lr_warmup_steps={config.lr_warmup_steps} are all of --max_train_steps: use another number of either"
+    if config.compile and (lacking := compiling_lacks()):
         yield f"--compile needs {lacking}, which was not found: add it, or leave the flag out (COMPILE=0)"
-    if args.cuda_graph and not gpu_is_used():
+    if config.cuda_graph and not gpu_is_used():
         yield "--cuda_graph needs a GPU, and none was found: leave the flag out (CUDA_GRAPH=0)"
 
 
-def open_base_model(args):
-    base = BaseModel(args)
-    return base, f"{args.base_model_name_or_path}, {base.vae_folder}"
+def open_base_model(config):
+    base = BaseModel(config)
+    return base, f"{config.base_model_name_or_path}, {base.vae_folder}"
 
 
-def open_models(args, stage):
-    opened = stage.open_models(args)
+def open_models(config, stage):
+    opened = stage.open_models(config)
     sources = [f"{name} from {weights.folder}" if weights else f"{name} new" for name, weights in opened.items()]
     return opened, ", ".join(sources)
 
 
-def check_fit(args, base, opened):
+def check_fit(config, base, opened):
     """UNet, BrushNet, VAE and text encoder must be of one family, and clips short enough for the motion modules."""
     unet = opened["unet_main"]
     for weights in filter(None, opened.values()):
@@ -185,7 +186,7 @@ def check_fit(args, base, opened):
                     f"{weights.folder} has {key} {weights.config[key]}, {unet.folder} has {unet.config[key]}: weights "
                     "of one model family were needed"
                 )
-        refuse_long_clips(weights, args.nframes)
+        refuse_long_clips(weights, config.nframes)
     for folder, gives, size, key in (
         (base.text_encoder_folder, "embeddings", base.text_config["hidden_size"], "cross_attention_dim"),
         (base.vae_folder, "latents", base.vae_config["latent_channels"], "in_channels"),
@@ -202,28 +203,28 @@ def list_of(value):
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def check_output_dir(args, opened):
+def check_output_dir(config, opened):
     """It can be written to, and holds no weights that the end of the run would overwrite."""
-    folder = Path(args.output_dir)
-    if args.latent_cache and not args.random_crop:
-        check_writable(Path(args.latent_cache), "--latent_cache")
+    folder = Path(config.output_dir)
+    if config.latent_cache and not config.random_crop:
+        check_writable(Path(config.latent_cache), "--latent_cache")
     refuse_source_weights(folder, [weights.folder for weights in opened.values() if weights], flag="--output_dir")
-    refuse_sources(folder, args)
+    refuse_sources(folder, config)
     check_writable(folder, "--output_dir")
     require_utf8(folder)
-    files = (CONFIG_FILE, BEST_FILE, *(Path(args.logging_dir, name) for name in RUN_FILES))
+    files = (CONFIG_FILE, BEST_FILE, *(Path(config.logging_dir, name) for name in RUN_FILES))
     foreign = [name for name in files if Path(folder, name).is_file()]
     if foreign and not read_starts(folder):
         raise InputError(f"{folder}/{foreign[0]} is no training run's: choose another --output_dir, or it is lost")
     return str(folder)
 
 
-def refuse_sources(folder, args):
+def refuse_sources(folder, config):
     """Raises InputError for a folder that the run reads weights or data from, and for one among frames or masks, where
     it would count as a video. Beside them is room: weights/my-run, dataset/DAVIS/my-run."""
     folder = folder.resolve()
-    read = {f.name: [getattr(args, f.name)] for f in fields(args) if f.metadata["metavar"] == "DIR"}
-    full = {name: getattr(args, name) for name in ("validation_image", "validation_mask")}
+    read = {f.name: [getattr(config, f.name)] for f in fields(config) if f.metadata["metavar"] == "DIR"}
+    full = {name: getattr(config, name) for name in ("validation_image", "validation_mask")}
     full |= {name: read[name] for name in ("paired_root", "mask_root", "masks_of_videos")}
     for name in ("davis_root", "ytvos_root"):
         parts = ("JPEGImages", "Annotations", "ImageSets")
@@ -233,26 +234,26 @@ def refuse_sources(folder, args):
     for name, folders, roots in refused:
         if not folders.isdisjoint(Path(root).resolve() for root in roots if root):
             raise InputError(
-                f"--output_dir {args.output_dir} is also read from: choose another --output_dir than a folder of "
+                f"--output_dir {config.output_dir} is also read from: choose another --output_dir than a folder of "
                 f"--{name}"
             )
 
 
-def open_dataset(args):
+def open_dataset(config):
     broken = {}
-    if args.scan_data:
+    if config.scan_data:
         # Every process finds the same; the machine's cores are shared out, and one of them writes it down.
         processes = max(1, len(os.sched_getaffinity(0)) // count_processes_here())
         first = int(os.environ.get("RANK", 0)) == 0
-        everything = list_videos(args) + (scan_pairs(args.paired_root) if args.paired_root else [])
-        broken = scan_frames(everything, Path(args.output_dir, "scan.json"), processes, remember=first)
-    dataset = FinetuneDataset(args, broken=broken)
-    if args.scan_data and first:
+        everything = list_videos(config) + (scan_pairs(config.paired_root) if config.paired_root else [])
+        broken = scan_frames(everything, Path(config.output_dir, "scan.json"), processes, remember=first)
+    dataset = FinetuneDataset(config, broken=broken)
+    if config.scan_data and first:
         for reason in dataset.left_out:
             print(f"broken: {reason}", flush=True)
     videos = set(dataset.videos)
     frames = sum(len(video.frames) for video in videos)
-    what = "pairs" if args.paired_root and not dataset.pairs else "videos"
+    what = "pairs" if config.paired_root and not dataset.pairs else "videos"
     found = f"{len(videos)} {what}, {frames} frames, {len(dataset)} clips an epoch"
     if dataset.pairs:
         frames = sum(len(video.frames) for video in dataset.pairs)
@@ -271,23 +272,23 @@ def open_dataset(args):
     return dataset, found
 
 
-def check_few_step(args, opened):
+def check_few_step(config, opened):
     """Every tensor of --pcm_weights has its layer in the UNet, and --prior is one."""
-    few_step = FewStepWeights(args.pcm_weights)
+    few_step = FewStepWeights(config.pcm_weights)
     layers = few_step.match(read_shapes(opened["unet_main"].files))
-    for folder in args.validation_image:
-        check_prior(args.prior, Path(folder), list_frames(folder)[: args.nframes])
-    return f"{few_step.steps} steps, {len(layers)} layers; validation as deployed, prior {args.prior}"
+    for folder in config.validation_image:
+        check_prior(config.prior, Path(folder), list_frames(folder)[: config.nframes])
+    return f"{few_step.steps} steps, {len(layers)} layers; validation as deployed, prior {config.prior}"
 
 
-def check_validation_videos(args):
+def check_validation_videos(config):
     """Every mask has its frame's size. (The lists were compared when the flags were parsed.)"""
-    if not args.validation_image:
+    if not config.validation_image:
         return "off (--validation_image and --validation_mask turn it on)"
-    if not args.validation_steps:
+    if not config.validation_steps:
         return "off (--validation_steps=0)"
     counts = []
-    for folders in zip(args.validation_image, args.validation_mask, strict=True):
+    for folders in zip(config.validation_image, config.validation_mask, strict=True):
         pairs = pair_by_name(*folders)
         for frame, mask in pairs:
             sizes = [image_size(path) for path in (frame, mask)]
@@ -297,43 +298,43 @@ def check_validation_videos(args):
                     "size"
                 )
         counts.append(len(pairs))
-    span = frames_spanned(args)
+    span = frames_spanned(config)
     short = sum(count < span for count in counts)
     note = f"; {short} shorter than {span} frames: sampled, but not in the held-out loss" if short else ""
     return f"{len(counts)} videos of {', '.join(map(str, counts))} frames with masks{note}"
 
 
-def open_networks(args):
+def open_networks(config):
     """The networks that score validation videos, where there are any."""
-    networks = load_networks(args, "cpu") if args.validation_steps and args.validation_image else []
+    networks = load_networks(config, "cpu") if config.validation_steps and config.validation_image else []
     names = [SCORES[name].heading for network in networks for name in network.columns]
     return networks, ", ".join(["PSNR, SSIM, E_warp", *names])
 
 
-def find_start(args, stage, start):
+def find_start(config, stage, start):
     """((TrainerState, checkpoint or None, notes), words) for --resume_from_checkpoint.
 
     Args:
         start: a fresh run's state, or None where the checks before have failed.
     """
-    wanted, present = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
+    wanted, present = config.resume_from_checkpoint, list_checkpoints(config.output_dir)
     if not wanted:
         if present:
             raise InputError(
-                f"--output_dir {args.output_dir} holds checkpoints of an earlier run, such as {present[-1][1].name}: "
+                f"--output_dir {config.output_dir} holds checkpoints of an earlier run, such as {present[-1][1].name}: "
                 "resume with --resume_from_checkpoint=latest, or choose another --output_dir"
             )
         return (start, None, []), "a fresh start"
     if wanted == "latest":
-        folder, skipped = find_latest(args.output_dir)
+        folder, skipped = find_latest(config.output_dir)
         if folder is None:
             if skipped:
-                raise InputError(f"none of the checkpoints in {args.output_dir} is complete; {skipped[0]}")
+                raise InputError(f"none of the checkpoints in {config.output_dir} is complete; {skipped[0]}")
             return (start, None, []), "none yet: a fresh start"
     else:
         folder, skipped = Path(wanted), []
         if not folder.is_dir():
-            folder = Path(args.output_dir, folder.name)
+            folder = Path(config.output_dir, folder.name)
         if not folder.is_dir():
             raise InputError(f"--resume_from_checkpoint={wanted} is no folder: a checkpoint-<step> folder was needed")
     state = TrainerState.read(folder)
@@ -347,15 +348,15 @@ def find_start(args, stage, start):
     notes = [f"skipped: {line}" for line in skipped]
     words = f"resuming from {folder} at step {state.global_step}"
     if start is not None:
-        state, changes = go_on_from(folder, state, start, resume_policy(), args.resume_anyway)
+        state, changes = go_on_from(folder, state, start, resume_policy(), config.resume_anyway)
         notes += changes
     return (state, folder, notes), words
 
 
-def refuse_stale(args, found):
+def refuse_stale(config, found):
     """Raises InputError where a run that ended after the checks, and before the lock, has saved another checkpoint."""
-    newest, _ = find_latest(args.output_dir)
-    if args.resume_from_checkpoint in (None, "", "latest") and newest != found.checkpoint:
+    newest, _ = find_latest(config.output_dir)
+    if config.resume_from_checkpoint in (None, "", "latest") and newest != found.checkpoint:
         raise InputError(f"{newest} has been written meanwhile: run the same command again")
 
 
@@ -366,42 +367,42 @@ def count_parameters(stage, opened):
     return trained, sum(sizes.values()) - trained
 
 
-def check_disk_space(args, stage, opened):
+def check_disk_space(config, stage, opened):
     """One checkpoint has to fit: it is written before an old one is deleted."""
     trained, frozen = count_parameters(stage, opened)
-    needed = trained * (CHECKPOINT_BYTES - EIGHT_BIT_SAVES * args.use_8bit_adam - BF16_SAVES * args.bf16_weights)
-    needed += trained * EMA_BYTES * (args.ema_decay is not None)
+    needed = trained * (CHECKPOINT_BYTES - EIGHT_BIT_SAVES * config.use_8bit_adam - BF16_SAVES * config.bf16_weights)
+    needed += trained * EMA_BYTES * (config.ema_decay is not None)
     if distributed_type() != "ddp":
         needed += trained * SHARD_BYTES + frozen * FROZEN_BYTES
-    folder = Path(args.output_dir).resolve()
+    folder = Path(config.output_dir).resolve()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
     if free < needed:
         raise InputError(
-            f"a checkpoint takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {args.output_dir}: free some "
+            f"a checkpoint takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {config.output_dir}: free some "
             "space, or choose another --output_dir"
         )
     return f"{free / 1e9:.0f} GB free, a checkpoint takes {needed / 1e9:.1f} GB"
 
 
-def check_memory(args, stage, opened):
+def check_memory(config, stage, opened):
     """Weights, gradients and what is kept of them must fit the GPU; activations are an estimate from measured runs."""
     trained, frozen = count_parameters(stage, opened)
     processes = count_processes()
     state = trained * TRAINED_BYTES + frozen * FROZEN_BYTES
     state /= processes if distributed_type() == "fsdp" else 1
-    state += trained * EMA_BYTES * (args.ema_decay is not None)
-    state -= trained * (EIGHT_BIT_SAVES * args.use_8bit_adam + 2 * BF16_SAVES * args.bf16_weights)  # gradients too
+    state += trained * EMA_BYTES * (config.ema_decay is not None)
+    state -= trained * (EIGHT_BIT_SAVES * config.use_8bit_adam + 2 * BF16_SAVES * config.bf16_weights)  # gradients too
     fixed = state / 2**30
-    frames = args.train_batch_size * args.nframes * math.prod(sides(args.resolution)) / 512**2
+    frames = config.train_batch_size * config.nframes * math.prod(sides(config.resolution)) / 512**2
     width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
-    activations = frames * width * stage.gib_per_frame[2 if args.gradient_checkpointing else int(args.compile)]
-    several = distributed_type() == "ddp" and processes * args.gradient_accumulation_steps > 1
-    if several or (args.cuda_graph and args.gradient_checkpointing):
+    activations = frames * width * stage.gib_per_frame[2 if config.gradient_checkpointing else int(config.compile)]
+    several = distributed_type() == "ddp" and processes * config.gradient_accumulation_steps > 1
+    if several or (config.cuda_graph and config.gradient_checkpointing):
         # Gradients, which the measured runs did not hold in the forward pass.
-        gradients = trained * (2 if args.bf16_weights else 4) / 2**30
-        beside = FORWARD_GIB_PER_FRAME * frames * width if args.gradient_checkpointing else math.inf
+        gradients = trained * (2 if config.bf16_weights else 4) / 2**30
+        beside = FORWARD_GIB_PER_FRAME * frames * width if config.gradient_checkpointing else math.inf
         activations += min(gradients, beside)
-    about = "more than" if args.mixed_precision == "no" else "about"  # what was measured was half precision
+    about = "more than" if config.mixed_precision == "no" else "about"  # what was measured was half precision
     if not gpu_is_used():
         return f"{about} {fixed + activations:.1f} GiB; no GPU was found"
     gpus = range(min(count_processes_here(), torch.cuda.device_count()))  # the smallest decides

@@ -38,7 +38,7 @@ def log_on_main_process(accelerator):
         log.removeHandler(handler)
 
 
-def log_start(args, stage, accelerator, checks, found):
+def log_start(config, stage, accelerator, checks, found):
     """Everything that tells one run from another, in the log and, run by run, in <output_dir>/config.json."""
     if accelerator.is_local_main_process and not accelerator.is_main_process:
         print(f"  stage {stage.number} on this machine too: the first machine's log is the run's", flush=True)
@@ -49,7 +49,7 @@ def log_start(args, stage, accelerator, checks, found):
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
     engine = "" if accelerator.distributed_type == DistributedType.NO else f" ({accelerator.distributed_type.value})"
     log.info("stage %d on %s, %d process(es)%s, mixed precision %s, seed %d", stage.number, device,
-             accelerator.num_processes, engine, accelerator.mixed_precision, args.seed)  # fmt: skip
+             accelerator.num_processes, engine, accelerator.mixed_precision, config.seed)  # fmt: skip
     log.info("versions: %s", ", ".join(f"{name} {version}" for name, version in versions.items()))
     for name, _, words in checks.rows[1:]:
         log.info("%s: %s", name, words)
@@ -61,10 +61,10 @@ def log_start(args, stage, accelerator, checks, found):
     for line in found.notes:
         log.info("%s", line)
     if accelerator.is_main_process:
-        runs = read_starts(args.output_dir)
+        runs = read_starts(config.output_dir)
         card = list(settings_with("on_card"))  # what the converters, which know no settings, say in the model card
-        runs.append({"command": sys.argv, "settings": vars(args), "model_card": card, "versions": versions})
-        write_json(Path(args.output_dir, CONFIG_FILE), runs)
+        runs.append({"command": sys.argv, "settings": vars(config), "model_card": card, "versions": versions})
+        write_json(Path(config.output_dir, CONFIG_FILE), runs)
 
 
 def log_parameters(model, checkpoints_total_limit):
@@ -101,22 +101,24 @@ def log_compiling(state, interval=20):
     return thread
 
 
-def start_trackers(accelerator, args):
+def start_trackers(accelerator, config):
     """Those of --report_to. Raises InputError where one does not start, such as W&B's without a login."""
-    if args.report_to == "none":
+    if config.report_to == "none":
         return
     failures = (OSError, RuntimeError, ValueError)
-    if args.report_to in ("wandb", "all") and importlib.util.find_spec("wandb"):
+    if config.report_to in ("wandb", "all") and importlib.util.find_spec("wandb"):
         from wandb.errors import Error  # no requirement of the project
 
         failures += (Error,)
     # Trackers take numbers and strings only.
     settings = {
-        name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in vars(args).items()
+        name: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for name, value in vars(config).items()
     }
     try:
-        accelerator.init_trackers(args.tracker_project_name, config=settings)
+        accelerator.init_trackers(config.tracker_project_name, config=settings)
     except failures as error:
         raise InputError(
-            f"--report_to={args.report_to} did not start ({first_line(error)}): log in, or use --report_to=tensorboard"
+            f"--report_to={config.report_to} did not start ({first_line(error)}): log in, or use "
+            "--report_to=tensorboard"
         ) from None

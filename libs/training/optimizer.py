@@ -8,17 +8,17 @@ import torch
 from common.errors import InputError
 
 
-def make_optimizer(args, parameters, learning_rate, device):
+def make_optimizer(config, parameters, learning_rate, device):
     """AdamW as the settings say. Raises InputError where its library is not installed."""
     settings = {
         "lr": learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
     }
-    if args.bf16_weights:
+    if config.bf16_weights:
         return bf16_adam()(parameters, **settings)
-    if args.use_8bit_adam:
+    if config.use_8bit_adam:
         return eight_bit_adam()(parameters, **settings)
     # Fused: one kernel, and fp16's scaler needs no look at the gradients from the host.
     return torch.optim.AdamW(parameters, fused=device.type == "cuda", **settings)

@@ -17,7 +17,7 @@ class Stage:
         cls.number = cls.model_class.stage
 
     @staticmethod
-    def open_models(args):
+    def open_models(config):
         """Check the stage's weights folders without reading a tensor: {name: OpenedWeights or None}."""
 
     @staticmethod
