@@ -200,7 +200,7 @@ def start(lab):
 
 
 def train(lab):
-    """Every arm with every seed; the averaged ones at last, from the guide's checkpoints."""
+    """Every arm with every seed; the averaged ones last, from the guide's checkpoints."""
     require(finished(lab.start), f"{lab.start} is not trained to its end: run the step `start` first")
     for averaged in (False, True):
         jobs = {}

@@ -74,12 +74,12 @@ def check_cuda_graph(args, sharded, processes, machines):
 
 
 def count_processes():
-    """Of all machines together, as `accelerate launch` passes it on."""
+    """Processes of all machines together, as `accelerate launch` passes it on."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def count_processes_here():
-    """Of this machine."""
+    """Processes of this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

@@ -109,7 +109,7 @@ class FinetuneDataset(Dataset):
         return chosen
 
     def why_none(self, what, videos, validation, left_out):
-        """Of these videos none is trained on."""
+        """The error's text where none of these videos is left to train on."""
         such_as = f" ({left_out[0]})" if left_out else ""
         strided = self.stride > 1
         needed = f", which {self.nframes} take at --frame_stride={self.stride}" if strided else ""

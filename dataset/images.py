@@ -222,7 +222,7 @@ def read_palette(path, content):
 
 
 def checksums_agree(png):
-    """Of a whole PNG's pieces, but for those that a reader need not know: their names begin with a small letter."""
+    """Whether a whole PNG's chunks agree with their checksums; those that readers may skip do not count."""
     place = len(PNG)
     while place < len(png):
         end = place + 8 + int.from_bytes(png[place : place + 4], "big")

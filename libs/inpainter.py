@@ -103,7 +103,7 @@ def train_motion_modules_only(model, frozen_dtype):
 
 
 def cast_parameters(parameters, dtype):
-    """In place; tables and other buffers stay as they are."""
+    """Cast them in place. Buffers, such as position tables, are no parameters and stay as they are."""
     for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
 

@@ -86,7 +86,7 @@ class CheckpointWeights:
 
 
 def refuse_another_run(folder, state, newest, newest_state):
-    """The same stage, models and start weights, wherever these lie."""
+    """Raise InputError unless both have the same stage, models and start weights, wherever these lie."""
 
     def facts(state):
         # diffusers' own notes, _use_default_values, are in another order in every process.

@@ -224,8 +224,11 @@ def measure_of(best):
 def mark_best(run_dir, step, value, clips, complete=lambda clips: clips, measure=HELD_OUT, higher_is_better=False):
     """Note checkpoint-<step> as the best one if its value of a measure is better than that of the one noted so far,
     which counts only if it comes before (a run that was resumed from an earlier step has left it behind) and has the
-    same measure on the same `clips`, whatever tells them. `complete` makes of an older version's clips what they are
-    called today."""
+    same measure on the same `clips`, whatever tells them. Returns whether it is noted.
+
+    Args:
+        complete: makes of an older version's clips what they are called today.
+    """
     best = read_best(run_dir)
     counts = best and measure in best and best["step"] < step and complete(best.get("clips", clips)) == clips
     sign = 1 if higher_is_better else -1

@@ -32,7 +32,7 @@ from libs.inpainter import INPAINTERS
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter
 
-# In a converted folder: step, prompt and checksum. Tells it, as it may be written anew, from source weights.
+# Step, prompt and checksum. A folder that has it was made by a converter, which may replace it; others hold sources.
 MARKER_FILE = "conversion.json"
 HELP = {  # on the arguments of `convert`, which are the options of both converters
     "input_dir": "a checkpoint-<step> folder, or a run's folder: its newest complete checkpoint",

@@ -204,12 +204,12 @@ def files_of_weights(path):
 
 
 def files_below(folder):
-    """Also in folders that are links."""
+    """Paths of all files in a folder and the folders below it, links followed."""
     return [Path(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names]
 
 
 def short_hash(folders):
-    """Of the names, sizes and times of all files in some folders."""
+    """A hash of the names, sizes and times of all files in some folders."""
     files = [path for folder in folders for path in sorted(files_below(folder)) if path.is_file()]
     stats = [(str(path), *size_and_time(path)) for path in files]
     return hashlib.sha256(repr(stats).encode(errors="surrogateescape")).hexdigest()[:16]

@@ -51,7 +51,7 @@ def score(plan, tools=None):
     if tools or not jobs:
         score_jobs(plan, jobs, tools)
         return
-    # Spawned: a forked process cannot use a GPU. Each takes every so-manieth job, so that all hold as many of them.
+    # Spawned: a forked process cannot use a GPU. Each takes every `count`th job, so that all have about as many.
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=score_in_process, args=(plan.args, jobs[rank::count], rank, count, os.getpid()))
                  for rank in range(count)]  # fmt: skip
@@ -77,7 +77,7 @@ def score_in_process(args, jobs, rank, count, parent):
 
 
 def score_jobs(plan, jobs, tools, goes_on=lambda: True):
-    """Score (number of a video, seed) after another; a video for which that fails is noted, and named at the end."""
+    """Score each (number of a video, seed) in turn; a video for which that fails is noted, and named at the end."""
     for number, seed in jobs:
         if not goes_on():
             return

@@ -65,5 +65,5 @@ def paste_frame(frame, filled, hole, soft_edge):
 
 
 def paste(frames, filled, holes):
-    """The same of whole clips, (f, h, w, 3), without an edge."""
+    """`filled` inside the holes of a whole clip, `frames` outside: (f, h, w, 3) uint8."""
     return np.where(holes[..., None] > 0, filled, frames)

@@ -81,7 +81,7 @@ class VideoFile:
                  f"{len(pts)}, fetch it again if its end is missing")  # fmt: skip
 
     def set_looks(self, frame):
-        """How a frame is shown."""
+        """Note a frame's colours, size and turn as it is shown: `display` is the display matrix's upper left 2x2."""
         self.transfer = BT709 if frame.color_trc in UNSPECIFIED else frame.color_trc
         usual = BT2020 if self.transfer in HDR_TRANSFERS else BT709
         self.primaries = usual if frame.color_primaries in UNSPECIFIED else frame.color_primaries
@@ -191,7 +191,7 @@ def swaps_sides(display):
 
 
 def refuse_other_file(url, flags, options):
-    """A playlist's, or any other file that a file names."""
+    """Open no other file that a video file names, as playlists do."""
     raise FileNotFoundError(url)
 
 
@@ -252,7 +252,7 @@ class VideoWriter:
             self.mux(self.stream.encode(picture))
 
     def time_of(self, i):
-        """In units of time_base; behind the last frame, when it ends."""
+        """When frame `i` is shown, in units of time_base; past the last one, when that ends."""
         if self.pts is None:
             return i
         return int(self.pts[i]) if i < len(self.pts) else int(self.pts[-1]) + self.source.last_duration

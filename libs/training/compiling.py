@@ -92,7 +92,7 @@ def _motion(motion_module, sample, num_frames):
 
 
 def replace_layers(model):
-    """In place, by others of the same parameters."""
+    """Make layers those below, in place: they have the same parameters."""
     for name, module in model.named_modules():
         if type(module) is nn.Conv2d and is_plain(module) and not module.weight.requires_grad:
             module.__class__ = FrozenConv2d

@@ -33,7 +33,7 @@ class Captured:
 class GraphedForwardBackward(ForwardBackward):
     """The first passes run as they are, one is captured, then it is replayed, DDP's exchange of gradients included.
 
-    Needs a GPU, and a stream of one's own: see `leave_default_stream`.
+    Needs a GPU, and a stream other than the default one: see `leave_default_stream`.
     """
 
     keeps_gradients = True

@@ -138,7 +138,7 @@ class LatentCache:
             self.places.release()
 
     def say_once(self, line):
-        """Why nothing is added any more."""
+        """Log, the first time only, why nothing is added any more."""
         if not self.said:
             self.said = True
             log.info("latent cache: %s", line)

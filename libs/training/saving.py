@@ -70,7 +70,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def finish(self):
-        """Where nothing is to be done meanwhile."""
+        """The same, with nothing to do meanwhile."""
         with self.finishing():
             pass
 
