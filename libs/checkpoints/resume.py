@@ -36,7 +36,7 @@ class ResumePolicy:
     what_sets_clips: Callable  # settings -> what of them the fixed clips of the held-out loss follow from
 
 
-def describe_run(args, stage, opened, dataset, policy):
+def describe_run(config, stage, opened, dataset, policy):
     """The TrainerState of a run's start; a checkpoint's is compared with it.
 
     Args:
@@ -49,9 +49,9 @@ def describe_run(args, stage, opened, dataset, policy):
         "clips": len(dataset),
         "videos": hash_of_names(f"{video.folder.name} {len(video.frames)}" for video in dataset.videos + dataset.pairs),
         "hole_videos": hash_of_names(dataset.holes.sources()),
-        **{name: getattr(args, name) for name in policy.on_change},
-        "mask_span": list(args.mask_span),  # as it is read back from JSON
-        "validation_image": [Path(folder).name for folder in args.validation_image],
+        **{name: getattr(config, name) for name in policy.on_change},
+        "mask_span": list(config.mask_span),  # as it is read back from JSON
+        "validation_image": [Path(folder).name for folder in config.validation_image],
     }
     weights = {name: [str(w.folder), fingerprint(w.files)] for name, w in opened.items() if w}
     return TrainerState(stage=stage.number, weights=weights, settings=settings)
