@@ -28,7 +28,7 @@ class LossWeights:
     def map(self, latent_masks, masks, pixel_values, masked_pixel_values):
         """The weight of every latent, (N, 1, h, w).
 
-        Where the conditioning shows something else than is learned (a pasted object, its shadow), that has to be
+        Where the conditioning shows something other than what is learned (a pasted object, its shadow), that has to be
         cleared: it counts as the hole does.
 
         Args:
