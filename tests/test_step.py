@@ -1,4 +1,4 @@
-"""The training step: batches, seeds, and targets."""
+"""The training step: batches, seeds, targets, optimizers, and steps that a CUDA graph replays."""
 
 import argparse
 import importlib.util
