@@ -83,7 +83,7 @@ def train(config, stage, accelerator, found, stop, ahead):
     broken_videos, meter = BrokenVideos(config.max_broken_share), Meter(accelerator, last_step)
     first_step = state.global_step + 1
     with ema.in_use():
-        validation.loss.start(unwrapped, state)
+        validation.held_out_loss.start(unwrapped, state)
     model.train()
     for batch in loader:
         broken_videos.note(batch)

@@ -109,7 +109,7 @@ class Validation:
             load_validation_video(images, masks, prompt_embeds[i : i + 1], config, i, found.networks)
             for i, (images, masks) in enumerate(pairs)
         ]
-        self.loss = HeldOutLoss(config, accelerator, found.dataset, base)
+        self.held_out_loss = HeldOutLoss(config, accelerator, found.dataset, base)
 
     def is_due(self, step, first, saving):
         """Whether holes are to be filled: every N steps, after the `first` step of a start, and where their score is
@@ -126,7 +126,7 @@ class Validation:
             sample: fill holes too, for scores and pictures.
         """
         step = state.global_step
-        held_out_loss, losses_by_video = self.loss.report(model, state)
+        held_out_loss, losses_by_video = self.held_out_loss.report(model, state)
         measured = {HELD_OUT: held_out_loss}
         model.eval()
         for form in self.forms if sample and self.videos else ():
