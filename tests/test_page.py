@@ -17,9 +17,9 @@ from libs.comparison import clips
 from libs.comparison.clips import outline, save_clips, small_size
 from libs.comparison.page import write_page
 
-ROOM = Path(libs.comparison.page.__file__).parent
+FOLDER = Path(libs.comparison.page.__file__).parent
 VIDEOS = ["bear", "<b>&'\"", "caf\udce9"]
-TEXTS = json.loads((ROOM / "page_texts.json").read_bytes())
+TEXTS = json.loads((FOLDER / "page_texts.json").read_bytes())
 SCORES = {
     "psnr": {"heading": "PSNR", "unit": " dB", "decimals": 2, "higher_is_better": True},
     "warp": {"heading": "E_warp", "unit": "", "decimals": 2, "higher_is_better": False},
@@ -166,7 +166,7 @@ def test_a_tie_is_neither_better_nor_worse():
 
 
 def test_every_text_is_there_in_both_languages():
-    page, script = ((ROOM / name).read_text() for name in ("page.html", "page.js"))
+    page, script = ((FOLDER / name).read_text() for name in ("page.html", "page.js"))
     used = re.findall(r'say\("(\w+)"', page + script)
     used += re.findall(r'(?:texts\.|data-(?:text|label|placeholder)=")(\w+)', page)
     used += [key for keys in re.findall(r'menu\("\w+", \[([^\]]*)\]', page) for key in re.findall(r"\w+", keys)]
