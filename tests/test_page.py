@@ -160,7 +160,7 @@ for (const value of [0.5, 0, -0.5]) {
 @pytest.mark.skipif(not shutil.which("node"), reason="runs a part of the page's script with node")
 def test_a_tie_is_neither_better_nor_worse():
     """Nor does it count among the videos in which a method is better."""
-    (bar,) = re.findall(r"(?s)^function bar\(.*?^}", (ROOM / "page.js").read_text(), re.MULTILINE)
+    (bar,) = re.findall(r"(?s)^function bar\(.*?^}", (FOLDER / "page.js").read_text(), re.MULTILINE)
     shown = subprocess.run(["node", "-e", bar + DOCUMENT], capture_output=True, text=True, check=True).stdout
     assert shown.splitlines() == ["+0.50 better", "0.00", "-0.50 worse"]
 
