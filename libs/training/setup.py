@@ -163,7 +163,11 @@ def make_loader(config, accelerator, found, cache, last_step):
 
 
 def make_passes(config, accelerator, model, base, ahead, state):
-    """The ForwardBackward of a prepared model, its layers compiled by `ahead`, a CompileAhead or None."""
+    """The ForwardBackward of a prepared model, its layers compiled by `ahead`, a CompileAhead or None.
+
+    Args:
+        state: TrainerState, whose next step is the one that the log follows where it compiles.
+    """
     begun = ahead and ahead.processes
     compiled = begun and ahead.run(accelerator.unwrap_model(model), base, example_batch(config))
     if config.compile and not compiled:
@@ -207,7 +211,7 @@ def make_optimizer_and_schedule(config, accelerator, model, found):
 
 
 def last_step_of(config, found):
-    """Its number. Steps are of all processes together: each of them sees its share of a global batch."""
+    """The last step's number. Steps are of all processes together: each of them sees its share of a global batch."""
     return config.max_train_steps or math.ceil(config.num_train_epochs * len(found.dataset) / found.global_batch)
 
 
