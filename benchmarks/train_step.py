@@ -39,6 +39,7 @@ VARIANTS = {  # flags of the trainer
     "compiled": {"compile": True},
     "graphed": {"compile": True, "cuda_graph": True},
     "low_memory": {"gradient_checkpointing": True, "use_8bit_adam": True},
+    "low_memory_compiled": {"gradient_checkpointing": True, "use_8bit_adam": True, "compile": True},
     "bf16_weights": {
         "gradient_checkpointing": True,
         "use_8bit_adam": True,
