@@ -112,22 +112,13 @@ def test_checkpoints_that_make_no_mean(train, tmp_path, capsys):
     refused(r"checkpoint-1 was written by the original DiffuEraser scripts: convert one of them alone")
 
 
-class Hooks:
-    """What Ema needs of an accelerator."""
-
-    is_main_process = True
-
-    def register_save_state_pre_hook(self, hook):
-        self.save = hook
-
-
 def test_an_average_by_hand(tmp_path):
     """The recursion over what trains; diffusers' EMAModel finds the same, and at decay 0 it is the model to the bit."""
     model = torch.nn.Linear(3, 2)
     model.bias.requires_grad_(False)
     path = [torch.randn(2, 3) * 10.0**-i for i in range(6)]
     model.weight.data.copy_(path[0])
-    average, zero = Ema(0.9, Hooks(), model, None), Ema(0.0, Hooks(), model, None)
+    average, zero = Ema(0.9, model, None), Ema(0.0, model, None)
     theirs = EMAModel([model.weight], decay=0.9, min_decay=0.9, update_after_step=-1)
     by_hand = path[0].double()
     for value in path[1:]:

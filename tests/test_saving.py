@@ -5,16 +5,19 @@ import os
 import signal
 from contextlib import nullcontext
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import libs.training.loss
 from common.errors import InputError
 from common.files import flush
 from libs.checkpoints import checkpoint
-from libs.checkpoints.checkpoint import HELD_OUT, TrainerState
+from libs.checkpoints.checkpoint import HELD_OUT, MODEL_FILE, TrainerState
 from libs.training import saving
 from libs.training.config import parse_args
 from libs.training.saving import Checkpoints
@@ -26,17 +29,18 @@ GOOD, LIMIT = (0, None), 10  # a Meter's bad_streak; seconds until a test that w
 
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
-    """Those of a run at step 7 that has saved step 6 and keeps one: save_state writes a small file."""
+    """Those of a run at step 7 that has saved step 6 and keeps one, of one weight: save_state writes nothing."""
     accelerator = SimpleNamespace(
         scaler=None, num_processes=1, is_main_process=True, device="cpu", wait_for_everyone=lambda: None,
-        save_state=lambda folder: Path(folder, "model.safetensors").write_bytes(b"weights"),
+        save_state=lambda folder: None,
     )  # fmt: skip
     config = parse_args(Stage1, [f"--output_dir={tmp_path}", "--checkpoints_total_limit=1"])
     config.keep_best_checkpoint = True
     monkeypatch.setattr(saving, "sum_over_processes", lambda accelerator, value: value)
     last = tmp_path / "checkpoint-6"
     last.mkdir()
-    return Checkpoints(config, Stage1, accelerator, TrainerState(1, global_step=7), last)
+    weights = {MODEL_FILE: {"weight": torch.ones(3)}}
+    return Checkpoints(config, Stage1, accelerator, TrainerState(1, global_step=7), last, lambda: weights)
 
 
 def names(folder):
@@ -61,6 +65,38 @@ def test_a_checkpoint_is_named_when_it_is_on_the_disk(checkpoints, tmp_path, mon
     files = ["model.safetensors", "trainer_state.json", "checkpoint-7.partial"]
     assert named == [*((name, False) for name in files), (tmp_path.name, True)]
     assert checkpoints.last == tmp_path / "checkpoint-7" and names(tmp_path) == ["checkpoint-7"]
+
+
+@pytest.mark.parametrize("fails", [None, "weights", "state"])
+def test_weights_are_written_beside_the_optimizer(checkpoints, tmp_path, monkeypatch, caplog, fails):
+    """Where one of them fails, the other is waited for, and nothing stays."""
+    both, weights_end = Barrier(2, timeout=LIMIT), []
+
+    def save_weights(*args, **kwargs):
+        both.wait()
+        if fails == "weights":
+            raise SafetensorError("No space left on device")
+        both.wait()
+        save_file(*args, **kwargs)
+        weights_end.append(names(tmp_path))
+
+    def save_state(folder):
+        both.wait()
+        if fails != "weights":
+            both.wait()
+        if fails == "state":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", save_weights)
+    checkpoints.accelerator.save_state = save_state
+    with caplog.at_level("INFO", "diffueraser"):
+        checkpoints.save(GOOD, must=False)
+    assert weights_end == ([] if fails == "weights" else [["checkpoint-6", "checkpoint-7.partial"]])
+    if fails:
+        assert "No space left on device): free some space" in caplog.text and names(tmp_path) == ["checkpoint-6"]
+    else:
+        checkpoints.finish()
+        assert load_file(checkpoints.last / MODEL_FILE)["weight"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("must", "processes"), [(False, 1), (True, 1), (False, 2)])

@@ -19,7 +19,14 @@ from safetensors.torch import load_file
 import libs.training.log
 import libs.unet_walk
 from libs.brushnet_CA import BrushNetModel
-from libs.checkpoints.checkpoint import register_hooks, saved_keys
+from libs.checkpoints.checkpoint import (
+    TrainerState,
+    finish_checkpoint,
+    register_hooks,
+    saved_keys,
+    weights_of,
+    write_checkpoint,
+)
 from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
 from libs.recompute import run_recomputed
 from libs.training.compiling import compile_models
@@ -203,13 +210,14 @@ def test_plain_and_compiled_models_resume_from_each_other(tmp_path):
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
         optimizer.step()
-        accelerator.save_state(str(folder))
+        weights = {"model.safetensors": weights_of(accelerator, model)}
+        finish_checkpoint(write_checkpoint(accelerator, folder.parent, TrainerState(1, int(folder.name[-1])), weights))
         return load_file(folder / "model.safetensors")
 
     formats = (torch.channels_last, torch.contiguous_format, torch.channels_last)
     for seed, memory_format in enumerate(formats):
-        plain = step(tmp_path / "plain", seed, torch.contiguous_format)
-        mixed = step(tmp_path / "mixed", seed, memory_format)
+        plain = step(tmp_path / "checkpoint-1", seed, torch.contiguous_format)
+        mixed = step(tmp_path / "checkpoint-2", seed, memory_format)
         torch.testing.assert_close(mixed, plain)
     reset_accelerate()
 

@@ -239,7 +239,7 @@ def test_scores_of_another_form_choose_no_checkpoint(tmp_path, monkeypatch, capl
     config = SimpleNamespace(output_dir=tmp_path, best_by="psnr_hole", pcm_weights="pcm.safetensors")
     state, last = SimpleNamespace(global_step=20, settings={}), tmp_path / "checkpoint-20"
     monkeypatch.setattr(saving, "what_sets_clips", lambda settings: "these")
-    checkpoints = saving.Checkpoints(config, None, SimpleNamespace(is_main_process=True), state, last)
+    checkpoints = saving.Checkpoints(config, None, SimpleNamespace(is_main_process=True), state, last, None)
     checkpoints.mark_best({"held_out_loss": 0.1, "psnr_hole": 11.0})
     assert noted == []
     checkpoints.mark_best({"held_out_loss": 0.1, "psnr_hole": 11.0, "psnr_hole-as-deployed": 30.0})
@@ -266,7 +266,7 @@ def test_a_best_checkpoint_of_other_annotated_videos(tmp_path):
     def mark(step, value):
         state.global_step = step
         main_process, last = SimpleNamespace(is_main_process=True), tmp_path / f"checkpoint-{step}"
-        saving.Checkpoints(config, None, main_process, state, last).mark_best({"held_out_loss": value})
+        saving.Checkpoints(config, None, main_process, state, last, None).mark_best({"held_out_loss": value})
         return read_best(tmp_path)["step"]
 
     older = what_sets_clips(settings)

@@ -1,14 +1,15 @@
 """Checkpoints: written whole or not at all, found, pruned, and resumed from.
 
-checkpoint-<step>/ holds what `accelerator.save_state` writes for the one module that is trained (model.safetensors with
-keys unet_main.* and brushnet.*, only what is not frozen; FSDP adds its shards), ema.safetensors where the run has an
-EMA, and trainer_state.json, which is written last.
+checkpoint-<step>/ holds model.safetensors (keys unet_main.* and brushnet.*, only what is not frozen), ema.safetensors
+where the run has an EMA, what `accelerator.save_state` writes (the optimizer and others; FSDP's shards), and
+trainer_state.json, which is written last.
 """
 
 import json
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -121,20 +122,23 @@ def saved_keys(model):
     return [key for key in model.state_dict() if key not in frozen]
 
 
-def register_hooks(accelerator, keys):
-    """Let save_state write, and load_state read, just `keys` of the one prepared module, without DDP's prefix.
+def weights_of(accelerator, model):
+    """{key: tensor} of a prepared model for a file: with FSDP unsharded, for the converters, and {} in other processes
+    than the main one. All of them take part."""
+    unwrapped = accelerator.unwrap_model(model)
+    keys = saved_keys(unwrapped)
+    if accelerator.is_fsdp2:
+        return unsharded_state_dict(accelerator, model, keys)
+    state_dict = unwrapped.state_dict()
+    return {key: state_dict[key].contiguous() for key in keys}  # compiled models are in channels_last
 
-    FSDP writes and reads its own shards; the unsharded weights are written beside them, for the converters.
-    """
+
+def register_hooks(accelerator, keys):
+    """Let load_state read just `keys` of the one prepared module, without DDP's prefix, which `write_checkpoint` writes
+    in save_state's place. FSDP writes and reads its own shards besides."""
 
     def save_hook(models, weights, output_dir):
-        if weights:
-            state_dict = accelerator.unwrap_model(models[0]).state_dict()
-            weights[0] = {key: state_dict[key].contiguous() for key in keys}  # compiled models are in channels_last
-            return
-        state_dict = unsharded_state_dict(accelerator, models[0], keys)
-        if accelerator.is_main_process:
-            save_file(state_dict, Path(output_dir, MODEL_FILE), metadata={"format": "pt"})
+        weights.clear()
 
     def load_hook(models, input_dir):
         if not models:
@@ -150,8 +154,13 @@ def register_hooks(accelerator, keys):
     accelerator.register_load_state_pre_hook(load_hook)
 
 
-def write_checkpoint(accelerator, run_dir, state):
-    """Write checkpoint-<step> under its partial name. Returns the path that `finish_checkpoint` moves it to."""
+def write_checkpoint(accelerator, run_dir, state, weights):
+    """Write checkpoint-<step> under its partial name. Returns the path that `finish_checkpoint` moves it to.
+
+    Args:
+        weights: {file name: {key: tensor}}, written by the main process beside the optimizer's state, which takes as
+            long.
+    """
     folder = Path(run_dir, f"checkpoint-{state.global_step}")
     partial = partial_of(folder)
     if accelerator.is_main_process:
@@ -159,8 +168,18 @@ def write_checkpoint(accelerator, run_dir, state):
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     torch.serialization.set_crc32_options(False)  # torch.load never checks them; half of torch.save's time
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # threads have streams of their own
     try:
-        accelerator.save_state(str(partial))
+        with ThreadPoolExecutor() as threads:
+            files = [
+                threads.submit(save_file, tensors, partial / name, metadata={"format": "pt"})
+                for name, tensors in weights.items()
+                if accelerator.is_main_process
+            ]
+            accelerator.save_state(str(partial))
+            for file in files:
+                file.result()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             state.write(partial)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common.weights import compare_shapes, read_shapes, read_tensors, shapes_of
@@ -24,8 +23,8 @@ class Ema:
         checkpoint: the folder that it goes on from, or None.
     """
 
-    def __init__(self, decay, accelerator, model, checkpoint):
-        self.accelerator, self.model, self.on = accelerator, model, decay is not None
+    def __init__(self, decay, model, checkpoint):
+        self.model, self.on = model, decay is not None
         if not self.on:
             return
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -38,7 +37,6 @@ class Ema:
             if resumed:
                 self.load(Path(checkpoint, EMA_FILE))
         log.info("EMA of decay %s, from %s: it is validated and converted", decay, start)
-        accelerator.register_save_state_pre_hook(self.save)
 
     def update(self):
         """After an optimizer step."""
@@ -62,12 +60,12 @@ class Ema:
             self.weights[name].copy_(self.averages[name])
             self.averages[name].copy_(weight)
 
-    def save(self, models, weights, folder):
-        """Hook of accelerate's save_state: a file with the keys of model.safetensors."""
-        if self.accelerator.is_main_process:
-            state_dict = {**self.model.state_dict(), **self.averages}
-            state_dict = {key: state_dict[key].contiguous() for key in saved_keys(self.model)}
-            save_file(state_dict, Path(folder, EMA_FILE), metadata={"format": "pt"})
+    def files(self):
+        """{file name: {key: tensor}} for a checkpoint, with the keys of model.safetensors; {} where it is off."""
+        if not self.on:
+            return {}
+        state_dict = {**self.model.state_dict(), **self.averages}
+        return {EMA_FILE: {key: state_dict[key].contiguous() for key in saved_keys(self.model)}}
 
     def load(self, file):
         state_dict = self.model.state_dict()

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from common.distributed import lost_processes_named, make_accelerator, sum_over_processes, unsharded
 from common.errors import one_line_errors
 from common.files import locked
+from libs.checkpoints.checkpoint import MODEL_FILE, weights_of
 from libs.training.checks import check_run, refuse_stale
 from libs.training.config import parse_args
 from libs.training.ema import Ema
@@ -76,10 +77,13 @@ def train(config, stage, accelerator, found, stop, ahead):
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     state, unwrapped = found.state, accelerator.unwrap_model(model)
     forward_backward = make_passes(config, accelerator, model, base, ahead, state)
-    checkpoints = Checkpoints(config, stage, accelerator, state, found.checkpoint)
     resume(accelerator, optimizer, schedule, found)
-    ema = Ema(config.ema_decay, accelerator, unwrapped, found.checkpoint)
+    ema = Ema(config.ema_decay, unwrapped, found.checkpoint)
 
+    def weights():
+        return {MODEL_FILE: weights_of(accelerator, model), **ema.files()}
+
+    checkpoints = Checkpoints(config, stage, accelerator, state, found.checkpoint, weights)
     broken_videos, meter = BrokenVideos(config.max_broken_share), Meter(accelerator, last_step)
     first_step = state.global_step + 1
     with ema.in_use():

@@ -24,10 +24,12 @@ class Checkpoints:
     Args:
         state: TrainerState, moved on by the loop.
         last: the checkpoint that the run goes on from, or None.
+        weights: a function that gives the {file name: {key: tensor}} of a checkpoint.
     """
 
-    def __init__(self, config, stage, accelerator, state, last):
+    def __init__(self, config, stage, accelerator, state, last, weights):
         self.config, self.stage, self.accelerator, self.state, self.last = config, stage, accelerator, state, last
+        self.weights = weights
         self.written = None  # (path, start of saving, must) of one that `finishing` has to flush and name
 
     def save(self, bad_streak, must):
@@ -48,7 +50,7 @@ class Checkpoints:
             log.info(reason)
             return
         with self.disk_may_fail(must):
-            folder = write_checkpoint(self.accelerator, self.config.output_dir, self.state)
+            folder = write_checkpoint(self.accelerator, self.config.output_dir, self.state, self.weights())
             self.written = folder, start, must
 
     @contextmanager
