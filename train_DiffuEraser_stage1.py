@@ -6,9 +6,9 @@ Everything in both models is trained; the frames of a clip do not see each other
 import common.libraries  # noqa: F401
 from common.command_line import require
 from libs.brushnet_CA import BrushNetModel
-from libs.inpainter import FrameInpainter
+from libs.inpainter import FrameInpainter, open_frame_models
 from libs.training.loop import run
-from libs.training.stage import Stage, open_frame_models
+from libs.training.stage import Stage
 from libs.unet_2d_condition import UNet2DConditionModel
 
 

@@ -4,9 +4,9 @@ Only the motion modules are trained; UNet2D's layers and BrushNet are frozen, in
 """
 
 import common.libraries  # noqa: F401
-from libs.inpainter import ClipInpainter, train_motion_modules_only
+from libs.inpainter import ClipInpainter, open_frame_models, train_motion_modules_only
 from libs.training.loop import run
-from libs.training.stage import Stage, open_frame_models
+from libs.training.stage import Stage
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 
 

@@ -5,11 +5,13 @@ one per clip; text embeddings (b, n, d).
 """
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from libs.brushnet_CA import BrushNetModel
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import UNetMotionModel
 
@@ -92,6 +94,14 @@ class ClipInpainter(Inpainter):
 
 
 INPAINTERS = {cls.stage: cls for cls in (FrameInpainter, ClipInpainter)}
+
+
+def open_frame_models(folder, variant=None):
+    """{name: OpenedWeights} of a converted folder, or of DiffuEraser's: the 2D part of unet_main/, and brushnet/."""
+    return {
+        "unet_main": UNet2DConditionModel.open_2d_part(Path(folder, "unet_main"), variant=variant),
+        "brushnet": BrushNetModel.open(Path(folder, "brushnet"), variant=variant),
+    }
 
 
 def train_motion_modules_only(model, frozen_dtype):

@@ -28,8 +28,7 @@ from libs.checkpoints.checkpoint import (
     replace_folder,
 )
 from libs.checkpoints.model_card import write_model_card
-from libs.inpainter import INPAINTERS
-from libs.unet_2d_condition import UNet2DConditionModel
+from libs.inpainter import INPAINTERS, open_frame_models
 from libs.unet_motion_model import MotionAdapter
 
 # Step, prompt and checksum. A folder that has it was made by a converter, which may replace it; others hold sources.
@@ -156,7 +155,11 @@ def own_parts(source, pretrained_stage1, variant):
     classes = {"unet_main": INPAINTERS[state.stage].unet_class, "brushnet": BrushNetModel}
     frozen = {name: [] for name in classes}
     if state.stage == 2:
-        opened = open_frozen(pretrained_stage1, variant)
+        if not pretrained_stage1:
+            raise InputError(
+                "a stage 2 checkpoint holds motion modules only: set pretrained_stage1 to the run's stage 1"
+            )
+        opened = open_frame_models(pretrained_stage1, variant)
         check_frozen(state, opened, pretrained_stage1)
         frozen = {name: weights.tensors() for name, weights in opened.items()}
 
@@ -165,16 +168,6 @@ def own_parts(source, pretrained_stage1, variant):
         yield from source.tensors(f"{name}.")
 
     return {name: (cls, state.configs[name], tensors(name)) for name, cls in classes.items()}
-
-
-def open_frozen(pretrained_stage1, variant):
-    """What stage 2 freezes, checked but not read."""
-    if not pretrained_stage1:
-        raise InputError("a stage 2 checkpoint holds motion modules only: set pretrained_stage1 to the run's stage 1")
-    return {
-        "unet_main": UNet2DConditionModel.open_2d_part(pretrained_stage1, "unet_main", variant=variant),
-        "brushnet": BrushNetModel.open(pretrained_stage1, "brushnet", variant=variant),
-    }
 
 
 def check_frozen(state, opened, pretrained_stage1):

@@ -1,10 +1,5 @@
 """What a train script says of its stage."""
 
-from pathlib import Path
-
-from libs.brushnet_CA import BrushNetModel
-from libs.unet_2d_condition import UNet2DConditionModel
-
 
 class Stage:
     """Which models a stage has, where their weights come from, and what is trained."""
@@ -23,11 +18,3 @@ class Stage:
     @staticmethod
     def load_models(opened, frozen_dtype):
         """The Inpainter, its frozen parameters in `frozen_dtype`."""
-
-
-def open_frame_models(folder, variant=None):
-    """{name: OpenedWeights} of a converted folder, or of DiffuEraser's: the 2D part of unet_main/, and brushnet/."""
-    return {
-        "unet_main": UNet2DConditionModel.open_2d_part(Path(folder, "unet_main"), variant=variant),
-        "brushnet": BrushNetModel.open(Path(folder, "brushnet"), variant=variant),
-    }
