@@ -60,12 +60,8 @@ def read_bytes(path):
         raise BrokenFrame(f"{path} is empty")
     if content.startswith(b"version https://git-lfs"):
         raise BrokenFrame(f"{path} is a Git LFS pointer, not an image: run git lfs pull")
-    if content.startswith(JPEG):
-        height, width, whole = scan_jpeg(content)
-    elif content.startswith(PNG):
-        height, width, whole = scan_png(content)
-    else:
-        height, width, whole = *scan_header(content), True
+    scan = scan_jpeg if content.startswith(JPEG) else scan_png if content.startswith(PNG) else scan_other
+    height, width, whole = scan(content)
     if not whole:  # OpenCV would fill the rest of a JPEG with grey
         raise BrokenFrame(f"{path} is cut short ({len(content)} bytes)")
     if height * width > MOST_PIXELS:
@@ -102,11 +98,29 @@ def scan_jpeg(jpeg):
 
 
 def scan_png(png):
-    """The same of a PNG, whose pieces say how long they are: OpenCV would allocate what a damaged one says."""
-    place = len(PNG)
-    while place < len(png) and png[place + 4 : place + 8] != b"IEND":
-        place += 12 + int.from_bytes(png[place : place + 4], "big")
-    return int.from_bytes(png[20:24], "big"), int.from_bytes(png[16:20], "big"), place < len(png)
+    """The same of a PNG, whose chunks say how long they are: OpenCV would allocate what a damaged one says."""
+    whole = any(name == b"IEND" for name, _, _ in png_chunks(png))
+    return int.from_bytes(png[20:24], "big"), int.from_bytes(png[16:20], "big"), whole
+
+
+def png_chunks(png):
+    """Yield (name, start, end) of a PNG's chunks, up to IEND: length, name, data and checksum are png[start:end]."""
+    end, name = len(PNG), b""
+    while end < len(png) and name != b"IEND":
+        start, name = end, png[end + 4 : end + 8]
+        end += 12 + int.from_bytes(png[start : start + 4], "big")
+        yield name, start, end
+
+
+def scan_other(content):
+    """The same of any other image, taken for whole; its size is (0, 0) where Pillow does not know it."""
+    try:
+        with pillow(io.BytesIO(content)) as image:
+            return image.height, image.width, True
+    except Image.DecompressionBombError:
+        return MOST_PIXELS, 2, True
+    except UNREADABLE:
+        return 0, 0, True
 
 
 @contextmanager
@@ -114,17 +128,6 @@ def pillow(file):
     """An image file opened by Pillow, whose header alone is read, and which is not to say what it thinks of it."""
     with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
         yield image
-
-
-def scan_header(content):
-    """(height, width) of any other image; (0, 0) where Pillow does not know it."""
-    try:
-        with pillow(io.BytesIO(content)) as image:
-            return image.height, image.width
-    except Image.DecompressionBombError:
-        return MOST_PIXELS, 2
-    except UNREADABLE:
-        return 0, 0
 
 
 def image_size(path):
@@ -223,16 +226,11 @@ def read_palette(path, content):
 
 def checksums_agree(png):
     """Whether a whole PNG's chunks agree with their checksums; those that readers may skip do not count."""
-    place = len(PNG)
-    while place < len(png):
-        end = place + 8 + int.from_bytes(png[place : place + 4], "big")
-        name = png[place + 4 : place + 8]
-        if name[:1].isupper() and zlib.crc32(png[place + 4 : end]) != int.from_bytes(png[end : end + 4], "big"):
-            return False
-        if name == b"IEND":
-            break
-        place = end + 4
-    return True
+    return all(
+        zlib.crc32(png[start + 4 : end - 4]) == int.from_bytes(png[end - 4 : end], "big")
+        for name, start, end in png_chunks(png)
+        if name[:1].isupper()
+    )
 
 
 def find_hole(values, exact):
