@@ -246,26 +246,38 @@ def find_hole(values, exact):
     if values.dtype != np.uint8:
         values = scale_to_bytes(values)
     brightest = int(values.max())
-    bright = np.count_nonzero(values > NOISE)
-    between = np.count_nonzero((values > NOISE) & (values < brightest * 3 // 4)) > MANY * bright
-    inner = values[1:, 1:]
-    faint = (inner > 0) & (inner < NOISE)
-    if exact and bright and faint.any():
-        # Labels are areas of one value and lie at any distance. What was compressed before it was saved as a PNG is
-        # near 0 or near the brightest, with shades between them at every edge; soft edges are no areas. Its background
-        # may be one: strong compression makes it one value that is not 0.
-        sharp = np.count_nonzero(np.bincount(values.ravel())[NOISE + 1 :]) == 1
-        flat = (inner == values[1:, :-1]) & (inner == values[:-1, 1:])
-        grey = (inner > NOISE) & (inner < brightest * 3 // 4)
-        areas = between and np.count_nonzero(flat & grey) > 0.25 * np.count_nonzero(grey)
-        exact = flat[faint].mean() > 0.5 and (areas or sharp or brightest < 3 * NOISE)
-        exact = exact and values.min() == 0  # without a background of 0, every pixel would be hole
-    threshold = 0 if exact else max(NOISE, brightest // 4)
-    hole = np.where(values > threshold, 255, 0).astype(np.uint8)
-    if exact:
+    grey = (values > NOISE) & (values < brightest * 3 // 4)
+    shaded = np.count_nonzero(grey) > MANY * np.count_nonzero(values > NOISE)
+    if exact and not was_compressed(values, grey, shaded):
         levels = np.count_nonzero(np.bincount(values.ravel()))
-        return hole, f"{levels} values, any above 0 is hole" if levels > 2 else ""
-    return hole, f"shades of grey, what is above {threshold} of 255 is hole" if between else ""
+        threshold, note = 0, f"{levels} values, any above 0 is hole" if levels > 2 else ""
+    else:
+        threshold = max(NOISE, brightest // 4)
+        note = f"shades of grey, what is above {threshold} of 255 is hole" if shaded else ""
+    return np.where(values > threshold, 255, 0).astype(np.uint8), note
+
+
+def was_compressed(values, grey, shaded):
+    """Whether a mask (h, w) uint8 that is exact in its file was compressed before.
+
+    Labels are areas of one value and lie at any distance. What was compressed is near 0 or near the brightest, with
+    shades between them at every edge; soft edges are no areas. Its background may be one: strong compression makes it
+    one value that is not 0.
+
+    Args:
+        grey: (h, w) bool, where it is between background and brightest.
+        shaded: whether that is more than edges.
+    """
+    inner, grey = values[1:, 1:], grey[1:, 1:]
+    faint = (inner > 0) & (inner < NOISE)
+    if values.max() <= NOISE or not faint.any():
+        return False
+    if values.min() > 0:  # without a background of 0, every pixel would be hole
+        return True
+    flat = (inner == values[1:, :-1]) & (inner == values[:-1, 1:])
+    areas = shaded and np.count_nonzero(flat & grey) > 0.25 * np.count_nonzero(grey)
+    sharp = np.count_nonzero(np.bincount(values.ravel())[NOISE + 1 :]) == 1
+    return flat[faint].mean() <= 0.5 or not (areas or sharp or values.max() < 3 * NOISE)
 
 
 def scale_to_bytes(values):
