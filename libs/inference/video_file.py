@@ -146,19 +146,10 @@ class VideoFile:
 
     def decoded(self):
         """PyAV's frames, in the order in which they are shown."""
-        with self.opened() as (container, stream):
-            packets = container.demux(stream)
-            while True:
-                try:
-                    packet = next(packets, None)
-                except DAMAGED:  # the file ends in the middle of a packet
-                    return
-                if packet is None:
-                    return
-                try:
+        with self.opened() as (container, stream), suppress(*DAMAGED):  # the file may end in the middle of a packet
+            for packet in container.demux(stream):
+                with suppress(*DAMAGED):  # a damaged packet; what follows may be whole
                     yield from packet.decode()
-                except DAMAGED:  # a damaged packet; what follows may be whole
-                    continue
 
     def frames(self, pixels="rgb24"):
         """(height, width, 3) uint8 RGB, one after the other; with "rgba" (height, width, 4)."""
