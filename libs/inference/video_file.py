@@ -44,9 +44,9 @@ class VideoFile:
     Opening decodes the file once, so that whatever cannot be read is said before any work. A file with fewer frames
     than it promises is read as far as it goes, with a line on stderr; so is one in HDR, whose values are not changed.
 
-    Attributes: height and width as shown; pts, a strictly increasing int64 per frame in units of time_base; duration of
-    the last frame in the same; fps, the mean rate; sample_aspect_ratio; primaries and transfer, numbers of H.273;
-    has_audio.
+    Attributes: height and width as shown; time_base, in seconds; pts, a strictly increasing int64 per frame in units of
+    time_base; last_duration, of the last frame in the same; start, in seconds, when the first stream begins; fps, the
+    mean rate; sample_aspect_ratio; primaries and transfer, numbers of H.273; has_audio.
 
     Raises: InputError where nothing can be read, or frames differ in size.
     """
@@ -58,7 +58,7 @@ class VideoFile:
             self.sample_aspect_ratio = stream.sample_aspect_ratio or Fraction(1)
             self.has_audio = first_sound(container) is not None
             self.start = Fraction(container.start_time or 0, av.time_base)
-            lasts = (container.duration or 0) / av.time_base
+            duration = (container.duration or 0) / av.time_base
             end = stream.start_time + stream.duration if stream.duration and stream.start_time is not None else None
         pts, last = [], None
         for frame in self.decoded():
@@ -76,9 +76,9 @@ class VideoFile:
             warn(f"{path} ends early: {len(pts)} frames can be decoded, it promises {promised}; going on with "
                  f"{len(pts)}, fetch it again if its end is missing")  # fmt: skip
         seconds = float((int(self.pts[-1]) + self.last_duration) * self.time_base)
-        if not promised and seconds < MOST_OF * lasts:
-            warn(f"{path} ends early: its frames end after {seconds:.1f} s, the file says {lasts:.1f}; going on with "
-                 f"{len(pts)}, fetch it again if its end is missing")  # fmt: skip
+        if not promised and seconds < MOST_OF * duration:
+            warn(f"{path} ends early: its frames end after {seconds:.1f} s, the file says {duration:.1f}; going on "
+                 f"with {len(pts)}, fetch it again if its end is missing")  # fmt: skip
 
     def set_looks(self, frame):
         """Note a frame's colours, size and turn as it is shown: `display` is the display matrix's upper left 2x2."""
@@ -96,25 +96,29 @@ class VideoFile:
             self.sample_aspect_ratio = 1 / self.sample_aspect_ratio
 
     def set_times(self, pts, end, rate):
-        """Times as they are, uneven or not; the container's rate where frames have none, as in raw streams and AVI."""
+        """Times as they are, uneven or not; the container's rate where frames have none, as in raw streams and AVI.
+
+        Args:
+            pts: of every frame, None where it has none, and `end`, of the last one, or None: in units of time_base.
+            rate: frames a second as the container says, or None.
+        """
         rate = Fraction(rate if rate and LIKELY_FPS[0] <= rate <= LIKELY_FPS[1] else DEFAULT_FPS)
-        known = np.array([time for time in pts if time is not None], np.int64)
-        steps = np.diff(known)
+        times = np.array([time for time in pts if time is not None], np.int64)
+        steps = np.diff(times)
         if np.any(steps * float(self.time_base) < -LONGEST_BACK):
             warn(f"{self.path}: its times begin anew, as in files that were joined byte by byte: its frames get an "
                  "even rate and no sound; join them with ffmpeg to keep both")  # fmt: skip
-            known, self.has_audio = known[:0], False
-        if len(known) < len(pts) or np.count_nonzero(steps <= 0) > MOST_TWICE * len(pts):
-            self.time_base, self.start, known, end = 1 / rate, Fraction(0), np.arange(len(pts)), len(pts)
+            times, self.has_audio = times[:0], False
+        if len(times) < len(pts) or np.count_nonzero(steps <= 0) > MOST_TWICE * len(pts):
+            self.time_base, self.start, times, end = 1 / rate, Fraction(0), np.arange(len(pts)), len(pts)
         if self.time_base.denominator > FINEST_CLOCK:
             ticks = float(self.time_base * USUAL_CLOCK)
-            self.time_base, known, end = Fraction(1, USUAL_CLOCK), np.round(known * ticks).astype(np.int64), None
+            self.time_base, times, end = Fraction(1, USUAL_CLOCK), np.round(times * ticks).astype(np.int64), None
         order = np.arange(len(pts))
-        self.pts = np.maximum.accumulate(known - order) + order  # a time that comes twice is moved by a tick
+        self.pts = np.maximum.accumulate(times - order) + order  # a time that comes twice is moved by a tick
         # A clock may tick more slowly than the rate, as that of time-lapses in AVI.
         steps = np.diff(self.pts) if len(pts) > 1 else np.array([max(1, round(1 / (rate * self.time_base)))])
-        usual = max(1, int(np.median(steps)))
-        last = end - int(self.pts[-1]) if end else 0
+        usual, last = max(1, int(np.median(steps))), end - int(self.pts[-1]) if end else 0
         self.last_duration = last if 0 < last <= LONGEST_LAST * usual else usual
         self.fps = float(1 / (Fraction(float(steps.mean())).limit_denominator(10**6) * self.time_base))
 
