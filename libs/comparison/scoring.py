@@ -91,40 +91,48 @@ def score_jobs(plan, jobs, tools, goes_on=lambda: True):
 
 
 def find_prior(plan, number, clip):
-    """Another method's frames of a video in the clip's size, or None."""
-    folder = plan.folders[number]
+    """Another method's frames (f, h, w, 3) uint8 of a video, in the clip's size, or None."""
     if not plan.protocol.takes_priors:
         return None
+    folder = plan.folders[number]
     return read_prior(plan.args.prior, folder, list_frames(folder), clip.holes.shape[1:], plan.size)
 
 
 def score_clip(plan, tools, number, seed, clip, prior):
     """{"rows": {method: {"frames": n, score: value}}, "features": {method: VFID's}} of a clip.
 
-    With the first seed it writes the clip's sheet, and what the page plays, too; with a later one it scores the methods
-    whose scores follow from the seed.
+    With the first seed all methods are scored, and the results written to be looked at; with a later one only the
+    methods whose scores follow from the seed.
     """
-    name, first = plan.folders[number].name, seed == plan.seeds[0]
+    first = seed == plan.seeds[0]
     reference = Reference(clip.truth, clip.holes, clip.shown, tools.networks)
     rows, features, results = {}, {}, {}
     for method in plan.methods:
         if not first and not plan.varies(method):
             continue
         raw = tools.fills[method.name](clip, prior, noise_seed(seed, number))
-        result = paste(clip.shown, raw, clip.holes) if plan.protocol.pasted else raw
+        results[method.name] = result = paste(clip.shown, raw, clip.holes) if plan.protocol.pasted else raw
         rows[method.name] = {"frames": reference.scored_frames, **reference.score(result, raw)}
         if tools.i3d and clip.truth is not None:
-            features[method.name] = tools.i3d.describe(result, name).tolist()
-        if first:
-            results[method.name] = result
+            features[method.name] = tools.i3d.describe(result, plan.folders[number].name).tolist()
     if first:
-        if clip.truth is clip.shown:
-            results.pop(TRUTH)
-        save_clips(plan.output_dir, name, clip.shown, clip.holes, results, FPS)
-        sheets = [contact_sheet(f"{name}: {method}", clip.shown, clip.holes, result)
-                  for method, result in results.items() if method != TRUTH]  # fmt: skip
-        write_image(plan.sheet(number), stack_sheets(sheets))
-        shares = [float(np.count_nonzero(hole) / hole.size) for hole in clip.holes]
-        frames, height, width, _ = clip.shown.shape
-        print(f"{name}: {frames} frames of {width}x{height}, {describe_holes(shares, clip.note)}", flush=True)
+        write_pictures(plan, number, clip, results)
     return {"rows": rows, "features": features}
+
+
+def write_pictures(plan, number, clip, results):
+    """What the page plays of a video, and its contact sheet; a line says what it is.
+
+    Args:
+        results: {method: (f, h, w, 3) uint8 RGB}.
+    """
+    name = plan.folders[number].name
+    if clip.truth is clip.shown:
+        results.pop(TRUTH)
+    save_clips(plan.output_dir, name, clip.shown, clip.holes, results, FPS)
+    sheets = [contact_sheet(f"{name}: {method}", clip.shown, clip.holes, result)
+              for method, result in results.items() if method != TRUTH]  # fmt: skip
+    write_image(plan.sheet(number), stack_sheets(sheets))
+    shares = [float(np.count_nonzero(hole) / hole.size) for hole in clip.holes]
+    frames, height, width, _ = clip.shown.shape
+    print(f"{name}: {frames} frames of {width}x{height}, {describe_holes(shares, clip.note)}", flush=True)
