@@ -16,7 +16,7 @@ from dataset.mask_kinds import grow
 from libs.inference.composition import resize_picture
 from libs.inference.video_file import VideoWriter
 
-FOLDER = "clips"
+CLIPS = "clips"  # their folder in an evaluation's
 LONGEST_SIDE = 480  # pixels: larger frames are made smaller
 CLIP_BYTES = 265_000  # of a file: 50 of them, in base64, and the rest of a page are under 20 MB
 BEST_CRF, WORST_CRF = 22, 38  # a clip that is larger at the worst stays so
@@ -36,24 +36,24 @@ def save_clips(output_dir, video, shown, holes, results, fps):
             worse. The truth may be among them, where it is not what is shown. Their tiles have this order; a result
             that is what is shown gets none.
     """
-    folder = Path(output_dir, FOLDER)
+    folder = Path(output_dir, CLIPS)
     folder.mkdir(parents=True, exist_ok=True)
     methods = [name for name in results if (results[name] != shown).any()]
     height, width = small_size(*holes.shape[1:])
     changed = holes > 0
-    outlines = grow([shrink_mask(hole, height, width) for hole in changed], BORDER)
+    grown_holes = grow([shrink_mask(hole, height, width) for hole in changed], BORDER)
     for name in methods:
         changed |= (results[name] != shown).any(axis=-1)
     regions = grow([shrink_mask(mask, height, width) for mask in changed], BORDER)
     tiles = Tiles(height, width, [shown, *(results[name] for name in methods)], regions)
     with written_whole(folder / f"{video}.mp4") as partial:
         encode(partial, tiles, fps)
-    holes_paths, region_paths = ([outline(mask) for mask in masks] for masks in (outlines, regions))
-    unique = list(dict.fromkeys(holes_paths + region_paths))
+    hole_paths, region_paths = ([outline(mask) for mask in masks] for masks in (grown_holes, regions))
+    paths = list(dict.fromkeys(hole_paths + region_paths))
     write_json(folder / f"{video}.json", {
-        "width": width, "height": height, "frames": len(shown), "fps": fps, "methods": methods, "tile": tiles.size,
-        "rows": tiles.rows, "paths": unique, "outlines": [unique.index(path) for path in holes_paths],
-        "regions": [unique.index(path) for path in region_paths],
+        "width": width, "height": height, "frames": len(shown), "fps": fps, "methods": methods,
+        "tile": [tiles.tile_width, tiles.tile_height], "rows": tiles.rows, "paths": paths,
+        "outlines": [paths.index(path) for path in hole_paths], "regions": [paths.index(path) for path in region_paths],
     })  # fmt: skip
 
 
@@ -70,32 +70,37 @@ def shrink_mask(mask, height, width):
 
 
 class Tiles:
-    """The pictures of a file, made one at a time: what is encoded again is not kept."""
+    """The pictures of a file, (height, width, 3) uint8 RGB, made one at a time: what is encoded again is not kept."""
 
     def __init__(self, height, width, clips, regions):
-        self.clips, self.regions = clips, regions
-        self.shape = height, width
-        self.size = [math.ceil(side / BLOCK) * BLOCK for side in (width, height)]
-        self.rows = min(len(clips), max(1, HIGHEST // self.size[1]))
+        """
+        Args:
+            height, width: of a clip's frame as it is shown.
+            clips: [(f, h, w, 3) uint8 RGB], the input first.
+            regions: (height, width) uint8 per frame, 255 where a method's tile is not grey.
+        """
+        self.frame_height, self.frame_width, self.clips, self.regions = height, width, clips, regions
+        self.tile_height, self.tile_width = (math.ceil(side / BLOCK) * BLOCK for side in (height, width))
+        self.rows = min(len(clips), max(1, HIGHEST // self.tile_height))
         columns = math.ceil(len(clips) / self.rows)
-        self.height, self.width = self.rows * self.size[1], columns * self.size[0]
+        self.height, self.width = self.rows * self.tile_height, columns * self.tile_width
 
     def __iter__(self):
-        """(height, width, 3) uint8 RGB, frame by frame; a column is filled before the next one."""
-        width, height = self.size
+        """Frame by frame; a column of tiles is filled before the next one."""
         for t, region in enumerate(self.regions):
             picture = np.full((self.height, self.width, 3), GREY, np.uint8)
             kept = self.whole_blocks(grow([region], BORDER)[0])[..., None]  # beyond the region: chroma is half as fine
             for number, clip in enumerate(self.clips):
                 column, row = divmod(number, self.rows)
-                tile = self.fill_up(resize_picture(clip[t], *self.shape))
-                area = picture[row * height : (row + 1) * height, column * width : (column + 1) * width]
+                top, left = row * self.tile_height, column * self.tile_width
+                tile = self.fill_up(resize_picture(clip[t], self.frame_height, self.frame_width))
+                area = picture[top : top + self.tile_height, left : left + self.tile_width]
                 area[:] = tile if number == 0 else np.where(kept, tile, GREY)
             yield picture
 
     def fill_up(self, picture):
         """A picture of a tile's size: the last row and column go on."""
-        missing = self.size[1] - picture.shape[0], self.size[0] - picture.shape[1]
+        missing = self.tile_height - picture.shape[0], self.tile_width - picture.shape[1]
         return np.pad(picture, [(0, missing[0]), (0, missing[1]), (0, 0)][: picture.ndim], "edge")
 
     def whole_blocks(self, region):

@@ -16,7 +16,7 @@ from common.errors import InputError, one_line_errors
 from common.files import refuse_foreign
 from common.pages import make_page
 from common.run_files import read_table
-from libs.comparison.clips import FOLDER
+from libs.comparison.clips import CLIPS
 
 PAGE = "report.html"
 INLINE_BYTES = 19_500_000  # of clips in base64, the rest of a page adds about 0.3 MB; further clips are links
@@ -147,7 +147,7 @@ def read_clips(folder, videos):
     """
     clips, left = [], INLINE_BYTES
     for video in videos:
-        path, about = folder / FOLDER / f"{video}.mp4", folder / FOLDER / f"{video}.json"
+        path, about = folder / CLIPS / f"{video}.mp4", folder / CLIPS / f"{video}.json"
         clip = {"about": None, "inline": None, "href": None}
         if path.is_file() and about.is_file():  # the latter comes last, so that both are whole
             clip["about"] = json.loads(about.read_bytes())
@@ -155,7 +155,7 @@ def read_clips(folder, videos):
             if left >= 0:
                 clip["inline"] = base64.b64encode(path.read_bytes()).decode()
             else:
-                clip["href"] = link(folder, f"{FOLDER}/{video}.mp4")
+                clip["href"] = link(folder, f"{CLIPS}/{video}.mp4")
         clips.append(clip)
     return clips
 

@@ -23,7 +23,7 @@ from common.files import check_writable, note_own, refuse_foreign, write_json
 from common.hardware import accelerator_or_cpu
 from common.weights import fingerprint
 from dataset.folders import list_folders, size_and_time
-from libs.comparison.clips import FOLDER as CLIPS
+from libs.comparison.clips import CLIPS
 from libs.comparison.methods import TRUTH, list_methods
 from libs.comparison.page import PAGE
 from libs.comparison.protocols import choose_protocol, describe, follows_seed, size_text
