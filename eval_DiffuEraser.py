@@ -106,10 +106,10 @@ def main(argv=None):
     for line in (plan.describe_other_set(), missing_networks(args)):
         if line:
             print(line)
-    plan.refuse()
+    plan.check_output_dir()
     tools = Tools.load(plan) if args.num_processes == 1 and plan.jobs_left() else None
     with locked(plan.output_dir):
-        plan.refuse()  # another run may have ended meanwhile
+        plan.check_output_dir()  # another run may have ended meanwhile
         plan.begin()
         score(plan, tools)
         results = Results(plan)

@@ -52,27 +52,14 @@ class Plan:
         protocol.check(args, folders)
         return cls(args, protocol, folders)
 
-    @cached_property
-    def methods(self):
-        return list_methods(self.args, self.protocol.has_truth)
-
     @property
     def size(self):
         """Such as "432x240", of all frames; None: their own."""
         return size_text(self.args.size)
 
-    @property
-    def seeds(self):
-        return [self.args.seed + i for i in range(self.args.seeds)]
-
-    @property
-    def output_dir(self):
-        return Path(self.args.output_dir)
-
-    @property
-    def jobs(self):
-        """(number of a video, seed), all of a video before the next."""
-        return [(number, seed) for number in range(len(self.folders)) for seed in self.seeds]
+    @cached_property
+    def methods(self):
+        return list_methods(self.args, self.protocol.has_truth)
 
     def varies(self, method):
         """Whether a method's scores of a video follow from the seed; those of others are computed with the first."""
@@ -86,14 +73,39 @@ class Plan:
         return (compared if len(compared) > 1 else real)[0].name
 
     @property
-    def scored_folder(self):
-        return self.output_dir / SCORED
+    def seeds(self):
+        return [self.args.seed + i for i in range(self.args.seeds)]
 
-    def part(self, number, seed):
-        return self.scored_folder / f"{number:05d}-{seed}.json"
+    @property
+    def jobs(self):
+        """(number of a video, seed), all of a video before the next."""
+        return [(number, seed) for number in range(len(self.folders)) for seed in self.seeds]
 
-    def sheet(self, number):
-        return self.output_dir / f"{self.folders[number].name}.png"
+    def describe_other_set(self):
+        """A line where the videos cannot be those that published numbers are of; or nothing."""
+        published, count = self.protocol.published, len(self.folders)
+        if published in (None, count):
+            return ""
+        return f"{count} videos: published numbers are of {published}, and compare with those of no other set"
+
+    def jobs_left(self):
+        """[(number of a video, seed)] that are not scored; broken videos are tried again."""
+        if self.args.overwrite:
+            return self.jobs
+        return [job for job in self.jobs if "rows" not in (self.read_part(*job) or ())]
+
+    def read_part(self, number, seed):
+        """What was scored of a video with a seed, or {"key": ..., "broken": why}.
+
+        None where nothing is, where the video's files have changed, and where its pictures are missing.
+        """
+        path = self.part(number, seed)
+        part = json.loads(path.read_bytes()) if path.is_file() else None
+        if part is None or part["key"] != self.key(number):
+            return None
+        pictures = (self.sheet(number), self.output_dir / CLIPS / f"{self.folders[number].name}.json")
+        seen = "broken" in part or seed != self.seeds[0] or all(picture.is_file() for picture in pictures)
+        return part if seen else None
 
     def key(self, number):
         """A short hash of the names, sizes and times of the files that a video's scores follow from."""
@@ -106,19 +118,66 @@ class Plan:
 
     @cached_property
     def key_of_objects(self):
-        """The same of the videos whose objects are pasted in, which are many."""
+        """`key` of the videos whose objects are pasted in, which are many."""
         masks = list_folders(self.args.masks)
         return short_hash([*masks, *(Path(self.args.frames, folder.name) for folder in masks)])
 
-    def read_part(self, number, seed):
-        """What was scored of a video with a seed; None where nothing is, or where the video's files have changed."""
-        path = self.part(number, seed)
-        part = json.loads(path.read_bytes()) if path.is_file() else None
-        if part is None or part["key"] != self.key(number):
-            return None
-        pictures = (self.sheet(number), self.output_dir / CLIPS / f"{self.folders[number].name}.json")
-        seen = seed != self.seeds[0] or all(path.is_file() for path in pictures)
-        return part if "broken" in part or seen else None
+    @property
+    def output_dir(self):
+        return Path(self.args.output_dir)
+
+    @property
+    def scored_folder(self):
+        return self.output_dir / SCORED
+
+    def part(self, number, seed):
+        return self.scored_folder / f"{number:05d}-{seed}.json"
+
+    def sheet(self, number):
+        return self.output_dir / f"{self.folders[number].name}.png"
+
+    @property
+    def written(self):
+        """Names in the folder, of files and of folders."""
+        return [SETTINGS, SCORED, CLIPS, PAGE, *TABLES, *(f"{folder.name}.png" for folder in self.folders)]
+
+    def check_output_dir(self):
+        """Raise InputError where the folder holds what is not to be replaced; nothing is written."""
+        target = Path(os.path.realpath(self.output_dir))
+        for source in chain.from_iterable(map(self.sources, range(len(self.folders)))):
+            apart = not target.is_relative_to(os.path.realpath(source))
+            require(apart, f"--output_dir {self.output_dir} is in {source}, where contact sheets would count as "
+                    "frames: choose another")  # fmt: skip
+        check_writable(self.output_dir, "--output_dir")
+        refuse_foreign(self.output_dir, self.written, self.args.overwrite)
+        if any(self.scored_folder.glob("*.json")) and not self.args.overwrite:
+            try:
+                earlier = json.loads(Path(self.output_dir, SETTINGS).read_bytes())
+            except (FileNotFoundError, ValueError):  # nothing tells what was scored
+                earlier = {}
+            refuse_other_settings(earlier, self.content(), self.output_dir)
+
+    def begin(self):
+        """Note what will be written, and start anew where that is asked for."""
+        if self.args.overwrite:
+            shutil.rmtree(self.scored_folder, ignore_errors=True)
+        self.scored_folder.mkdir(exist_ok=True)
+        note_own(self.output_dir, dict.fromkeys(self.written, 1))
+        for name in (*TABLES, PAGE):  # of an earlier state
+            Path(self.output_dir, name).unlink(missing_ok=True)
+        write_json(self.output_dir / SETTINGS, self.content())
+
+    def end(self, left_out, scores):
+        """Write down what was scored, and what was not.
+
+        Args:
+            left_out: {video: why}.
+            scores: {name: Score} of the columns.
+        """
+        content = self.content()
+        content["videos"] = [name for name in content["videos"] if name not in left_out]
+        content["scores"] = {name: score._asdict() for name, score in scores.items()}
+        write_json(self.output_dir / SETTINGS, {**content, "left_out": left_out})
 
     def content(self):
         """evaluation.json, but for what is known at the end only."""
@@ -140,73 +199,6 @@ class Plan:
         }
         return json.loads(json.dumps(content, default=str))
 
-    @property
-    def written(self):
-        """Names in the folder, of files and of folders."""
-        return [SETTINGS, SCORED, CLIPS, PAGE, *TABLES, *(f"{folder.name}.png" for folder in self.folders)]
-
-    def refuse(self):
-        """Raise InputError where the folder holds what is not to be replaced; nothing is written."""
-        target = Path(os.path.realpath(self.output_dir))
-        for source in chain.from_iterable(map(self.sources, range(len(self.folders)))):
-            apart = not target.is_relative_to(os.path.realpath(source))
-            require(apart, f"--output_dir {self.output_dir} is in {source}, where contact sheets would count as "
-                    "frames: choose another")  # fmt: skip
-        check_writable(self.output_dir, "--output_dir")
-        refuse_foreign(self.output_dir, self.written, self.args.overwrite)
-        if any(self.scored_folder.glob("*.json")) and not self.args.overwrite:
-            try:
-                earlier = json.loads(Path(self.output_dir, SETTINGS).read_bytes())
-            except (FileNotFoundError, ValueError):  # nothing tells what was scored
-                earlier = {}
-            refuse_other_settings(earlier, self.content(), self.output_dir)
-
-    def jobs_left(self):
-        """[(number of a video, seed)] that are not scored; broken videos are tried again."""
-        if self.args.overwrite:
-            return self.jobs
-        return [job for job in self.jobs if "rows" not in (self.read_part(*job) or ())]
-
-    def begin(self):
-        """Note what will be written, and start anew where that is asked for."""
-        if self.args.overwrite:
-            shutil.rmtree(self.scored_folder, ignore_errors=True)
-        self.scored_folder.mkdir(exist_ok=True)
-        note_own(self.output_dir, dict.fromkeys(self.written, 1))
-        for name in (*TABLES, PAGE):  # of an earlier state
-            Path(self.output_dir, name).unlink(missing_ok=True)
-        write_json(self.output_dir / SETTINGS, self.content())
-
-    def describe_other_set(self):
-        """A line where the videos cannot be those that published numbers are of; or nothing."""
-        published, count = self.protocol.published, len(self.folders)
-        if published in (None, count):
-            return ""
-        return f"{count} videos: published numbers are of {published}, and compare with those of no other set"
-
-    def end(self, left_out, scores):
-        """Write down what was scored, and what was not.
-
-        Args:
-            left_out: {video: why}.
-            scores: {name: Score} of the columns.
-        """
-        content = self.content()
-        content["videos"] = [name for name in content["videos"] if name not in left_out]
-        content["scores"] = {name: score._asdict() for name, score in scores.items()}
-        write_json(self.output_dir / SETTINGS, {**content, "left_out": left_out})
-
-
-def files_of_weights(path):
-    """A file, or those of weights in a folder; none of what is a name on the Hub."""
-    files = [Path(path)] if Path(path).is_file() else files_below(path)
-    return sorted(file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-
-
-def files_below(folder):
-    """Paths of all files in a folder and the folders below it, links followed."""
-    return [Path(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names]
-
 
 def short_hash(folders):
     """A hash of the names, sizes and times of all files in some folders."""
@@ -217,8 +209,9 @@ def short_hash(folders):
 
 def refuse_other_settings(earlier, asked, output_dir):
     """Raise InputError, naming the first difference, where a folder's evaluation was asked for something else."""
+    earlier = dict(flatten(earlier))
     for name, value in flatten({name: asked[name] for name in ("protocol", "settings")}):
-        found = dict(flatten(earlier)).get(name)
+        found = earlier.get(name)
         if found != value:
             raise InputError(
                 f"{output_dir} holds an evaluation with {name}={json.dumps(found)}, not {json.dumps(value)}: choose "
@@ -233,3 +226,14 @@ def flatten(content, prefix=""):
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def files_of_weights(path):
+    """A file, or those of weights in a folder; none of what is a name on the Hub."""
+    files = [Path(path)] if Path(path).is_file() else files_below(path)
+    return sorted(file for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+
+
+def files_below(folder):
+    """Paths of all files in a folder and the folders below it, links followed."""
+    return [Path(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names]
