@@ -27,18 +27,6 @@ class Method(NamedTuple):
         return fill_with(args, self.path)
 
 
-def list_methods(args, has_truth):
-    """The methods in the order of the table: models come last, and --weights after those it is compared with."""
-    methods = [Method(TRUTH, "truth")] if has_truth else []
-    methods += [Method(name, "baseline") for name in args.baselines]
-    if args.prior not in ON_THE_SPOT:
-        methods.append(Method(f"prior {args.prior}", "prior", args.prior))
-    if not args.no_model:
-        methods += [Method(f"baseline {folder}", "weights", folder) for folder in dict.fromkeys(args.compare_with)]
-        methods.append(Method(args.weights, "weights", args.weights))
-    return methods
-
-
 def fill_with(args, weights):
     """What Method.load returns, of the converted folder `weights`."""
     pipeline, prompt_embeds, _ = load_pipeline(args, weights)
@@ -50,3 +38,15 @@ def fill_with(args, weights):
             return pipeline.fill(clip.shown, clip.holes, prompt_embeds, seed, prior, progress=bar.update)
 
     return fill
+
+
+def list_methods(args, has_truth):
+    """The methods in the order of the table: models come last, and --weights after those it is compared with."""
+    methods = [Method(TRUTH, "truth")] if has_truth else []
+    methods += [Method(name, "baseline") for name in args.baselines]
+    if args.prior not in ON_THE_SPOT:
+        methods.append(Method(f"prior {args.prior}", "prior", args.prior))
+    if not args.no_model:
+        methods += [Method(f"baseline {folder}", "weights", folder) for folder in dict.fromkeys(args.compare_with)]
+        methods.append(Method(args.weights, "weights", args.weights))
+    return methods

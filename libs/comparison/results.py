@@ -54,16 +54,17 @@ class Results:
             means["difference"] = {**{name: after[name] - before[name] for name in after}, "frames": after["frames"]}
         return means
 
-    def of_video(self, method, seed, video):
-        """{"frames": n, score: value} of the scores that anything has."""
-        row = self.rows[method, seed, video]
-        return {"frames": row["frames"], **{name: row[name] for name in self.scores}}
-
     def of_seed(self, method, seed):
+        """{"frames": n, score: mean}, see `average`, and VFID, where there are two videos or more."""
         means = average([self.of_video(method, seed, video) for video in self.videos])
         if len(self.features.get((method, seed), ())) > 1:
             means["vfid"] = frechet_distance(self.features[TRUTH, seed], self.features[method, seed])
         return means
+
+    def of_video(self, method, seed, video):
+        """{"frames": n, score: value} of the scores that anything has."""
+        row = self.rows[method, seed, video]
+        return {"frames": row["frames"], **{name: row[name] for name in self.scores}}
 
     def comparisons(self):
         """Rows of `compare_all`: every method beside the reference, best first for each score."""
@@ -97,18 +98,8 @@ class Results:
         self.plan.end(self.left_out, self.scores | of_set)
         lines = table(means)
         if "vfid" in means[TRUTH if TRUTH in means else self.plan.reference]:
-            lines.append(f"VFID is of {len(self.videos)} videos: compare it with that of as many only")
+            lines.append(f"VFID is of {videos} videos: compare it with that of as many only")
         return lines + self.verdicts(comparisons)
-
-    def refuse_gaps(self):
-        """Raise InputError, naming them, where videos were left out: the table is not the one that was asked for."""
-        if self.left_out:
-            name, why = next(iter(self.left_out.items()))
-            more = f"; {', '.join(list(self.left_out)[1:])}" if len(self.left_out) > 1 else ""
-            raise InputError(
-                f"{len(self.left_out)} of {len(self.plan.folders)} videos left out: {name} ({why}){more}; mend them, "
-                "and the same command scores what is missing"
-            )
 
     def verdicts(self, comparisons):
         """Lines: in words what each method is beside the reference, by the protocol's scores."""
@@ -123,3 +114,13 @@ class Results:
             lines.append(f"{score.heading}, {rows[0]['baseline']:.{score.decimals}f}{score.unit} there")
             lines += [f"  {row['method']:<{width}}  {row['verdict']}" for row in rows]
         return lines
+
+    def refuse_gaps(self):
+        """Raise InputError, naming them, where videos were left out: the table is not the one that was asked for."""
+        if self.left_out:
+            name, why = next(iter(self.left_out.items()))
+            more = f"; {', '.join(list(self.left_out)[1:])}" if len(self.left_out) > 1 else ""
+            raise InputError(
+                f"{len(self.left_out)} of {len(self.plan.folders)} videos left out: {name} ({why}){more}; mend them, "
+                "and the same command scores what is missing"
+            )

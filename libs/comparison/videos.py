@@ -186,9 +186,9 @@ def read_pair(folder, number, seed, args):
         raise BrokenFrame(pair.broken)
     truth, shown = (np.stack(frames) for frames in read_window(pair, range(len(pair.frames))))
     holes, note = read_holes(pair.masks, folder / FOLDERS[-1])
-    truth, resized = fit(folder, truth, holes, args)
-    shown, _ = fit(folder, shown, holes, args)
-    return Clip(shown, resized, truth, note)
+    truth, _ = fit(folder, truth, holes, args)
+    shown, holes = fit(folder, shown, holes, args)
+    return Clip(shown, holes, truth, note)
 
 
 def check_pasted(args, folders):
