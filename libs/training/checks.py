@@ -239,6 +239,15 @@ def refuse_sources(folder, config):
             )
 
 
+def check_few_step(config, opened):
+    """Every tensor of --pcm_weights has its layer in the UNet, and --prior is one."""
+    few_step = FewStepWeights(config.pcm_weights)
+    layers = few_step.match(read_shapes(opened["unet_main"].files))
+    for folder in config.validation_image:
+        check_prior(config.prior, Path(folder), list_frames(folder)[: config.nframes])
+    return f"{few_step.steps} steps, {len(layers)} layers; validation as deployed, prior {config.prior}"
+
+
 def open_dataset(config):
     broken = {}
     if config.scan_data:
@@ -251,6 +260,11 @@ def open_dataset(config):
     if config.scan_data and first:
         for reason in dataset.left_out:
             print(f"broken: {reason}", flush=True)
+    return dataset, describe_dataset(config, dataset)
+
+
+def describe_dataset(config, dataset):
+    """What is trained on, and what is left out, in words."""
     videos = set(dataset.videos)
     frames = sum(len(video.frames) for video in videos)
     what = "pairs" if config.paired_root and not dataset.pairs else "videos"
@@ -269,16 +283,7 @@ def open_dataset(config):
     ):
         if count:
             found += f"; {count} left out: {reason}"
-    return dataset, found
-
-
-def check_few_step(config, opened):
-    """Every tensor of --pcm_weights has its layer in the UNet, and --prior is one."""
-    few_step = FewStepWeights(config.pcm_weights)
-    layers = few_step.match(read_shapes(opened["unet_main"].files))
-    for folder in config.validation_image:
-        check_prior(config.prior, Path(folder), list_frames(folder)[: config.nframes])
-    return f"{few_step.steps} steps, {len(layers)} layers; validation as deployed, prior {config.prior}"
+    return found
 
 
 def check_validation_videos(config):
@@ -317,31 +322,14 @@ def find_start(config, stage, start):
     Args:
         start: a fresh run's state, or None where the checks before have failed.
     """
-    wanted, present = config.resume_from_checkpoint, list_checkpoints(config.output_dir)
-    if not wanted:
-        if present:
-            raise InputError(
-                f"--output_dir {config.output_dir} holds checkpoints of an earlier run, such as {present[-1][1].name}: "
-                "resume with --resume_from_checkpoint=latest, or choose another --output_dir"
-            )
-        return (start, None, []), "a fresh start"
-    if wanted == "latest":
-        folder, skipped = find_latest(config.output_dir)
-        if folder is None:
-            if skipped:
-                raise InputError(f"none of the checkpoints in {config.output_dir} is complete; {skipped[0]}")
-            return (start, None, []), "none yet: a fresh start"
-    else:
-        folder, skipped = Path(wanted), []
-        if not folder.is_dir():
-            folder = Path(config.output_dir, folder.name)
-        if not folder.is_dir():
-            raise InputError(f"--resume_from_checkpoint={wanted} is no folder: a checkpoint-<step> folder was needed")
+    folder, skipped = choose_checkpoint(config)
+    if folder is None:
+        return (start, None, []), "none yet: a fresh start" if config.resume_from_checkpoint else "a fresh start"
     state = TrainerState.read(folder)
     if state.stage != stage.number:
         raise InputError(f"{folder} is of stage {state.stage}, this is stage {stage.number}: use another --output_dir")
-    newer = [path for step, path in present if step > state.global_step]
-    if newer and wanted != "latest":
+    newer = [path for step, path in list_checkpoints(config.output_dir) if step > state.global_step]
+    if newer and config.resume_from_checkpoint != "latest":
         raise InputError(
             f"{newer[-1]} is newer than {folder}: remove it, or continue {folder.name} in another --output_dir"
         )
@@ -351,6 +339,29 @@ def find_start(config, stage, start):
         state, changes = go_on_from(folder, state, start, resume_policy(), config.resume_anyway)
         notes += changes
     return (state, folder, notes), words
+
+
+def choose_checkpoint(config):
+    """(folder to resume from, or None, [why a newer one is passed over]) for --resume_from_checkpoint."""
+    wanted, output_dir = config.resume_from_checkpoint, config.output_dir
+    if not wanted:
+        if present := list_checkpoints(output_dir):
+            raise InputError(
+                f"--output_dir {output_dir} holds checkpoints of an earlier run, such as {present[-1][1].name}: "
+                "resume with --resume_from_checkpoint=latest, or choose another --output_dir"
+            )
+        return None, []
+    if wanted == "latest":
+        folder, skipped = find_latest(output_dir)
+        if folder is None and skipped:
+            raise InputError(f"none of the checkpoints in {output_dir} is complete; {skipped[0]}")
+        return folder, skipped
+    folder = Path(wanted)
+    if not folder.is_dir():
+        folder = Path(output_dir, folder.name)
+    if not folder.is_dir():
+        raise InputError(f"--resume_from_checkpoint={wanted} is no folder: a checkpoint-<step> folder was needed")
+    return folder, []
 
 
 def refuse_stale(config, found):
