@@ -397,22 +397,7 @@ def check_disk_space(config, stage, opened):
 
 def check_memory(config, stage, opened):
     """Weights, gradients and what is kept of them must fit the GPU; activations are an estimate from measured runs."""
-    trained, frozen = count_parameters(stage, opened)
-    processes = count_processes()
-    state = trained * TRAINED_BYTES + frozen * FROZEN_BYTES
-    state /= processes if distributed_type() == "fsdp" else 1
-    state += trained * EMA_BYTES * (config.ema_decay is not None)
-    state -= trained * (EIGHT_BIT_SAVES * config.use_8bit_adam + 2 * BF16_SAVES * config.bf16_weights)  # gradients too
-    fixed = state / 2**30
-    frames = config.train_batch_size * config.nframes * math.prod(sides(config.resolution)) / 512**2
-    width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
-    activations = frames * width * stage.gib_per_frame[2 if config.gradient_checkpointing else int(config.compile)]
-    several = distributed_type() == "ddp" and processes * config.gradient_accumulation_steps > 1
-    if several or (config.cuda_graph and config.gradient_checkpointing):
-        # Gradients, which the measured runs did not hold in the forward pass.
-        gradients = trained * (2 if config.bf16_weights else 4) / 2**30
-        beside = FORWARD_GIB_PER_FRAME * frames * width if config.gradient_checkpointing else math.inf
-        activations += min(gradients, beside)
+    fixed, activations = estimate_memory(config, stage, opened)
     about = "more than" if config.mixed_precision == "no" else "about"  # what was measured was half precision
     if not gpu_is_used():
         return f"{about} {fixed + activations:.1f} GiB; no GPU was found"
@@ -424,3 +409,23 @@ def check_memory(config, stage, opened):
             "--use_8bit_adam, --bf16_weights, or several GPUs with ACCELERATE_CONFIG=configs/accelerate/fsdp.yaml"
         )
     return f"{about} {fixed + activations:.0f} GiB, the GPU has {total:.0f}"
+
+
+def estimate_memory(config, stage, opened):
+    """GiB of a GPU: (of weights, gradients and optimizer state; of activations)."""
+    trained, frozen = count_parameters(stage, opened)
+    processes = count_processes()
+    fixed = trained * TRAINED_BYTES + frozen * FROZEN_BYTES
+    fixed /= processes if distributed_type() == "fsdp" else 1
+    fixed += trained * EMA_BYTES * (config.ema_decay is not None)
+    fixed -= trained * (EIGHT_BIT_SAVES * config.use_8bit_adam + 2 * BF16_SAVES * config.bf16_weights)  # gradients too
+    frames = config.train_batch_size * config.nframes * math.prod(sides(config.resolution)) / 512**2
+    width = list_of(opened["unet_main"].config["block_out_channels"])[0] / 320
+    activations = frames * width * stage.gib_per_frame[2 if config.gradient_checkpointing else int(config.compile)]
+    several = distributed_type() == "ddp" and processes * config.gradient_accumulation_steps > 1
+    if several or (config.cuda_graph and config.gradient_checkpointing):
+        # Gradients, which the measured runs did not hold in the forward pass.
+        gradients = trained * (2 if config.bf16_weights else 4) / 2**30
+        beside = FORWARD_GIB_PER_FRAME * frames * width if config.gradient_checkpointing else math.inf
+        activations += min(gradients, beside)
+    return fixed / 2**30, activations
