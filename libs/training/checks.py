@@ -120,7 +120,7 @@ def check_run(config, stage):
 
 
 def check_flags(config):
-    """The tracker and the optimizer are installed, and the precision is one that the device has."""
+    """No flag is wrong on this machine, or beside another flag."""
     wrong = list(wrong_flags(config))
     require(not wrong, "; ".join(wrong))
     stride = f", frame stride {config.frame_stride}" if config.frame_stride > 1 else ""
@@ -129,7 +129,7 @@ def check_flags(config):
 
 
 def wrong_flags(config):
-    """What is wrong with them and what mends it, each."""
+    """Yield what is wrong and what mends it: a tracker, a precision or a library that is not there, flags at odds."""
     known = [tracker.value for tracker in LoggerType]
     name = config.report_to
     if name not in (*known, "none"):
