@@ -89,10 +89,15 @@ def read_table(path):
 
 
 def read_rows(path):
-    """`read_table` of a run; what a resumed run did again replaces what was done before."""
+    """`read_table` of a run, in order of steps and, within a step, of videos' numbers; what a resumed run did again
+    replaces what was done before."""
     rows = []
     for row in read_table(path):
-        if rows and int(row["step"]) < int(rows[-1]["step"]):
-            rows = [earlier for earlier in rows if int(earlier["step"]) < int(row["step"])]
+        while rows and place(rows[-1]) >= place(row):
+            rows.pop()
         rows.append(row)
     return rows
+
+
+def place(row):
+    return int(row["step"]), int(row.get("number", 0))

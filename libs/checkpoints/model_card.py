@@ -50,8 +50,7 @@ def write_model_card(folder, stage, step, run_dir, weights="", measured=True):
 def score_lines(folder, step, form):
     """What the run measured at that step, on its validation videos."""
     losses = {row["step"]: float(row["held_out_loss"]) for row in read_rows(folder / HELD_OUT_FILE)}
-    rows = [row for row in read_rows(folder / of_form(SCORES_FILE, form)) if row["step"] == step]
-    videos = list({row["number"]: row for row in rows}.values())  # a step that was validated twice has two of each
+    videos = [row for row in read_rows(folder / of_form(SCORES_FILE, form)) if row["step"] == step]
     lines = []
     if step in losses:
         lines.append(f"- held-out loss: {losses[step]:.4f} (at the run's start {next(iter(losses.values())):.4f})")
