@@ -238,11 +238,12 @@ def test_scores_of_another_form_choose_no_checkpoint(tmp_path, monkeypatch, capl
     monkeypatch.setattr(saving, "mark_best", lambda folder, step, value, *others: noted.append(value))
     config = SimpleNamespace(output_dir=tmp_path, best_by="psnr_hole", pcm_weights="pcm.safetensors")
     state, last = SimpleNamespace(global_step=20, settings={}), tmp_path / "checkpoint-20"
-    monkeypatch.setattr(saving, "what_sets_clips", lambda settings: "these")
+    monkeypatch.setattr(saving, "what_sets_clips", lambda settings: {})
     checkpoints = saving.Checkpoints(config, None, SimpleNamespace(is_main_process=True), state, last, None)
     checkpoints.mark_best({"held_out_loss": 0.1, "psnr_hole": 11.0})
     assert noted == []
-    checkpoints.mark_best({"held_out_loss": 0.1, "psnr_hole": 11.0, "psnr_hole-as-deployed": 30.0})
+    scores = {"psnr_hole": 11.0, "psnr_hole-as-deployed": 30.0}
+    checkpoints.mark_best({"held_out_loss": 0.1, **scores, "setups": ["a"], "setups-as-deployed": ["b"]})
     assert noted == [30.0]
     assert mark_best(tmp_path, 50, 0.7, "these")
 
@@ -552,33 +553,6 @@ def test_the_best_checkpoint_by_lpips(validated, tmp_path, capsys):
     assert lines[0] == "by LPIPS hole, mean of 2 video(s); differences from the best"
     assert lines[1].split() == [f"checkpoint-{best['step']}", f"{best['lpips_hole']:.4f}", "the", "best"]
     assert " of 2 videos, seeds: 1" in lines[2] and len(lines) == 3
-
-
-def test_ranking(tmp_path, capsys):
-    """The mean over videos decides; intervals are those of the pairs; what was scored on other videos is named."""
-    (tmp_path / "config.json").write_text(json.dumps([{"command": [], "settings": {"logging_dir": "logs"}}]))
-    for step in (1, 2, 3, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    values = {1: [20, 30, 25, 22], 2: [21, 31, 26.2, 23], 3: [21.1, 30.9, 26.2, 23], 4: [21]}
-    for step, scores in values.items():
-        for i, value in enumerate(scores):
-            row = {"step": step, "number": i, "video": f"v{i}", "held_out_loss": 0.1 * step + i, "psnr_hole": value}
-            append_row(tmp_path / "logs/scores.csv", row)
-    (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-0")  # never scored
-    rank_checkpoints([str(tmp_path), "--by=psnr_hole"])
-    _, *lines, last = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [[f"checkpoint-{step}", value] for step, value in
-                                                    ((2, "25.30"), (3, "25.30"), (1, "24.25"))]  # fmt: skip
-    assert "no difference that 4 videos can show: +0.00 dB" in lines[1] and "worse: -1.05 dB [-1.21, -0.89]" in lines[2]
-    assert "better in 0 of 4" in lines[2] and last == "not scored on all of these videos: checkpoint-0"
-    rank_checkpoints([str(tmp_path)])
-    assert capsys.readouterr().out.splitlines()[1].startswith("checkpoint-1  1.6000  the best")
-    append_row(tmp_path / "logs/held_out.csv", {"step": 1, "held_out_loss": 5})
-    append_row(tmp_path / "logs/held_out-until-1.csv", {"step": 0, "held_out_loss": 1})  # other clips
-    rank_checkpoints([str(tmp_path)])
-    assert capsys.readouterr().out.splitlines()[1].startswith("checkpoint-2  1.7000  the best")
-    assert "has no LPIPS of a checkpoint's step" in error_line(capsys, rank_checkpoints, [str(tmp_path), "--by=lpips"])
-    assert "no config.json of a training run" in error_line(capsys, rank_checkpoints, [str(tmp_path / "logs")])
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def build_parser():
 
 
 def read_values(run_dir, by):
-    """({step: {(number, name) of a video: value}} of a run's validations, the form that they have)."""
+    """({step: {(number, name, setup) of a video: value}} of a run's validations, the form that they have)."""
     settings = read_starts(run_dir)[-1]["settings"]
     folder, form = run_dir / settings["logging_dir"], validation_form(settings, deployed_first=True)
     values, after = {}, -1
@@ -38,7 +38,8 @@ def read_values(run_dir, by):
         after = next((int(row["step"]) for row in read_rows(folder / HELD_OUT_FILE)), after)
     for row in read_rows(folder / of_form(SCORES_FILE, form)):
         if int(row["step"]) > after and row.get(by) and math.isfinite(float(row[by])):
-            values.setdefault(int(row["step"]), {})[row["number"], row["video"]] = float(row[by])
+            setup = "" if by == HELD_OUT else row.get("setup")  # scores of other holes do not compare
+            values.setdefault(int(row["step"]), {})[row["number"], row["video"], setup] = float(row[by])
     return values, "" if by == HELD_OUT else form
 
 
@@ -51,7 +52,7 @@ def rank(run_dir, by):
     scored = [(step, name) for step, name in checkpoints if step in values]
     require(scored, f"{run_dir} has no {heading} of a checkpoint's step for any video: choose another --by, or train "
             "with validation at the checkpoints' steps")  # fmt: skip
-    videos = sorted(values[scored[-1][0]])  # earlier steps may have been on others
+    videos = sorted(values[scored[-1][0]])  # earlier steps may have been on others, or with other holes
     table = {name: np.array([values[step][video] for video in videos])
              for step, name in scored if values[step].keys() >= set(videos)}  # fmt: skip
     order = sorted(table, key=lambda name: table[name].mean(), reverse=higher)
@@ -63,7 +64,9 @@ def rank(run_dir, by):
             words = compare((table[name] - table[order[0]])[:, None], higher, unit, decimals).verdict
         lines.append(f"{name:<{width}}  {table[name].mean():.{decimals}f}{unit}  {words}")
     left = [name for _, name in checkpoints if name not in table]
-    return lines + ([f"not scored on all of these videos: {', '.join(left)}"] if left else [])
+    if left:
+        lines.append(f"not scored on all of these videos with these holes and settings: {', '.join(left)}")
+    return lines
 
 
 @one_line_errors

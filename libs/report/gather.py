@@ -75,10 +75,11 @@ def as_number(text):
 
 def average_by_step(rows):
     """(number of videos, {step: mean scores over them}), in the order of steps: those that the last step has, and the
-    steps that have them all. A validation leaves out what it has no time for, and means over others do not compare."""
+    steps that have them all. A validation leaves out what it has no time for, and means over others, or of other holes,
+    do not compare."""
     by_step = defaultdict(dict)
     for row in rows:
-        by_step[int(row["step"])][row["number"], row["video"]] = row
+        by_step[int(row["step"])][row["number"], row["video"], row.get("setup")] = row
     videos = list(by_step[max(by_step)]) if by_step else []
     steps = {step: found for step, found in sorted(by_step.items()) if found.keys() >= set(videos)}
     return len(videos), {step: average([found[video] for video in videos]) for step, found in steps.items()}

@@ -110,7 +110,8 @@ class Checkpoints:
         """
         step, by = self.state.global_step, self.config.best_by
         saved = self.last is not None and self.last.name == f"checkpoint-{step}"
-        measure = by + AS_DEPLOYED if by != HELD_OUT and self.config.pcm_weights else by
+        form = AS_DEPLOYED if by != HELD_OUT and self.config.pcm_weights else ""
+        measure = by + form
         value = measured.get(measure)
         if not saved or not self.accelerator.is_main_process:
             return
@@ -119,10 +120,12 @@ class Checkpoints:
                 log.info("not all validation videos were scored: this checkpoint cannot become the best by %s", by)
             return
         clips, higher = what_sets_clips(self.state.settings), by in SCORES and SCORES[by].higher_is_better
+        if by != HELD_OUT:
+            clips["setups"] = measured[f"setups{form}"]
 
         def complete(noted):  # older versions did not note these
             later = {name: clips.get(name) for name in ("hole_videos", "proportion_empty_prompts")}
-            return what_sets_clips({**later, **noted})
+            return {**noted, **what_sets_clips({**later, **noted})}
 
         try:
             if mark_best(self.config.output_dir, step, value, clips, complete, measure, higher):

@@ -6,6 +6,7 @@ numbers or weights, and whatever goes wrong here is one line in the log. With fe
 deployed.
 """
 
+import hashlib
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ from dataset.images import pair_by_name, read_frames, read_mask
 from dataset.utils import draw_holes
 from libs.checkpoints.checkpoint import HELD_OUT
 from libs.evaluation.baselines import telea
+from libs.evaluation.cases import noise_seed
 from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers, stack_sheets
 from libs.evaluation.metrics import SCORES, Reference, average, table
 from libs.evaluation.networks import on_device
 from libs.inference.composition import MASK_DILATIONS, paste
 from libs.inference.few_step import FewStepWeights
 from libs.inference.pipeline import Pipeline, deployed_pipeline
-from libs.inference.prior import make_prior, read_prior
+from libs.inference.prior import ON_THE_SPOT, make_prior, read_prior
 from libs.inference.video import dilate, resize, stack, write_gif, write_image
 from libs.training.held_out_loss import HeldOutLoss, attempt, spread
 from libs.training.log import log
@@ -136,6 +138,7 @@ class Validation:
                 means = attempt(step, self.device, self.report, step, found, losses_by_video, form)
                 if means and len(found) == len(self.videos):
                     measured |= {f"{score}{form}": value for score, value in means.items()}
+                    measured[f"setups{form}"] = [self.setup(i, form) for i in found]
             self.accelerator.wait_for_everyone()
             left = [video.name for i, video in enumerate(self.videos) if i not in found]
             log.info("validation%s: %d videos in %s, %.0f s%s%s", form.replace("-", " "), len(found),
@@ -165,16 +168,25 @@ class Validation:
                 shared_noise=shared_noise,
             )
 
-    def fill(self, pipeline, form, video, holes):
-        """The whole generated frames; as deployed with an empty prompt, and from a prior."""
+    def setup(self, i, form):
+        """A hash of what the scores of a video follow from, besides weights: those with another one do not compare."""
+        how = self.config.validation_prompt[i]
+        if form == AS_DEPLOYED:
+            prior = self.config.prior if self.config.prior in ON_THE_SPOT else "telea"  # see `fill`
+            how = f"{Path(self.config.pcm_weights).name} from {prior}"
+        return hashlib.sha256(self.videos[i].synthetic_holes.tobytes() + how.encode()).hexdigest()[:12]
+
+    def fill(self, pipeline, form, i, holes):
+        """The whole generated frames of a video; as deployed with an empty prompt, and from a prior."""
+        video, seed = self.videos[i], noise_seed(self.config.seed, i)
         if form != AS_DEPLOYED:
-            return pipeline.fill(video.frames, holes, video.prompt_embeds, self.config.seed)
+            return pipeline.fill(video.frames, holes, video.prompt_embeds, seed)
         prior = video.prior
         if prior is None:
             prior = make_prior(self.config.prior, video.frames, holes)
         elif holes is video.synthetic_holes:  # a folder's frames have the object filled: here they would show the truth
             prior = make_prior("telea", video.frames, holes)
-        return pipeline.fill(video.frames, holes, self.base.prompt_embeds[1:], self.config.seed, prior)
+        return pipeline.fill(video.frames, holes, self.base.prompt_embeds[1:], seed, prior)
 
     @torch.compiler.set_stance("force_eager")
     def sample_videos(self, model, step, form):
@@ -185,7 +197,7 @@ class Validation:
             video = self.videos[i]
             # Both before anything else that may fail in one process: a sharded model's layers need all of them.
             removed, filled = (
-                self.fill(pipeline, form, video, holes) for holes in (video.object_holes, video.synthetic_holes)
+                self.fill(pipeline, form, i, holes) for holes in (video.object_holes, video.synthetic_holes)
             )
             write_gif(self.samples_folder(step) / f"{i + 1}{form}.gif", removed)
             result = paste(video.frames, filled, video.synthetic_holes)
@@ -223,7 +235,7 @@ class Validation:
             log.info("%s", line)
         for i, (values, _) in found.items():
             video = self.videos[i]
-            row = {"step": step, "number": i + 1, "video": video.name}
+            row = {"step": step, "number": i + 1, "video": video.name, "setup": self.setup(i, form)}
             row |= {"held_out_loss": losses_by_video.get(video.folder, ""), **values}
             append_row(self.folder / of_form(SCORES_FILE, form), row)
         path = self.samples_folder(step) / of_form(CONTACT_SHEET, form)
