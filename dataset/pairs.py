@@ -60,13 +60,19 @@ def refuse_other_size(size, paths, pictures):
 
 
 def settle_paired_share(args):
-    """args.paired_share as a number, where there are pairs. Raises InputError for one that means nothing."""
+    """args.paired_share as a number, where there are pairs. Raises InputError for one that means nothing, and for masks
+    of other videos where there are none."""
     given, alone = args.paired_share, not (args.davis_root or args.ytvos_root)
     require(args.paired_root or given is None, f"--paired_share={given} without --paired_root: give both or neither")
     if args.paired_root:
         require(
             not alone or given in (None, 1),
             f"--paired_share={given}: with --davis_root and --ytvos_root empty all clips come from pairs; leave it out",
+        )
+        require(
+            not alone or not args.masks_of_videos,
+            f"--masks_of_videos={args.masks_of_videos}: pairs have masks of their own, and there are no other videos; "
+            "leave it out, or give --davis_root or --ytvos_root",
         )
         args.paired_share = (1.0 if alone else DEFAULT_SHARE) if given is None else given
 

@@ -257,10 +257,14 @@ def test_pairs_that_are_too_short(pairs, videos):
             {"paired_root": "pairs", "paired_share": 0.5, "davis_root": "", "ytvos_root": ""},
             r"all clips come from pairs",
         ),
+        (
+            {"paired_root": "pairs", "masks_of_videos": "masks", "davis_root": "", "ytvos_root": ""},
+            r"--masks_of_videos=masks: pairs have masks of their own, and there are no other videos; leave it out, or",
+        ),
     ],
-    ids=["range", "without_root", "alone"],
+    ids=["range", "without_root", "alone", "masks"],
 )
-def test_shares_that_mean_nothing(flags, given, words):
+def test_settings_that_mean_nothing(flags, given, words):
     with pytest.raises(InputError, match=words):
         parse_args(Stage1, flags(1, **given))
 
