@@ -4,6 +4,7 @@ The trainer's flags come from environment variables (docs/settings.md), the proc
 What the trainers print is the log; the terminal gets one line at the start and the end of the log after a failure.
 """
 
+import fcntl
 import logging
 import math
 import multiprocessing
@@ -74,6 +75,9 @@ def main(argv=None):
         return
     output_dir = given.output_dir or variable("OUTPUT_DIR", f"finetune-stage{stage}")
     log = Log(variable("LOG", f"finetune-stage{stage}{f'-machine{engine.rank}' if engine.rank else ''}.log"))
+    if log.is_shared():
+        warnings.append(f"warning: another run is writing to {log.path} too; LOG= names another log")
+        print(warnings[-1], file=sys.stderr, flush=True)
     log.write(
         f"===== {time.strftime('%Y-%m-%d %H:%M:%S')} stage {stage}",
         f"command: {shlex.join(['accelerate', 'launch', *arguments])}",
@@ -289,6 +293,18 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
                 self.start = file.tell()  # of this run's lines
+
+    def is_shared(self):
+        """Whether another run, of this machine at least, is writing to it. A lock tells, which is held until this
+        process, and the one that is forked for the trainers, have ended."""
+        self.descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return self.path.is_file()  # and no /dev/null
+        except OSError:  # a file system without locks
+            pass
+        return False
 
     def write(self, *lines):
         with self.refusing(), open(self.path, "a", errors="backslashreplace") as file:  # names may be no UTF-8

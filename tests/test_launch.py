@@ -441,6 +441,20 @@ def test_a_log_on_a_full_disk():
         launch.Log("/dev/full").write("a line")
 
 
+def test_a_log_that_two_runs_write_to(environment):
+    """Said, and not refused: jobs of a cluster may share one."""
+    code = f"""import sys; sys.path.insert(0, {str(REPOSITORY)!r})
+from launch import launch
+launch.run_accelerate = print
+launch.main(["1"])"""
+    log, said = launch.Log(environment["LOG"]), f"warning: another run is writing to {environment['LOG']} too"
+    assert not log.is_shared() and launch.Log(log.path).is_shared()
+    assert run([sys.executable, "-c", code], environment).stderr.startswith(said) and said in log.path.read_text()
+    os.close(log.descriptor)
+    assert not launch.Log(log.path).is_shared()
+    assert not launch.Log("/dev/null").is_shared() and not launch.Log("/dev/null").is_shared()
+
+
 def test_the_end_of_a_log_that_was_emptied(tmp_path):
     log = launch.Log(tmp_path / "run.log")
     log.write("an earlier run's line " * 9)
