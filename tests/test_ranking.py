@@ -40,6 +40,8 @@ def test_ranking(tmp_path, capsys):
     rank_checkpoints([str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[1].startswith("checkpoint-2  1.7000  the best")
     assert "has no LPIPS of a checkpoint's step" in error_line(capsys, rank_checkpoints, [str(tmp_path), "--by=lpips"])
+    (tmp_path / "logs/scores.csv").write_text("step;number;video;psnr_hole\n1;0;v0;20\n")  # a spreadsheet's
+    assert "not as the run wrote them (KeyError('step'))" in error_line(capsys, rank_checkpoints, [str(tmp_path)])
     assert "no config.json of a training run" in error_line(capsys, rank_checkpoints, [str(tmp_path / "logs")])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common.command_line import Parser, require
-from common.errors import one_line_errors
+from common.errors import InputError, one_line_errors
 from common.run_files import HELD_OUT_FILE, SCORES_FILE, of_form, read_rows, read_starts, validation_form
 from libs.checkpoints.checkpoint import HELD_OUT, list_checkpoints
 from libs.evaluation.intervals import compare
@@ -45,7 +45,11 @@ def read_values(run_dir, by):
 
 def rank(run_dir, by):
     """Lines of a table, the best checkpoint first. Raises InputError where there is nothing to rank."""
-    values, form = read_values(run_dir, by)
+    try:
+        values, form = read_values(run_dir, by)
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{run_dir} holds scores or losses that are not as the run wrote them ({error!r}): put them "
+                         "back as they were, or choose another --by") from None  # fmt: skip
     checkpoints = [(step, folder.name) for step, folder in list_checkpoints(run_dir)]
     require(checkpoints, f"{run_dir} holds no checkpoints: a training run's output folder was needed")
     heading, unit, decimals, higher = MEASURES[by]
