@@ -85,6 +85,8 @@ def open_prior(args, video):
     """A stream of what another method made of the clip; None where --prior is no path."""
     if args.prior in ON_THE_SPOT:
         return None
+    same = os.path.realpath(args.prior) == os.path.realpath(args.video)
+    require(not same, f"--prior={args.prior} is the clip itself: what another method made of it was needed")
     prior = open_video(args.prior)
     found, needed = (f"{len(clip)} frames of {clip.width}x{clip.height}" for clip in (prior, video))
     if found != needed:

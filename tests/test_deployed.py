@@ -468,6 +468,7 @@ def test_flags_have_two_defaults(command):
         ({"prior": "small"}, "has 11 frames of 60x50"),
         ({"prior": "short"}, "has 10 frames of 67x50"),
         ({"prior": "nothing"}, "nothing does not exist"),
+        ({"prior": "frames"}, "frames is the clip itself: what another method made of it was needed"),
         ({"num_inference_steps": 4}, "was made for 2"),
         ({"pcm_weights": "", "as_deployed": None, "blend": "latents"}, "--blend=latents needs few-step weights"),
         ({"max_side": 4}, "--max_side=4: 8 or more"),

@@ -503,13 +503,15 @@ def test_the_form_to_show_follows_from_the_newest_start():
     assert validation_form(both) == "" and validation_form(both, deployed_first=True) == AS_DEPLOYED
 
 
-def test_priors_of_validation_videos(validated, weights, tmp_path, capsys, monkeypatch):
+def test_priors_of_validation_videos(validated, weights, videos, tmp_path, capsys, monkeypatch):
     """A folder of frames per video, for its object: in the synthetic hole, which is scored, they would show the truth.
     What is not there is said before weights load."""
     pcm_weights = tmp_path / "pcm_sd15_2step.safetensors"
     write_lora(pcm_weights, UNet2DConditionModel.from_pretrained(weights / "stable-diffusion-v1-5/unet"))
     settings = {"pcm_weights": pcm_weights, "prior": tmp_path / "priors", "max_train_steps": 1}
     assert "priors/buoy holds 0 frames" in error_line(capsys, validated, **settings)
+    own = {**settings, "prior": videos / "DAVIS/JPEGImages/480p"}
+    assert "480p holds the videos themselves: what another" in error_line(capsys, validated, **own)
     write_frames(tmp_path / "priors/buoy", moving_video(3, 90, 160)[0])
     assert "priors/buoy is 160x90, " in error_line(capsys, validated, **settings)
     given, _ = moving_video(3, 96, 160)

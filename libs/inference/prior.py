@@ -1,5 +1,6 @@
 """A prior: a rough fill of the holes that sampling starts from, where DiffuEraser takes ProPainter's result."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ def check_prior(name, folder, paths, size=None):
     if name in ON_THE_SPOT:
         return
     prior = Path(name, folder.name)
+    if os.path.realpath(prior) == os.path.realpath(folder):
+        raise InputError(f"--prior={name} holds the videos themselves: what another method made of them was needed")
     found = list_frames(prior) if prior.is_dir() else ()
     if not len(paths) <= len(found) <= len(list_frames(folder)):
         raise InputError(f"{prior} holds {len(found)} frames, {folder} {len(paths)}: --prior needs a folder of as many "
