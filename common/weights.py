@@ -242,7 +242,9 @@ def open_weights(file):
     try:
         return safe_open(file, framework="pt")
     except FileNotFoundError:
-        raise InputError(f"{file} is missing: fetch it (README says where weights come from), or convert it") from None
+        raise InputError(
+            f"{file} is missing: fetch it (README and docs/inference.md say where from), or convert it"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} is no complete safetensors file ({error}): fetch or convert it again") from None
 

@@ -97,7 +97,7 @@ def scan_pair(folder):
     """The PairedVideo of a folder; the sizes are those of the first pictures. Raises InputError: see scan_pairs."""
     for name in FOLDERS:
         if not Path(folder, name).is_dir():
-            raise InputError(f"{folder} has no {name}/: complete the pair, or remove it from --paired_root")
+            raise InputError(f"{folder} has no {name}/: complete the pair, or remove it")
     with_video, video, masks = (scan_video(Path(folder, name)) for name in FOLDERS)
     broken = with_video.broken or video.broken or masks.broken
     check_names(folder, {name: v.frames for name, v in zip(FOLDERS, (with_video, video, masks), strict=True)})
