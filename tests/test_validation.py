@@ -419,9 +419,12 @@ def test_report_page(validated, tmp_path, capsys):
     (samples / "sample-1/contact_sheet.png").unlink()
     assert "data:image/png" not in write_report(tmp_path / "run").read_text()
 
-    (tmp_path / "run/best_checkpoint.json").write_text("[1]")
-    with pytest.raises(InputError, match="holds files that are not a training run's any more"):
-        write_report(tmp_path / "run")
+    (tmp_path / "else").mkdir()
+    assert write_report(tmp_path / "run", tmp_path / "else") == tmp_path / "else/report.html"
+    for content in ("[1]", '{"checkpoint": "checkpoint-1"}'):
+        (tmp_path / "run/best_checkpoint.json").write_text(content)
+        with pytest.raises(InputError, match="holds files that are not a training run's any more"):
+            write_report(tmp_path / "run")
 
 
 def test_a_gif_is_whole_or_not_there(tmp_path, monkeypatch):

@@ -237,7 +237,8 @@ def read_best(run_dir):
 
 def measure_of(best):
     """(measure, value) by which a checkpoint was noted as the best."""
-    return next((name, value) for name, value in best.items() if name not in ("checkpoint", "step", "clips"))
+    found, *_ = ((name, value) for name, value in best.items() if name not in ("checkpoint", "step", "clips"))
+    return found
 
 
 def mark_best(run_dir, step, value, clips, complete=lambda clips: clips, measure=HELD_OUT, higher_is_better=False):
