@@ -66,4 +66,5 @@ def test_verdicts():
     assert unclear.verdict.startswith("no difference that 3 videos can show: +0.17 [-") and unclear.wins == 2
     finer = compare(gain / 100, decimals=4)
     assert finer.verdict.startswith(f"better: +0.0020 [{finer.low:+.4f}, {finer.high:+.4f}], better in 4 of 4")
-    assert np.isnan(compare(np.array([[1.0, 2.0]])).low)
+    alone = compare(np.array([[1.0, 2.0]]), unit=" dB")
+    assert np.isnan(alone.low) and alone.verdict == "nothing can be said from 1 video(s): +1.50 dB, seeds: 2"

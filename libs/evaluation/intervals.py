@@ -36,6 +36,8 @@ def compare(differences, higher_is_better=True, unit="", decimals=2):
         found = "better" if sign * mean > 0 else "worse"
     interval = f"[{low:+.{decimals}f}, {high:+.{decimals}f}]"
     verdict = f"{found}: {mean:+.{decimals}f}{unit} {interval}, better in {wins} of {videos} videos, seeds: {seeds}"
+    if videos < 2:
+        verdict = f"nothing can be said from {videos} video(s): {mean:+.{decimals}f}{unit}, seeds: {seeds}"
     return Comparison(mean, low, high, wins, videos, seeds, verdict)
 
 
