@@ -3,6 +3,7 @@
 import csv
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import cv2
@@ -311,8 +312,19 @@ def test_other_settings_are_refused_in_one_line(evaluate, data, capsys):
     assert "settings.seed=42, not 7" in error_line(capsys, evaluate, "out", "--size=36x30", "--seed=7")
     (folder / "evaluation.json").unlink()  # then nothing tells what was scored
     assert "protocol.name=null" in error_line(capsys, evaluate, "out", "--size=36x30")
-    (folder / "evaluation.json").write_text("{")
-    assert "protocol.name=null" in error_line(capsys, evaluate, "out")
+    for damaged in ("{", "[]"):
+        (folder / "evaluation.json").write_text(damaged)
+        assert "protocol.name=null" in error_line(capsys, evaluate, "out")
+
+
+@pytest.mark.parametrize("output", ["frames", "frames/out", "masks/out"])
+def test_an_output_folder_among_the_videos_is_refused(evaluate, data, capsys, output):
+    """It would be one of them the next time."""
+    line = error_line(capsys, evaluate, output)
+    assert f"is in {data / output.split('/')[0]}, whose folders count as videos: choose another" in line
+    assert not list(data.rglob("evaluation.json"))
+    if output == "frames/out":
+        evaluate(output, "--videos", "pond")
 
 
 def test_files_behind_linked_folders_count(tmp_path):
@@ -342,10 +354,11 @@ def test_a_hole_that_vanishes_and_a_name_as_long_as_can_be(evaluate, data, capsy
 
 
 def test_another_methods_frames_can_be_scored_alone(data):
-    eval_DiffuEraser.main([f"--frames={data / 'frames'}", "--no_model", "--baselines", f"--prior={data / 'frames'}",
+    shutil.copytree(data / "frames", data / "perfect")
+    eval_DiffuEraser.main([f"--frames={data / 'frames'}", "--no_model", "--baselines", f"--prior={data / 'perfect'}",
                            f"--output_dir={data / 'out'}"])  # fmt: skip
     rows = read_table(data / "out/means.csv")
-    assert [row["method"] for row in rows] == [methods.TRUTH, f"prior {data / 'frames'}"]
+    assert [row["method"] for row in rows] == [methods.TRUTH, f"prior {data / 'perfect'}"]
     assert rows[1]["psnr"] == "inf"
 
 

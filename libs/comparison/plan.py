@@ -145,15 +145,18 @@ class Plan:
         """Raise InputError where the folder holds what is not to be replaced; nothing is written."""
         target = Path(os.path.realpath(self.output_dir))
         for source in chain.from_iterable(map(self.sources, range(len(self.folders)))):
-            apart = not target.is_relative_to(os.path.realpath(source))
-            require(apart, f"--output_dir {self.output_dir} is in {source}, where contact sheets would count as "
+            inside = target.is_relative_to(os.path.realpath(source))
+            require(not inside, f"--output_dir {self.output_dir} is in {source}, where contact sheets would count as "
                     "frames: choose another")  # fmt: skip
+            beside = target.is_relative_to(os.path.realpath(source.parent)) and not self.args.videos
+            require(not beside, f"--output_dir {self.output_dir} is in {source.parent}, whose folders count as videos: "
+                    "choose another, or name the videos with --videos")  # fmt: skip
         check_writable(self.output_dir, "--output_dir")
         refuse_foreign(self.output_dir, self.written, self.args.overwrite)
         if any(self.scored_folder.glob("*.json")) and not self.args.overwrite:
             try:
-                earlier = json.loads(Path(self.output_dir, SETTINGS).read_bytes())
-            except (FileNotFoundError, ValueError):  # nothing tells what was scored
+                earlier = dict(flatten(json.loads(Path(self.output_dir, SETTINGS).read_bytes())))
+            except (FileNotFoundError, ValueError, AttributeError):  # nothing tells what was scored
                 earlier = {}
             refuse_other_settings(earlier, self.content(), self.output_dir)
 
@@ -208,8 +211,12 @@ def short_hash(folders):
 
 
 def refuse_other_settings(earlier, asked, output_dir):
-    """Raise InputError, naming the first difference, where a folder's evaluation was asked for something else."""
-    earlier = dict(flatten(earlier))
+    """Raise InputError, naming the first difference, where a folder's evaluation was asked for something else.
+
+    Args:
+        earlier: its evaluation.json, flattened; {} where there is none that can be read.
+        asked: what is asked for, as evaluation.json has it.
+    """
     for name, value in flatten({name: asked[name] for name in ("protocol", "settings")}):
         found = earlier.get(name)
         if found != value:
