@@ -73,10 +73,8 @@ def test_draws_follow_from_each_clips_seed():
     assert torch.equal(both.noise[3:], alone.noise) and torch.equal(both.latents[3:], alone.latents)
     assert torch.equal(both.timesteps[1:], alone.timesteps)
     assert not torch.equal(alone.noise, alone.latents) and not torch.equal(alone.latents, alone.conditioning)
-    timesteps = [
-        Draws.from_seeds([seed], (1, 1, 1, 1), 1000, torch.device("cpu")).timesteps.item() for seed in range(300)
-    ]
-    assert min(timesteps) < 30 and max(timesteps) > 970
+    timesteps = {Draws.from_seeds([seed], (1, 1, 1, 1), 5, torch.device("cpu")).timesteps.item() for seed in range(100)}
+    assert timesteps == set(range(5))
 
 
 def test_velocity_prediction():
@@ -105,7 +103,7 @@ class KnownPosterior(torch.nn.Module):
 
 def test_a_batch_reaches_the_model_as_it_should():
     """Latents are scaled posterior samples, masked frames' too; each clip has its own prompt, draws and timestep."""
-    f, prompt_embeds, scheduler = 2, torch.randn(2, 7, 16), DDPMScheduler()
+    f, prompt_embeds, scheduler = 2, torch.randn(2, 7, 16), DDPMScheduler(num_train_timesteps=50)
     batch = {
         "frames": torch.randint(0, 256, (2, f, 16, 24, 3), dtype=torch.uint8),
         "holes": torch.zeros((2, f, 16, 24), dtype=torch.uint8),
@@ -122,7 +120,7 @@ def test_a_batch_reaches_the_model_as_it_should():
     base = LoadedBase(FrozenVAE(KnownPosterior(), f), scheduler, prompt_embeds, torch.device("cpu"))
     loss = inpainting_loss(model, base, batch)
     noisy_latents, conditioning, timesteps, encoder_hidden_states = seen
-    draws = Draws.from_seeds([5, 6], (f, 3, 2, 3), 1000, torch.device("cpu"))
+    draws = Draws.from_seeds([5, 6], (f, 3, 2, 3), 50, torch.device("cpu"))
     pixel_values, masked, _ = (tensor.flatten(0, 1) for tensor in to_tensors(batch["frames"], batch["holes"]))
 
     def sample(pixels, noise):
@@ -295,6 +293,7 @@ def test_replayed_steps_are_steps(graphs, monkeypatch, accumulation):
             before = len(graphs)
             with accelerator.accumulate(model):
                 losses.append(step(torch.randn(4, 3)))
+                assert not losses[-1].requires_grad  # a Meter keeps many of them, and no graph
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
