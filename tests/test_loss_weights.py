@@ -100,6 +100,15 @@ def test_what_has_to_be_cleared_counts_as_the_hole(base, batch):
     assert (plain[3] == 1).all() and torch.equal(pasted[3, 0], expected)
 
 
+def test_how_much_has_to_differ():
+    """9 of 255 levels all over a latent, not 7, nor a single bright pixel."""
+    learned = torch.zeros(1, 3, 8, 32)
+    shown = learned.clone()
+    shown[..., :8], shown[..., 8:16], shown[..., 4, 20] = 7 / 127.5, -9 / 127.5, 1
+    weights = weights_of("4,2,1", rim=0).map(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 8, 32), learned, shown)
+    assert weights.flatten().tolist() == [1, 4, 1, 1]
+
+
 def test_a_clip_without_a_hole_and_weights_of_holes_alone():
     """Nothing counts in it: its loss is 0, and so are its gradients, also as fp16 scales them."""
     prediction = torch.randn(2, 4, 3, 3, requires_grad=True)
@@ -131,18 +140,20 @@ def test_weights_reach_the_steps(train, tmp_path, capsys):
 
 def test_the_held_out_loss_in_the_hole_by_hand(train, videos, tmp_path, capsys, monkeypatch):
     """From what the model predicted, once per clip; the loss itself is as without weights."""
-    seen, images, masks = [], *(str(videos / "DAVIS" / kind / "480p/buoy") for kind in ("JPEGImages", "Annotations"))
+    seen, timesteps = [], []
+    images, masks = (str(videos / "DAVIS" / kind / "480p/buoy") for kind in ("JPEGImages", "Annotations"))
 
     def watch(model, noise_scheduler, encoded):
         prediction, target = predict(model, noise_scheduler, encoded)
         errors, hole = (prediction - target).numpy() ** 2, encoded.conditioning[:, 4].numpy() == 0
+        timesteps.append(encoded.timesteps.tolist())
         seen.append((errors.mean(), errors.transpose(0, 2, 3, 1)[hole].mean()))
         return prediction, target
 
     monkeypatch.setattr(libs.training.held_out_loss, "predict", watch)
     train(1, max_train_steps=1, resolution=64, validation_steps=100, probe_clips=3, loss_weights="5,1,1",
           report_to="tensorboard", validation_image=[images], validation_mask=[masks])  # fmt: skip
-    assert len(seen) == 2 * 3
+    assert timesteps == 2 * [[166], [500], [833]]  # the middles of three equal parts
     output = capsys.readouterr().out
     with open(tmp_path / "run/logs-finetune-stage1/held_out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
