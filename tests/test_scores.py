@@ -1,12 +1,13 @@
 """Scores against independent computations, and what they must say of videos whose answer is known."""
 
+import cv2
 import numpy as np
 import pytest
 from clips import moving_video
 from skimage.metrics import structural_similarity
 
 from libs.evaluation.baselines import BASELINES
-from libs.evaluation.metrics import Reference, average, psnr, ssim, table
+from libs.evaluation.metrics import Reference, average, psnr, ssim, table, track
 from libs.report.gather import average_by_step
 
 
@@ -27,10 +28,60 @@ def test_psnr_and_ssim_are_those_of_the_same_arrays(video):
     assert found["psnr"] == pytest.approx(np.mean(by_formula), abs=1e-9)
     in_hole = [20 * np.log10(255 / np.sqrt(np.mean((x - y)[h > 0] ** 2))) for x, y, h in zip(a, b, holes, strict=True)]
     assert found["psnr_hole"] == pytest.approx(np.mean(in_hole), abs=1e-9)
-    similar = [
-        structural_similarity(x, y, data_range=255, channel_axis=-1, win_size=65) for x, y in zip(a, b, strict=True)
-    ]
+    similar, maps = zip(*(
+        structural_similarity(x, y, data_range=255, channel_axis=-1, win_size=65, full=True)
+        for x, y in zip(a, b, strict=True)
+    ), strict=True)  # fmt: skip
     assert found["ssim"] == pytest.approx(np.mean(similar), abs=1e-12)
+    in_hole = [local[hole > 0].mean() for local, hole in zip(maps, holes, strict=True)]
+    assert found["ssim_hole"] == pytest.approx(np.mean(in_hole), abs=1e-12)
+
+
+def test_the_background_is_scored_before_known_pixels_are_pasted_back(video):
+    """Against the truth where there is one, else against what was shown; the hole has no part in it."""
+    frames, holes = video
+    rng = np.random.default_rng(0)
+    raw = np.clip(frames + rng.normal(0, 20, frames.shape), 0, 255).astype(np.uint8)
+    pasted = np.where(holes[..., None] > 0, raw, frames)
+    other_hole = np.where(holes[..., None] > 0, 255 - raw, raw)
+    psnrs, similar = [], []
+    for frame, result, hole in zip(frames, raw, holes, strict=True):
+        known = hole == 0
+        psnrs.append(psnr(frame[known], result[known]))
+        black = [picture * known[..., None] for picture in (frame, result)]
+        _, local = structural_similarity(*black, data_range=255, channel_axis=-1, win_size=65, full=True)
+        similar.append(local[known].mean())
+    expected = {"psnr_background": np.mean(psnrs), "ssim_background": np.mean(similar)}
+    for reference in (Reference(frames, holes, shown=raw), Reference(None, holes, shown=frames)):
+        for before_pasting in (raw, other_hole):
+            found = reference.score(pasted, before_pasting)
+            assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+    assert Reference(frames, holes).score(raw, pasted)["psnr_background"] == np.inf
+
+
+def test_what_the_next_frame_does_not_show_is_not_visible():
+    """Columns that a pan takes out of the frame, and what an object moves in front of."""
+    frames, _ = moving_video(2, 80, 100, pan=3)
+    target, visible = track(*frames)
+    assert not visible[:, :3].any() and visible[:, 10:].mean() > 0.95
+    assert np.abs(target - np.dstack(np.meshgrid(np.arange(100), np.arange(80))) + [3, 0])[visible].mean() < 0.1
+    before, after = np.repeat(frames[:1], 2, axis=0)
+    square = cv2.resize(np.random.default_rng(0).uniform(0, 255, (8, 8, 3)), (24, 24)).astype(np.uint8)
+    before[30:54, 30:54] = after[30:54, 42:66] = square
+    _, visible = track(before, after)
+    assert visible[32:52, 56:65].mean() < 0.5 and visible[:20].mean() > 0.9
+
+
+def test_a_warping_error_counts_where_the_next_frame_shows_the_pixel(video):
+    """In the whole frame and in the hole: flicker of the left part only, which a pan takes out of the frame."""
+    frames, holes = moving_video(2, 80, 100, pan=8)
+    holes[:] = 0
+    holes[:, 20:60, :40] = 255
+    result = frames.copy()
+    result[0, :, :7] = 255 - result[0, :, :7]
+    found, clean = (Reference(frames, holes).score(clip) for clip in (result, frames))
+    for name in ("warp", "warp_hole"):
+        assert found[name] == pytest.approx(clean[name], rel=1e-6)
 
 
 def test_ssim_by_its_definition():
@@ -62,6 +113,12 @@ def test_warping_error_is_zero_at_rest_and_grows_with_flicker(video):
         values = [entry[name] for entry in errors]
         assert values[0] == 0 and sorted(values) == values and values[1] > 0 and values[3] > 10 * values[1]
 
+    still = still.clip(max=200)
+    result = still.copy()
+    result[1::2] += 15
+    errors = Reference(still, video[1]).score(result)
+    assert [errors["warp"], errors["warp_hole"]] == pytest.approx([1000 * (15 / 255) ** 2] * 2)
+
 
 def test_warping_follows_the_motion():
     """A pan of 3 pixels a frame: without the flow's help the frames differ far more."""
@@ -91,10 +148,11 @@ def test_average_counts_frames():
 
 def test_average_of_scores_of_which_some_are_missing():
     """TC and RC count videos, as published; a score that only some have is theirs, one that none has is left out."""
-    rows = [{"frames": 10, "psnr": 1.0, "tc": 0.9, "lpips": 0.5}, {"frames": 30, "psnr": 2.0, "tc": 0.8, "lpips": ""}]
-    assert average(rows) == pytest.approx({"frames": 40, "psnr": 1.75, "lpips": 0.5, "tc": 0.85})
+    rows = [{"frames": 10, "psnr": 1.0, "tc": 0.9, "rc_t": float("nan"), "lpips": 0.5},
+            {"frames": 30, "psnr": 2.0, "tc": 0.8, "rc_t": 0.7, "lpips": ""}]  # fmt: skip
+    assert average(rows) == pytest.approx({"frames": 40, "psnr": 1.75, "lpips": 0.5, "tc": 0.85, "rc_t": 0.7})
     head, _ = table({"step 5": average(rows)})
-    assert head.split() == ["frames", "PSNR", "LPIPS", "TC"]
+    assert head.split() == ["frames", "PSNR", "LPIPS", "TC", "RC-T"]
 
 
 def test_the_pages_means_are_of_the_same_videos_at_every_step():
