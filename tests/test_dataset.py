@@ -117,11 +117,14 @@ def test_empty_prompts(videos):
     assert not any(FinetuneDataset(settings(videos)).clip(i, 0).prompt for i in range(10))
 
 
-def test_validation_videos_and_short_ones_are_left_out(videos):
+def test_validation_videos_and_short_ones_are_left_out(videos, tmp_path):
     held_out = videos / "DAVIS/JPEGImages/480p/kites"
     dataset = FinetuneDataset(settings(videos, validation_image=[str(held_out)]))
     assert len(dataset) == 3 * 10 + 4 and [video.name for video in dataset.validation_videos] == ["kites"]
     assert "kites" not in {video.name for video in dataset.videos}
+    (tmp_path / "DAVIS").symlink_to(videos / "DAVIS")
+    linked = settings(videos, davis_root=tmp_path / "DAVIS", validation_image=[str(held_out)])
+    assert [video.name for video in FinetuneDataset(linked).validation_videos] == ["kites"]
     with pytest.raises(InputError, match=r"fewer than 27 frames \(the longest video has 26\)"):
         FinetuneDataset(settings(videos, nframes=27))
 
