@@ -205,6 +205,15 @@ def test_pasted_clips(root):
     assert all(clip.conditioning_frames is None for clip in clips(dataset(root, paste=0.0)))
 
 
+def test_an_edge_is_as_soft_as_in_a_whole_frame(root, monkeypatch):
+    """Work on the part of a frame around the object is faster, and the same; what is far from it stays as it is."""
+    found = dataset(root, paste=1.0)
+    parts = clips(found, epochs=1)
+    monkeypatch.setattr(objects, "around", lambda mask, margin: (np.s_[:, :], (0, 0)))
+    for clip, whole in zip(parts, clips(found, epochs=1), strict=True):
+        assert np.abs(clip.conditioning_frames.astype(int) - whole.conditioning_frames).max() <= 1
+
+
 def test_a_thin_object_keeps_its_hole(tmp_path):
     """A pole of 8 pixels, of which holes that fall short of it by 4 or 5 would leave nothing."""
     mask = np.zeros((480, 854), np.uint8)
