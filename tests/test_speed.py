@@ -1,10 +1,12 @@
 """What makes steps fast and small changes nothing in what they compute."""
 
+import errno
 import multiprocessing
 import os
 import shutil
 from contextlib import nullcontext
 from multiprocessing import get_context
+from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -176,6 +178,20 @@ def test_a_cache_that_is_deleted_or_anothers(monkeypatch, tmp_path, frames):
     monkeypatch.setattr("os.unlink", Mock(side_effect=PermissionError))
     LatentCache(tmp_path / "cache", "vae", (8, 2, 2), torch.float32)
     assert abandoned.is_file()
+
+
+def test_a_full_disk_ends_what_is_added(monkeypatch, tmp_path, frames, caplog):
+    """It is said once, nothing half-written stays, and no further frame is tried."""
+    cache = LatentCache(tmp_path / "cache", "vae", (8, 2, 2), torch.float32)
+    keys = cache.read(frames)[1]
+    replace = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(Path, "replace", replace)
+    with caplog.at_level("INFO", logger="diffueraser"):
+        for _ in range(2):
+            cache.add(keys, torch.randn(3, 8, 2, 2))
+            cache.close()
+    assert replace.call_count == 1 and not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
+    assert len(caplog.messages) == 1 and "cannot be written (No space left on device)" in caplog.text
 
 
 def test_frames_are_encoded_in_slices_of_one_size():
