@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,6 +104,21 @@ def test_what_a_step_sees(pairs):
     assert (condition[missed] > 0.5).all() and (target[missed] < -0.5).all()
 
 
+def test_a_batch_of_pairs_and_others(pairs):
+    """A clip of no pair is shown as it is, beside one whose object is shown."""
+    dataset = FinetuneDataset(settings(pairs))
+    clip = dataset.clip(0, 0)
+    batch = TrainingClips(dataset).collate([replace(clip, conditioning_frames=None), clip])
+    shown = np.stack([clip.frames, clip.conditioning_frames])
+    assert np.array_equal(batch["conditioning_frames"], shown) and not np.array_equal(*shown)
+
+
+def test_every_nth_frame_of_a_pair(pairs):
+    clip = FinetuneDataset(settings(pairs, nframes=3, frame_stride=2)).clip(0, 0)
+    numbers = [int(path.stem) for path in clip.paths]
+    assert len(clip.frames) == len(clip.holes) == 3 and set(np.abs(np.diff(numbers))) == {2}
+
+
 def test_masks_are_scaled_by_nearest(pairs):
     clip = FinetuneDataset(settings(pairs, resolution=32)).clip(0, 0)
     assert set(np.unique(clip.holes)) == {0, 255}
@@ -181,6 +197,11 @@ def test_frames_of_another_size_within_a_pair(pairs):
     video = scan_pairs(pairs)[0]
     with pytest.raises(BrokenFrame, match=r"00006\.png is 48x32"):
         video.read()
+    dataset = FinetuneDataset(settings(pairs))
+    for mask in (pairs / "b/masks").iterdir():
+        cv2.imwrite(str(mask), np.full((32, 48), 255, np.uint8))
+    with pytest.raises(BrokenFrame, match=r"b/masks/\d+\.png is 48x32"):
+        dataset.clip(1, 0)
 
 
 @pytest.mark.parametrize("folder", ["a/with", "a/without", "a"])
