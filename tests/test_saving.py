@@ -149,6 +149,15 @@ def test_an_error_meanwhile_waits_for_the_checkpoint(checkpoints, tmp_path, monk
     assert ("could not be written" in caplog.text) == full
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_best_checkpoint_is_kept_where_asked_for(checkpoints, tmp_path, keep):
+    checkpoint.mark_best(tmp_path, 6, 0.5, "these")
+    checkpoints.config.keep_best_checkpoint = keep
+    checkpoints.save(GOOD, must=False)
+    checkpoints.finish()
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-7"][not keep :]
+
+
 def test_files_of_validation_keep_their_rights(checkpoints, tmp_path, monkeypatch):
     """The process has one umask: to read it in the thread would open what others write meanwhile to everybody."""
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("umask has changed"))
