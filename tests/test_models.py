@@ -14,7 +14,7 @@ from common.weights import resolve_folder, shapes_of
 from libs.base_model import BaseModel
 from libs.brushnet_CA import BrushNetModel
 from libs.unet_2d_condition import UNet2DConditionModel
-from libs.unet_motion_model import MotionAdapter, UNetMotionModel
+from libs.unet_motion_model import MotionAdapter, UNetMotionModel, adapter_config
 from tests.reference import fill_by_formula, parity_case
 
 LAYOUT = DATA / "published_layout"
@@ -207,6 +207,17 @@ def test_parts_of_a_motion_folder(tiny, tmp_path):
     assert_holds(modules, adapter.state_dict())
 
 
+def test_the_config_of_motion_modules():
+    """Heads leave no trace in shapes: read wrong, they would change what the modules compute, and nothing else."""
+    motion = {"block_out_channels": (8, 16), "layers_per_block": 1, "motion_num_attention_heads": 2,
+              "norm_num_groups": 4, "motion_max_seq_length": 24, "use_motion_mid_block": False}  # fmt: skip
+    adapter = MotionAdapter(**adapter_config(motion))
+    block = adapter.down_blocks[0].motion_modules
+    attention = block[0].transformer_blocks[0].attn1
+    assert len(block) == 1 and attention.heads == 2 and block[0].norm.num_groups == 4 and adapter.mid_block is None
+    assert block[0].transformer_blocks[0].pos_embed.pe.shape == (1, 24, 8)
+
+
 def test_from_unet2d_copies(tiny):
     unet, adapter = tiny
     motion = UNetMotionModel.from_unet2d(unet, adapter)
@@ -272,7 +283,9 @@ def test_timesteps_may_be_numbers_or_tensors(tiny):
 def test_unsupported_arguments_are_refused(tiny):
     unet, _ = tiny
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
-    unet(latents, 1, text, timestep_cond=None, cross_attention_kwargs=None)  # as the original's pipelines call it
+    unet(
+        latents, 1, text, timestep_cond=None, cross_attention_kwargs=None, is_controlnet=False
+    )  # as the original's pipelines call it
     with pytest.raises(TypeError, match="cross_attention_kwargs ip_adapter_masks"):
         unet(latents, 1, text, cross_attention_kwargs={"scale": 0.5, "ip_adapter_masks": [latents]})
     with pytest.raises(ValueError, match="all three or none"):
