@@ -110,6 +110,8 @@ def test_a_frame_is_held_until_it_changes(tmp_path, frames):
     cache.close()
     posteriors, missing = cache.read(frames)
     assert torch.equal(posteriors[:2], values) and missing[:2] == [None, None] and missing[2]
+    (tmp_path / "linked").symlink_to(frames[0])
+    assert cache.read([tmp_path / "linked"])[1] == [None]
     os.utime(frames[0], (1, 1))
     assert cache.read(frames)[1][0]
     for other in ({"vae": "another"}, {"shape": (8, 4, 4)}, {"dtype": torch.bfloat16}):
@@ -204,6 +206,9 @@ def test_frames_are_encoded_in_slices_of_one_size():
     posteriors = FrozenVAE(vae, frames=3).posterior(pixels)
     assert posteriors.shape == (7, 8, 8, 8) and sizes == [3, 3, 3]
     torch.testing.assert_close(posteriors, vae.encode(pixels).latent_dist.parameters)
+    half, noise = posteriors.half(), torch.randn(7, 4, 8, 8)
+    latents = [FrozenVAE(vae, frames=3).sample(posterior, noise) for posterior in (half, half.float())]
+    assert latents[0].dtype == torch.float32 and torch.equal(*latents)
     assert [frames_at_once(n, 512, 512) for n in (1, 10, 11, 12, 22, 24)] == [1, 10, 11, 6, 11, 8]
     sizes = [(256, 64, 64), (2, 1024, 1024), (3, 1024, 1024), (10, 1080, 1920), (1, 4096, 4096)]
     assert [frames_at_once(*size) for size in sizes] == [256, 2, 2, 1, 1]
