@@ -123,6 +123,8 @@ def test_masks_are_scaled_by_nearest(pairs):
     clip = FinetuneDataset(settings(pairs, resolution=32)).clip(0, 0)
     assert set(np.unique(clip.holes)) == {0, 255}
     assert (clip.holes > 0).sum(axis=(1, 2)).tolist() == [8 * 8] * 5
+    clip = FinetuneDataset(settings(pairs, resolution=36)).clip(0, 0)  # an edge that lies within a pixel
+    assert set(np.unique(clip.holes)) == {0, 255}
 
 
 def test_samples_follow_from_seed_epoch_and_index(pairs, videos):
