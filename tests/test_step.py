@@ -19,7 +19,9 @@ from common.errors import InputError
 from dataset.finetune_dataset import to_tensors
 from libs.base_model import LoadedBase
 from libs.brushnet_CA import BrushNetModel
+from libs.checkpoints.resume import BATCH_SETTINGS
 from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_only
+from libs.training.config import parse_args
 from libs.training.cuda_graph import Captured, GraphedForwardBackward
 from libs.training.loss import Draws, EncodedBatch, ForwardBackward, denoising_loss, inpainting_loss
 from libs.training.optimizer import bf16_adam, eight_bit_adam, make_optimizer, round_stochastically
@@ -27,6 +29,7 @@ from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from libs.vae import FrozenVAE
 from tests.reference import fill_by_formula, parity_case
+from train_DiffuEraser_stage1 import Stage1
 
 
 def make_model(stage):
@@ -64,6 +67,19 @@ def test_batch_two_is_the_mean_of_two_batches_of_one(stage):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_what_needs_no_gradients_keeps_no_graph():
+    """BrushNet's features in sampling, and in stage 2 always; what stage 2 freezes is in the type that is asked for."""
+    clip = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8), torch.tensor([300]), torch.randn(1, 7, 16)
+    for stage, enabled in ((1, True), (1, False), (2, True)):
+        model, features = make_model(stage).float(), []
+        model.brushnet.register_forward_hook(lambda module, args, out, to=features: to.append(out[1].requires_grad))
+        with torch.set_grad_enabled(enabled):
+            model(*clip)
+        assert features == [enabled and stage == 1]
+    dtypes = {p.requires_grad: p.dtype for p in train_motion_modules_only(model, torch.bfloat16).parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
 
 
 def test_draws_follow_from_each_clips_seed():
@@ -237,6 +253,24 @@ def test_rate_warm_up_and_clipping_reach_the_optimizer(train, monkeypatch, capsy
     output = capsys.readouterr().out
     assert [f"lr {rate}  " in output for rate in ("2e-05", "4e-05", "0")] == [True] * 3  # after steps 1, 2 and 3
     assert len(norms) == 3 and all(norm == pytest.approx(1e-3, rel=1e-2) for norm in norms)
+
+
+def test_schedules_follow_their_flags(flags):
+    """To the last step, which follows from the epochs: 3 of 10 clips are 7.5 steps of 4."""
+    found = SimpleNamespace(dataset=range(10), global_batch=4, state=SimpleNamespace(settings=dict.fromkeys(
+        BATCH_SETTINGS, 1)))  # fmt: skip
+    for settings, factor in (
+        ({"lr_scheduler": "polynomial", "lr_power": 2}, (1 - 4 / 8) ** 2),
+        ({"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2}, 1),
+    ):
+        config = parse_args(Stage1, flags(1, max_train_steps=None, num_train_epochs=3, lr_warmup_steps=0, **settings))
+        accelerator = SimpleNamespace(device=torch.device("cpu"))
+        made = libs.training.setup.make_optimizer_and_schedule(config, accelerator, torch.nn.Linear(1, 1), found)
+        optimizer, schedule, last_step = made
+        for _ in range(4):
+            optimizer.step()
+            schedule.step()
+        assert last_step == 8 and schedule.get_last_lr() == [pytest.approx(1e-3 * factor, rel=1e-3)]
 
 
 @pytest.fixture
