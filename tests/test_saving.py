@@ -149,6 +149,19 @@ def test_an_error_meanwhile_waits_for_the_checkpoint(checkpoints, tmp_path, monk
     assert ("could not be written" in caplog.text) == full
 
 
+def test_what_a_killed_run_has_left(checkpoints, tmp_path):
+    """The next checkpoint clears it away; one that had lost its name to a new one that never came gets it back."""
+    for name in ("checkpoint-4.partial", "checkpoint-5.replaced", "checkpoint-6.replaced"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-6/new").touch()
+    checkpoints.config.checkpoints_total_limit = None
+    checkpoints.save(GOOD, must=False)
+    checkpoints.finish()
+    assert (
+        names(tmp_path) == ["checkpoint-5", "checkpoint-6", "checkpoint-7"] and (tmp_path / "checkpoint-6/new").exists()
+    )
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_best_checkpoint_is_kept_where_asked_for(checkpoints, tmp_path, keep):
     checkpoint.mark_best(tmp_path, 6, 0.5, "these")

@@ -210,10 +210,11 @@ def test_best_checkpoint(tmp_path):
     def mark(step, loss, clips="these"):
         return mark_best(tmp_path, step, loss, clips)
 
-    assert mark(10, 0.5) and not mark(20, 0.6) and mark(30, 0.4)
+    assert mark(10, 0.5) and not mark(20, 0.5) and mark(30, 0.4)
     note = {"checkpoint": "checkpoint-30", "step": 30, "held_out_loss": 0.4, "clips": "these"}
     assert read_best(tmp_path) == note
-    assert mark(40, 0.7, "others") and mark(10, 0.3) and mark(20, 0.2) and not mark(25, float("nan"))
+    assert mark(40, 0.7, "others") and mark(10, 0.3) and not mark(5, float("inf"))
+    assert mark(20, 0.2) and mark(20, 0.25) and not mark(25, float("nan"))
     for step in (10, 20, 30, 40):
         (tmp_path / f"checkpoint-{step}").mkdir()
     prune(tmp_path, 40, 1, keep_best=True)
