@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from common.weights import resolve_folder, shapes_of
 from libs.base_model import BaseModel
 from libs.brushnet_CA import BrushNetModel
 from libs.unet_2d_condition import UNet2DConditionModel
-from libs.unet_motion_model import MotionAdapter, UNetMotionModel, adapter_config
+from libs.unet_motion_model import MotionAdapter, UNetMotionModel, adapter_config, refuse_long_clips
 from tests.reference import fill_by_formula, parity_case
 
 LAYOUT = DATA / "published_layout"
@@ -218,6 +219,13 @@ def test_the_config_of_motion_modules():
     assert block[0].transformer_blocks[0].pos_embed.pe.shape == (1, 24, 8)
 
 
+def test_clips_as_long_as_the_position_tables():
+    weights = SimpleNamespace(config={"motion_max_seq_length": 24}, folder="unet_main")
+    refuse_long_clips(weights, 24)
+    with pytest.raises(InputError, match=r"--nframes=25: unet_main takes 24 frames at most"):
+        refuse_long_clips(weights, 25)
+
+
 def test_from_unet2d_copies(tiny):
     unet, adapter = tiny
     motion = UNetMotionModel.from_unet2d(unet, adapter)
@@ -288,6 +296,9 @@ def test_unsupported_arguments_are_refused(tiny):
     )  # as the original's pipelines call it
     with pytest.raises(TypeError, match="cross_attention_kwargs ip_adapter_masks"):
         unet(latents, 1, text, cross_attention_kwargs={"scale": 0.5, "ip_adapter_masks": [latents]})
+    for setting in ({"brushnet_conditioning_channel_order": "bgr"}, {"global_pool_conditions": True}):
+        with pytest.raises(ValueError, match="channel order 'rgb' without global pooling only"):
+            BrushNetModel(**setting)
     with pytest.raises(ValueError, match="all three or none"):
         unet(latents, 1, text, mid_block_add_sample=torch.zeros(1))
 
