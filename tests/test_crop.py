@@ -152,6 +152,14 @@ def test_frames_and_points_land_where_the_crop_says(ramps, shape, random_crop):
     assert (len(positions) > 3) == random_crop
 
 
+def test_a_mask_s_pixel_shows_the_middle_of_what_it_stands_for():
+    """Its first pixel would move masks right and down."""
+    mask, small = np.zeros((64, 64), np.uint8), np.empty((16, 16), np.uint8)
+    mask[1:4, 5:8] = 255
+    Crop.of(64, 64, 16).resize(mask, out=small, nearest=True)
+    assert np.argwhere(small).tolist() == [[0, 1]]
+
+
 def test_the_whole_room_is_drawn_from():
     corners = {Crop.of(10, 14, 8, np.random.default_rng(i)).corner for i in range(200)}
     assert corners == {(x, 0) for x in range(5)}
