@@ -140,21 +140,19 @@ def test_an_average_by_hand(tmp_path):
 
 
 def test_the_file_of_an_average(tmp_path):
-    """The main process writes it, of compiled models too, whose weights are in channels_last; one that lacks a weight
-    is refused, as the average would go on from elsewhere."""
-    model, hooks = torch.nn.Conv2d(3, 2, 2).to(memory_format=torch.channels_last), Hooks()
-    average = Ema(0.9, hooks, model, None)
-    hooks.is_main_process = False
-    hooks.save([], [], tmp_path)
-    assert not any(tmp_path.iterdir())
-    hooks.is_main_process = True
-    hooks.save([], [], tmp_path)
+    """It is of compiled models too, whose weights are in channels_last; one that lacks a weight is refused, as the
+    average would go on from elsewhere."""
+    model = torch.nn.Conv2d(3, 2, 2).to(memory_format=torch.channels_last)
+    average = Ema(0.9, model, None)
+    average.update()
+    for name, tensors in average.files().items():
+        save_file(tensors, tmp_path / name)
     file = tmp_path / "ema.safetensors"
-    resumed = Ema(0.9, Hooks(), torch.nn.Conv2d(3, 2, 2), tmp_path)
+    resumed = Ema(0.9, torch.nn.Conv2d(3, 2, 2), tmp_path)
     assert all(torch.equal(resumed.averages[name], average.averages[name]) for name in ("weight", "bias"))
     save_file({"weight": load_file(file)["weight"]}, file)
     with pytest.raises(InputError, match=r"ema\.safetensors lacks bias"):
-        Ema(0.9, Hooks(), model, tmp_path)
+        Ema(0.9, model, tmp_path)
 
 
 def test_a_run_with_an_average(train, validation, tmp_path, capsys):

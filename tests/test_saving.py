@@ -183,12 +183,13 @@ def test_files_of_validation_keep_their_rights(checkpoints, tmp_path, monkeypatc
 
 
 def test_other_processes_wait_for_the_name(checkpoints, tmp_path, monkeypatch):
-    """They flush and delete nothing, and go on when the main process has."""
+    """They write, flush and delete nothing, and go on when the main process has."""
     waited = []
     (tmp_path / "checkpoint-7.partial").mkdir()  # the main process's
     checkpoints.accelerator.is_main_process = False
     checkpoints.accelerator.wait_for_everyone = lambda: waited.append(names(tmp_path))
     checkpoints.save(GOOD, must=False)
+    assert not list((tmp_path / "checkpoint-7.partial").iterdir())
     waited.clear()
     checkpoints.finish()
     assert waited == [["checkpoint-6", "checkpoint-7.partial"]]
