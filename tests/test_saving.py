@@ -17,7 +17,7 @@ import libs.training.loss
 from common.errors import InputError
 from common.files import flush
 from libs.checkpoints import checkpoint
-from libs.checkpoints.checkpoint import HELD_OUT, MODEL_FILE, TrainerState
+from libs.checkpoints.checkpoint import EMA_FILE, HELD_OUT, MODEL_FILE, TrainerState
 from libs.training import saving
 from libs.training.config import parse_args
 from libs.training.saving import Checkpoints
@@ -97,6 +97,22 @@ def test_weights_are_written_beside_the_optimizer(checkpoints, tmp_path, monkeyp
     else:
         checkpoints.finish()
         assert load_file(checkpoints.last / MODEL_FILE)["weight"].tolist() == [1, 1, 1]
+
+
+def test_one_file_of_weights_at_a_time(checkpoints, monkeypatch):
+    """safetensors copies all of a file's tensors to the machine's memory before it writes the first."""
+    begun, most = [], []
+
+    def save_weights(*args, **kwargs):
+        begun.append(args)
+        most.append(len(begun))
+        Event().wait(0.2)
+        begun.pop()
+
+    monkeypatch.setattr(checkpoint, "save_file", save_weights)
+    checkpoints.weights = lambda: {name: {"weight": torch.ones(3)} for name in (MODEL_FILE, EMA_FILE)}
+    checkpoints.save(GOOD, must=False)
+    assert most == [1, 1]
 
 
 @pytest.mark.parametrize(("must", "processes"), [(False, 1), (True, 1), (False, 2)])

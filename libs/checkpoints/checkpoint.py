@@ -123,8 +123,8 @@ def saved_keys(model):
 
 
 def weights_of(accelerator, model):
-    """{key: tensor} of a prepared model for a file: with FSDP unsharded, for the converters, and {} in other processes
-    than the main one. All of them take part."""
+    """{key: tensor} of a prepared model for a file. With FSDP they are unsharded, which all processes take part in, and
+    the main process alone has them."""
     unwrapped = accelerator.unwrap_model(model)
     keys = saved_keys(unwrapped)
     if accelerator.is_fsdp2:
@@ -134,8 +134,8 @@ def weights_of(accelerator, model):
 
 
 def register_hooks(accelerator, keys):
-    """Let load_state read just `keys` of the one prepared module, without DDP's prefix, which `write_checkpoint` writes
-    in save_state's place. FSDP writes and reads its own shards besides."""
+    """Keep save_state from writing the one prepared module, as `write_checkpoint` does, and let load_state read just
+    `keys` of it, without DDP's prefix. FSDP writes and reads its own shards all the same."""
 
     def save_hook(models, weights, output_dir):
         weights.clear()
@@ -158,8 +158,8 @@ def write_checkpoint(accelerator, run_dir, state, weights):
     """Write checkpoint-<step> under its partial name. Returns the path that `finish_checkpoint` moves it to.
 
     Args:
-        weights: {file name: {key: tensor}}, written by the main process beside the optimizer's state, which takes as
-            long.
+        weights: {file name: {key: tensor}}, written by a thread of the main process while save_state writes the
+            optimizer's state, which takes as long.
     """
     folder = Path(run_dir, f"checkpoint-{state.global_step}")
     partial = partial_of(folder)
@@ -169,11 +169,11 @@ def write_checkpoint(accelerator, run_dir, state, weights):
     accelerator.wait_for_everyone()
     torch.serialization.set_crc32_options(False)  # torch.load never checks them; half of torch.save's time
     if torch.accelerator.is_available():
-        torch.accelerator.synchronize()  # threads have streams of their own
+        torch.accelerator.synchronize()  # the thread may copy in another stream than trained them
     try:
-        with ThreadPoolExecutor() as threads:
+        with ThreadPoolExecutor(1) as thread:  # a file at a time: all its tensors are copied to the machine's memory
             files = [
-                threads.submit(save_file, tensors, partial / name, metadata={"format": "pt"})
+                thread.submit(save_file, tensors, partial / name, metadata={"format": "pt"})
                 for name, tensors in weights.items()
                 if accelerator.is_main_process
             ]
