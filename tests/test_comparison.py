@@ -327,6 +327,13 @@ def test_an_output_folder_among_the_videos_is_refused(evaluate, data, capsys, ou
         evaluate(output, "--videos", "pond")
 
 
+def test_an_output_folder_among_a_priors_is_taken(evaluate, data):
+    """Nobody looks there for videos, and results of one method may lie beside comparisons with it."""
+    shutil.copytree(data / "frames", data / "perfect")
+    for _ in range(2):
+        evaluate("perfect/out", f"--prior={data / 'perfect'}")
+
+
 def test_files_behind_linked_folders_count(tmp_path):
     """Weights put together of links, pairs whose with/ lies elsewhere."""
     write_frames(tmp_path / "elsewhere", moving_video(2, 32, 40)[0])

@@ -148,9 +148,10 @@ class Plan:
             inside = target.is_relative_to(os.path.realpath(source))
             require(not inside, f"--output_dir {self.output_dir} is in {source}, where contact sheets would count as "
                     "frames: choose another")  # fmt: skip
-            beside = target.is_relative_to(os.path.realpath(source.parent)) and not self.args.videos
-            require(not beside, f"--output_dir {self.output_dir} is in {source.parent}, whose folders count as videos: "
-                    "choose another, or name the videos with --videos")  # fmt: skip
+        for root in () if self.args.videos else filter(None, (self.args.frames, self.args.masks)):
+            among = target.is_relative_to(os.path.realpath(root))
+            require(not among, f"--output_dir {self.output_dir} is in {root}, whose folders count as videos: choose "
+                    "another, or name the videos with --videos")  # fmt: skip
         check_writable(self.output_dir, "--output_dir")
         refuse_foreign(self.output_dir, self.written, self.args.overwrite)
         if any(self.scored_folder.glob("*.json")) and not self.args.overwrite:
