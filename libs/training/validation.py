@@ -120,8 +120,9 @@ class Validation:
         return every > 0 and (step % every == 0 or first or (saving and self.config.best_by != HELD_OUT))
 
     def run(self, model, state, sample):
-        """{measure: value} at a step, in the main process: the held-out loss, or None, and the means of scores, with
-        their form in their names, where all videos were scored. A failure costs what it was about to find, not the run.
+        """{measure: value} at a step, in the main process: the held-out loss, or None; where all videos were scored,
+        the means of scores, and "setups", a list of `setup` per video, with their form in their names. A failure costs
+        what it was about to find, not the run.
 
         Args:
             model: unwrapped: DDP's forward would wait for processes that have nothing left to do.
