@@ -258,15 +258,15 @@ def find_hole(values, exact):
 
 
 def was_compressed(values, grey, shaded):
-    """Whether a mask (h, w) uint8 that is exact in its file was compressed before.
+    """Whether a mask (h, w) uint8, whose file keeps values as they are, was compressed before it was saved there.
 
-    Labels are areas of one value and lie at any distance. What was compressed is near 0 or near the brightest, with
+    Labels are areas of one value, whatever value that is. What was compressed is near 0 or near the brightest, with
     shades between them at every edge; soft edges are no areas. Its background may be one: strong compression makes it
     one value that is not 0.
 
     Args:
-        grey: (h, w) bool, where it is between background and brightest.
-        shaded: whether that is more than edges.
+        grey: (h, w) bool, what is neither background nor near the brightest.
+        shaded: whether that is more than its edges.
     """
     inner, grey = values[1:, 1:], grey[1:, 1:]
     faint = (inner > 0) & (inner < NOISE)
