@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
 from common.errors import InputError
-from dataset.finetune_dataset import FinetuneDataset, to_tensors
+from dataset.finetune_dataset import Clip, FinetuneDataset, to_tensors
 from dataset.images import BrokenFrame, read_frame
 from dataset.loader import EpochSampler, TrainingClips
+from libs.checkpoints.checkpoint import TrainerState
+from libs.training.setup import make_loader
 
 
 def settings(videos, **overrides):
@@ -58,6 +60,38 @@ def test_epochs_follow_each_other_without_a_gap(videos, workers):
     orders = [[index for number, index in keys if number == epoch] for epoch in (1, 2)]
     assert [sorted(order) for order in orders] == [list(range(n))] * 2 and orders[0] != orders[1]
     assert keys[1:] == list(EpochSampler(n, seed=42, start=n, stop=3 * n + 1))
+
+
+def test_the_order_of_clips_follows_the_runs_seed():
+    def order(seed):
+        config = SimpleNamespace(seed=seed, train_batch_size=1, dataloader_num_workers=0)
+        accelerator = SimpleNamespace(device=torch.device("cpu"), prepare=lambda loader: loader)
+        found = SimpleNamespace(dataset=range(40), state=TrainerState(1), global_batch=1)
+        return list(make_loader(config, accelerator, found, cache=None, last_step=40).sampler)
+
+    assert order(1) == order(1) and order(1) != order(2)
+
+
+def test_replacements_of_broken_clips_follow_seed_epoch_and_index():
+    class Broken:
+        """Of a thousand videos the first three."""
+
+        def __init__(self, seed):
+            self.seed = seed
+
+        def __len__(self):
+            return 1000
+
+        def clip(self, index, epoch):
+            if index < 3:
+                raise BrokenFrame("cut short", f"video {index}")
+            return Clip(None, None, prompt=0, noise_seed=index, video="", paths=())
+
+    def replacement(seed, epoch, index):
+        return TrainingClips(Broken(seed))[epoch, index].noise_seed
+
+    found = [replacement(*key) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    assert len(set(found)) == 4 and found[0] == replacement(0, 0, 0)
 
 
 def test_opencv_has_no_threads():
