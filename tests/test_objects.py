@@ -240,6 +240,21 @@ def test_shadows_only_darken(root):
     assert frame[22, 16:22].mean() < 150 and (frame[:14] == 200).all()  # it lies before the object's foot
 
 
+def test_half_of_the_pasted_clips_have_a_shadow(tmp_path):
+    """A white object on a paler ground: only a shadow makes anything darker."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:40, 20:40] = 255
+    write_frames(tmp_path / "masks", np.repeat(mask[None, ..., None], 3, axis=3))
+    write_frames(tmp_path / "frames", np.full((1, 64, 64, 3), 255, np.uint8))
+    lender = Objects([AnnotatedVideo("a", tmp_path / "masks", tmp_path / "frames")])
+    ground, shadows = np.full((1, 64, 64, 3), 200, np.uint8), 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        pasted, _ = objects.paste_object(rng, ground, lender.draw_track(rng, 1, 64, 64, "b", with_frames=True))
+        shadows += pasted.min() < 190
+    assert 20 <= shadows <= 40
+
+
 def test_known_frames_of_pasted_clips_are_clean(root):
     known = 0
     for clip in clips(dataset(root, paste=1.0, known_frames=1.0), epochs=1):
@@ -334,6 +349,15 @@ def test_frames_of_another_size_than_their_masks(root, tmp_path):
     broken = [line for index in range(len(found)) for line in found[0, index].broken]
     sizes = r"annotations of birch: .*/(\d+\.png) is 36x24, its mask .*/Annotations/480p/birch/\1 72x48"
     assert broken and all(re.fullmatch(sizes, line) for line in broken), broken
+
+
+@pytest.mark.parametrize("with_frames", [False, True])
+def test_a_video_needs_anothers_object(root, with_frames):
+    """One annotated video is enough for the clips of others, not for its own."""
+    alder = AnnotatedVideo("alder", root / "Annotations/480p/alder", root / "JPEGImages/480p/alder")
+    Objects([alder]).check({"birch", "cedar"}, with_frames)
+    with pytest.raises(InputError, match="objects of other videos were needed, and 1 training video"):
+        Objects([alder]).check({"alder", "birch"}, with_frames)
 
 
 def test_tracks_without_an_object(root, tmp_path):
