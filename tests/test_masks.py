@@ -103,6 +103,10 @@ def test_kinds(kind):
     assert np.array_equal(again, clips[0])
 
 
+def share_at_the_border(clips):
+    return np.mean([clip[:, [0, -1]].any() or clip[:, :, [0, -1]].any() for clip in clips])
+
+
 @pytest.mark.parametrize("kind", ["blob", "box", "ellipse"])
 def test_holes_leave_the_frame_only_where_told(kind):
     inside = draw_many(kind)
@@ -110,9 +114,14 @@ def test_holes_leave_the_frame_only_where_told(kind):
         areas = [np.count_nonzero(hole) for hole in clip]
         assert max(areas) - min(areas) <= 0.02 * max(areas)  # the same shape in every frame: nothing is cut off
     leaving = draw_many(kind, leaves=True)
-    touching = [clip[:, [0, -1]].any() or clip[:, :, [0, -1]].any() for clip in leaving]
-    assert np.mean(touching) > 0.4
+    assert share_at_the_border(leaving) > 0.4
     assert any(np.count_nonzero(clip[0]) != np.count_nonzero(clip[-1]) for clip in leaving)
+
+
+def test_several_holes_leave_the_frame_where_told():
+    assert (
+        share_at_the_border(draw_many("several")) < 0.4 < 0.7 < share_at_the_border(draw_many("several", leaves=True))
+    )
 
 
 def test_blobs_that_leave_the_frame_keep_the_span(monkeypatch):
