@@ -143,6 +143,18 @@ def test_progress_counts_the_frames(changes, prior):
     assert sum(done) == called + (2 + prior) * 9 + first_pass
 
 
+@pytest.mark.parametrize("changes", [{}, CROSS_FADED])
+def test_predictions_in_half_precision_are_sampled_in_full(changes):
+    """As a model under autocast returns them: the sampler's own arithmetic is fp32."""
+    frames, holes = moving_video(9, 16, 16)
+
+    def latents(convert):
+        pipeline = make_pipeline(lambda latents, *rest: convert(torch.tanh(latents).bfloat16()), **changes)
+        return pipeline.denoise_clip(pipeline.encode_clip(frames, holes, None, 0, lambda frames: None), None)
+
+    assert torch.equal(latents(lambda prediction: prediction), latents(torch.Tensor.float))
+
+
 @pytest.mark.parametrize("soft_edge", [0, 5])
 def test_paste_leaves_the_rest_untouched(soft_edge):
     frames, holes = moving_video(2, 60, 80)
