@@ -314,7 +314,7 @@ def test_the_sampler_takes_every_window_alike():
     assert torch.equal(first, second)
 
 
-def deployed(vae=None, nframes=4, steps=2):
+def deployed(vae=None, nframes=4, steps=2, shared_noise=False):
     """As deployed, with a model that predicts nothing; `seen` collects (latents, conditioning) of its calls."""
     seen = []
 
@@ -324,7 +324,7 @@ def deployed(vae=None, nframes=4, steps=2):
 
     base = SimpleNamespace(vae=vae or PixelVAE(), noise_scheduler=FewStepSampler())
     few_step = SimpleNamespace(steps=steps)
-    return deployed_pipeline(model, few_step, base, torch.device("cpu"), nframes, shared_noise=False), seen
+    return deployed_pipeline(model, few_step, base, torch.device("cpu"), nframes, shared_noise), seen
 
 
 def test_noise_repeats_and_the_prior_shines_through():
@@ -338,6 +338,14 @@ def test_noise_repeats_and_the_prior_shines_through():
         pipeline.fill(frames, holes, None, 0, prior=prior)
         truth = PixelVAE().encode(torch.from_numpy(prior[:4]).permute(0, 3, 1, 2) / 127.5 - 1, None)
         assert torch.allclose(seen[0][0], 0.0683 * truth + 0.9977 * noise, atol=1e-3)
+
+
+def test_frames_that_do_not_see_each_other_share_their_noise():
+    """Stage 1's; and windows that do not overlap."""
+    frames, holes = moving_video(8, 16, 16)
+    pipeline, seen = deployed(shared_noise=True)
+    pipeline.fill(frames, holes, None, 0)
+    assert pipeline.overlap == 0 and all(torch.equal(noise, seen[0][0][0]) for noise in seen[0][0])
 
 
 def test_the_first_pass_makes_known_frames():

@@ -130,11 +130,12 @@ def test_memory_is_given_back_after_what_did_not_fit(monkeypatch):
 
 
 def test_what_is_sampled(train, videos, monkeypatch, tmp_path):
-    """Objects are dilated four times; 50 and 20 steps of UniPC; GIFs of 8 frames per second."""
+    """Objects are dilated four times; 50 and 20 steps of UniPC, from one noise for all frames in stage 1 and from their
+    own in stage 2; GIFs of 8 frames per second."""
     davis, calls = videos / "DAVIS", []
 
     def fill(self, frames, holes, prompt_embeds, seed):
-        calls.append((self.num_inference_steps, type(self.sampler).__name__, holes))
+        calls.append((self.num_inference_steps, type(self.sampler).__name__, self.shared_noise, holes))
         return frames
 
     monkeypatch.setattr(Pipeline, "fill", fill)
@@ -145,10 +146,10 @@ def test_what_is_sampled(train, videos, monkeypatch, tmp_path):
             stage, max_train_steps=1, validation_steps=1, probe_clips=0, resolution=96,
             validation_image=[str(images)], validation_mask=[str(masks)], output_dir=tmp_path / str(stage),
         )  # fmt: skip
-        assert {call[:2] for call in calls} == {(steps, "UniPCMultistepScheduler")} and len(calls) == 2
+        assert {call[:3] for call in calls} == {(steps, "UniPCMultistepScheduler", stage == 1)} and len(calls) == 2
         first = np.asarray(Image.open(sorted(masks.iterdir())[0])).astype(np.uint8)
         cross = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.uint8)
-        assert np.array_equal(calls[0][2][0] > 0, cv2.dilate(first, cross, iterations=4) > 0)
+        assert np.array_equal(calls[0][3][0] > 0, cv2.dilate(first, cross, iterations=4) > 0)
         gif = Image.open(tmp_path / f"{stage}/logs-finetune-stage{stage}/samples/sample-1/1.gif")
         assert gif.n_frames == 3 and gif.info["duration"] == pytest.approx(1000 / 8, abs=5)
 
