@@ -19,7 +19,7 @@ from common.files import flush
 from libs.checkpoints import checkpoint
 from libs.checkpoints.checkpoint import EMA_FILE, HELD_OUT, MODEL_FILE, TrainerState
 from libs.training import saving
-from libs.training.config import parse_args
+from libs.training.config import parse_args, resume_policy
 from libs.training.saving import Checkpoints
 from libs.training.validation import Validation
 from train_DiffuEraser_stage1 import Stage1
@@ -184,6 +184,23 @@ def test_the_best_checkpoint_is_kept_where_asked_for(checkpoints, tmp_path, keep
     checkpoints.save(GOOD, must=False)
     checkpoints.finish()
     assert names(tmp_path) == ["checkpoint-6", "checkpoint-7"][not keep :]
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_main_process_notes_the_best(checkpoints, tmp_path, main):
+    checkpoints.accelerator.is_main_process = main
+    checkpoints.state.settings = resume_policy().defaults
+    checkpoints.last = tmp_path / "checkpoint-7"
+    checkpoints.mark_best({HELD_OUT: 0.5})
+    assert (checkpoint.read_best(tmp_path) is not None) == main
+
+
+def test_a_later_incomplete_checkpoint_does_not_replace_the_new_one(checkpoints, tmp_path):
+    """The run has passed it over: what it has just written is the newest that it can resume from."""
+    (tmp_path / "checkpoint-9").mkdir()
+    checkpoints.save(GOOD, must=False)
+    checkpoints.finish()
+    assert names(tmp_path) == ["checkpoint-7", "checkpoint-9"]
 
 
 def test_files_of_validation_keep_their_rights(checkpoints, tmp_path, monkeypatch):
