@@ -16,22 +16,39 @@ from libs.vae import FrozenVAE
 
 
 @pytest.fixture
-def held_out(videos, tmp_path, monkeypatch):
+def make_held_out(videos, tmp_path, monkeypatch):
     """Of five clips of three frames, every other one of a video; of the videos 4, 5 and 6 frames long, two are."""
     monkeypatch.setattr(libs.training.held_out_loss, "gather_object", lambda found: found)
     lengths = (4, 5, 6)
     for length in lengths:
         write_frames(tmp_path / str(length), moving_video(length, 24, 40)[0])
-    config = SimpleNamespace(
-        output_dir=tmp_path, logging_dir="logs", validation_steps=1, probe_clips=5,
-        validation_image=[str(tmp_path / str(length)) for length in lengths],
-    )  # fmt: skip
     data = SimpleNamespace(davis_root=videos / "DAVIS", ytvos_root="", nframes=3, frame_stride=2, resolution=16)
     base = LoadedBase(FrozenVAE(KnownPosterior(), 3), DDPMScheduler(), torch.randn(2, 7, 16), torch.device("cpu"))
     accelerator = SimpleNamespace(
         num_processes=1, process_index=0, is_main_process=True, device=base.device, log=lambda values, step: None
     )
-    return HeldOutLoss(config, accelerator, FinetuneDataset(data), base)
+
+    def make(validation_steps):
+        config = SimpleNamespace(
+            output_dir=tmp_path, logging_dir="logs", validation_steps=validation_steps, probe_clips=5,
+            validation_image=[str(tmp_path / str(length)) for length in lengths],
+        )  # fmt: skip
+        return HeldOutLoss(config, accelerator, FinetuneDataset(data), base)
+
+    return make
+
+
+@pytest.fixture
+def held_out(make_held_out):
+    return make_held_out(validation_steps=1)
+
+
+def test_without_validation_nothing_is_measured(make_held_out):
+    """--validation_steps=0 turns all of it off."""
+    held_out, state = make_held_out(validation_steps=0), SimpleNamespace(global_step=0, probe_start=None)
+    held_out.dataset.clip = lambda *of_clip: pytest.fail("a clip is drawn")
+    held_out.start(torch.nn.Identity(), state)
+    assert held_out.report(torch.nn.Identity(), state) == (None, {})
 
 
 def test_clips_are_fixed_and_each_video_has_its_share(held_out, tmp_path, monkeypatch):
