@@ -3,15 +3,19 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
-from conftest import BF16, equal_files
+import torch
+from accelerate import Accelerator
+from conftest import BF16, equal_files, reset_accelerate
 from safetensors import safe_open
 
 import common.files
 from common.files import write_json
-from libs.checkpoints.checkpoint import find_latest
+from libs.checkpoints.checkpoint import TrainerState, find_latest
 from libs.inpainter import ClipInpainter
+from libs.training.setup import resume
 
 
 def final(folder):
@@ -75,6 +79,45 @@ def test_resume_is_exact(train, tmp_path, capsys, stage, settings, steps, stop):
     assert equal_files(final(whole), final(parts))
     checkpoint = f"checkpoint-{steps}/model.safetensors"
     assert equal_files(whole / checkpoint, parts / checkpoint)
+    clips = steps * settings.get("train_batch_size", 1) * settings.get("gradient_accumulation_steps", 1)
+    state = f"checkpoint-{steps}/trainer_state.json"
+    assert [json.loads((folder / state).read_text())["clips_done"] for folder in (whole, parts)] == [clips, clips]
+
+
+def test_rates_and_accumulation_start_anew_on_resuming(tmp_path, monkeypatch):
+    """The flag decides on the rate, at the schedule's place; a step's passes are counted from its first one, which a
+    checkpoint of another accumulation may not have been."""
+    model = torch.nn.Linear(1, 1)
+
+    def make(learning_rate):
+        optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    def load(folder):
+        accelerator.step = 4
+        for part, state in zip((optimizer, schedule), saved, strict=True):
+            part.load_state_dict(state)
+
+    earlier, earlier_schedule = make(1e-3)
+    for _ in range(3):
+        earlier.step()
+        earlier_schedule.step()
+    saved = earlier.state_dict(), earlier_schedule.state_dict()
+    reset_accelerate()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    monkeypatch.setattr(accelerator, "load_state", load)
+    optimizer, schedule = make(1e-5)
+    found = SimpleNamespace(checkpoint=tmp_path, state=TrainerState(1, global_step=3, clips_done=12), dataset=range(5))
+    resume(accelerator, optimizer, SimpleNamespace(scheduler=schedule), found)
+    (group,) = optimizer.param_groups
+    rates = group["lr"], *schedule.get_last_lr(), group["initial_lr"], *schedule.base_lrs
+    assert rates == pytest.approx((1e-5 / 4, 1e-5 / 4, 1e-5, 1e-5), rel=1e-12)
+    ends = []
+    for _ in range(6):
+        with accelerator.accumulate(model):
+            ends.append(accelerator.sync_gradients)
+    reset_accelerate()
+    assert ends == [False, False, True] * 2
 
 
 def test_limit_latest_and_incomplete_checkpoints(train, tmp_path, capsys):
