@@ -172,6 +172,23 @@ def test_a_validation_leaves_every_bit(unet, pcm, dtype, failing):
         assert weight is same and weight.data_ptr() == place and torch.equal(weight, copy)
 
 
+@pytest.mark.parametrize(("of_weights", "of_file"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_what_is_folded_is_rounded_once(tmp_path, of_weights, of_file):
+    """Products and sums are fp32, whatever type the weights or the file have."""
+
+    def convert(tensors):
+        tensors.update({key: tensor.to(of_file) for key, tensor in tensors.items()})
+
+    unet = nn.Sequential(OrderedDict(mid_block=nn.Linear(64, 64))).to(of_weights)
+    few_step = FewStepWeights(write_lora(tmp_path / PCM, unet, change=convert))
+    down, up, alpha = (load_file(few_step.file)[f"{PREFIX}mid_block.{part}"].float() for part in PARTS)
+    expected = (unet.mid_block.weight.detach().float() + alpha / len(down) * (up @ down)).to(of_weights)
+    with few_step.folded(unet):
+        assert torch.equal(unet.mid_block.weight, expected)
+    few_step.fold(unet)
+    assert torch.equal(unet.mid_block.weight, expected)
+
+
 def fold_shards(rank, folder):
     """A process of two: whether the root's weights lie in shards when folding begins, as after a training step, or are
     gathered, as after a forward pass, no folded ones stay behind."""
@@ -249,7 +266,8 @@ def test_one_by_one_convolutions_are_written_in_either_way(unet, pcm):
 
 
 @pytest.mark.parametrize(("name", "asked", "steps"), [(PCM, None, 2), (PCM.replace("2step", "16step"), None, 16),
-                                                      (PCM, 2, 2), ("mine.safetensors", 8, 8)])  # fmt: skip
+                                                      ("pcm_4-step.safetensors", None, 4), (PCM, 2, 2),
+                                                      ("a.safetensors", 8, 8), ("a.safetensors", 50, 50)])  # fmt: skip
 def test_steps_come_from_the_name(name, asked, steps):
     assert choose_steps(Path(name), asked) == steps
 
@@ -261,6 +279,7 @@ def test_steps_come_from_the_name(name, asked, steps):
         ("mine.safetensors", None, "add --num_inference_steps"),
         ("mine.safetensors", 51, "50 at most"),
         ("pcm_sd15_lcmlike_lora_converted.safetensors", 4, "LCM's sampler"),
+        ("LCM_4step.safetensors", None, "LCM's sampler"),
     ],
 )
 def test_steps_that_the_file_was_not_made_for(name, asked, expected):

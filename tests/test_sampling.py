@@ -1,6 +1,7 @@
 """Whole videos: windows, sizes, blending, and pasting."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import libs.vae
 from libs.base_model import BaseModel, quiet_libraries
 from libs.inference.composition import paste, paste_frame, resize_picture
 from libs.inference.few_step import FewStepSampler
-from libs.inference.pipeline import Pipeline
+from libs.inference.pipeline import Pipeline, deployed_pipeline
 from libs.inference.windows import CrossFadedLatents, ramp
 from libs.vae import FrozenVAE
 
@@ -153,6 +154,22 @@ def test_predictions_in_half_precision_are_sampled_in_full(changes):
         return pipeline.denoise_clip(pipeline.encode_clip(frames, holes, None, 0, lambda frames: None), None)
 
     assert torch.equal(latents(lambda prediction: prediction), latents(torch.Tensor.float))
+
+
+def test_a_velocity_is_sampled_as_the_noise_that_it_stands_for():
+    """Of base models that predict velocities: the weights' own prediction type is that of the sampler."""
+    clean, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for kind in ("epsilon", "v_prediction"):
+        base = SimpleNamespace(vae=PixelVAE(), noise_scheduler=FewStepSampler(kind))
+        pipeline = deployed_pipeline(None, SimpleNamespace(steps=2), base, torch.device("cpu"), 4, shared_noise=False)
+        pipeline.sampler.set_timesteps(2)
+        share = pipeline.sampler.alphas_cumprod[499]
+        signal, sigma = share**0.5, (1 - share) ** 0.5
+        prediction = noise if kind == "epsilon" else signal * noise - sigma * clean
+        noisy = signal * clean + sigma * noise
+        results.append(pipeline.sampler.step(prediction, torch.tensor(499), noisy, return_dict=False)[0])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("soft_edge", [0, 5])
