@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -98,6 +99,31 @@ def test_a_signal_beside_the_stop_file_is_no_second_one(tmp_path):
         assert stop.signal == "SIGUSR1"
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == "SIGUSR1"
+
+
+def test_only_the_first_process_removes_the_stop_file(tmp_path, monkeypatch):
+    """Another one that starts or ends a little later would take a request away."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    Path(tmp_path, "stop").write_text("SIGTERM\n")
+    with StopRequest(tmp_path) as stop:
+        assert stop.signal == "SIGTERM"
+    assert Path(tmp_path, "stop").exists()
+
+
+def test_a_job_s_signals_at_a_loader_worker(tmp_path):
+    """It has the trainer's handlers, being forked, and works on until the trainer ends it."""
+
+    def work():
+        for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        Path(tmp_path, "alive").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with StopRequest(tmp_path):
+        worker = get_context("fork").Process(target=work)
+        worker.start()
+        worker.join()
+    assert worker.exitcode == -signal.SIGTERM and Path(tmp_path, "alive").exists()
 
 
 def test_storage_that_stumbles_does_not_end_a_run(tmp_path, monkeypatch):
