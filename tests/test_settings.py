@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -221,6 +222,36 @@ def test_what_the_fixed_clips_follow_from(videos):
     same = clips()
     changing = {name for name, value in other.items() if clips(**{name: value}) != same}
     assert changing == other.keys() and changing <= settings_with("sets_clips").keys()
+
+
+@pytest.mark.parametrize("kind", ["videos", "pairs"])
+def test_other_videos_on_resuming(monkeypatch, kind):
+    """Their names, lengths and order say what an index stands for; where they lie may change."""
+
+    def described_with(*videos):
+        found = [SimpleNamespace(folder=Path(folder), frames=range(count)) for folder, count in videos]
+        monkeypatch.setattr(Dataset, kind, found)
+        return described()
+
+    assert described_with(("a/caf\udce9", 5)).settings["videos"]  # a name in Latin-1
+    saved = described_with(("a/bear", 5), ("a/hike", 6))
+    moved = described_with(("b/bear", 5), ("b/hike", 6))
+    assert go_on_from("checkpoint-1", saved, moved, resume_policy(), resume_anyway=False)[1] == []
+    for others in ((("a/bear", 5), ("a/hike", 7)), (("a/bear", 5), ("a/camel", 6)), (("a/hike", 6), ("a/bear", 5))):
+        with pytest.raises(InputError, match="videos, by a hash of names and lengths, "):
+            go_on_from("checkpoint-1", saved, described_with(*others), resume_policy(), resume_anyway=False)
+
+
+def test_other_weights_on_resuming():
+    """Their content decides; the checkpoint's own are those of models that have none to start from."""
+    saved, now = described(), described()
+    saved.weights = {"unet_main": ["a", "0123"], "brushnet": ["a", "0123"]}
+    now.weights = {"unet_main": ["b", "0123"]}
+    state, changes = go_on_from("checkpoint-1", saved, now, resume_policy(), resume_anyway=False)
+    assert state.weights == now.weights and changes == []
+    now.weights = {"unet_main": ["b", "4567"]}
+    with pytest.raises(InputError, match="weights of unet_main from a, now from b"):
+        go_on_from("checkpoint-1", saved, now, resume_policy(), resume_anyway=False)
 
 
 def test_where_holes_come_from_on_resuming(monkeypatch):
