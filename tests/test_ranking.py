@@ -45,6 +45,41 @@ def test_ranking(tmp_path, capsys):
     assert "no config.json of a training run" in error_line(capsys, rank_checkpoints, [str(tmp_path / "logs")])
 
 
+def test_the_newest_start_says_what_is_ranked(tmp_path, capsys):
+    """By its --best_by, from its folder of logs, and as deployed where few-step weights are what is validated."""
+    settings = {"logging_dir": "logs", "best_by": "psnr_hole", "pcm_weights": "pcm.safetensors",
+                "validate_as_trained": True}  # fmt: skip
+    starts = [{"logging_dir": "old", "best_by": "held_out_loss"}, settings]
+    (tmp_path / "config.json").write_text(json.dumps([{"command": [], "settings": start} for start in starts]))
+    for step, trained, deployed, loss in ((1, 30, 20, 0.1), (2, 25, 22, 0.3), (3, 20, 21, 0.2)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        setup = "a" if step > 1 else "another"  # of scores: the held-out loss has nothing to do with it
+        video = {"step": step, "number": 1, "video": "v", "setup": setup, "held_out_loss": loss}
+        append_row(tmp_path / "logs/scores.csv", {**video, "psnr_hole": trained})
+        append_row(tmp_path / "logs/scores-as-deployed.csv", {**video, "psnr_hole": deployed})
+
+    def best(*flags):
+        rank_checkpoints([str(tmp_path), *flags])
+        title, first, *_ = capsys.readouterr().out.splitlines()
+        return first.split()[0], "as deployed" in title
+
+    assert best() == ("checkpoint-2", True) and best("--by=held_out_loss") == ("checkpoint-1", False)
+
+
+def test_only_finite_values_of_all_videos_are_ranked(tmp_path, capsys):
+    """A frame that is filled to the bit has no finite PSNR; a mean with it, or over fewer videos, is none."""
+    (tmp_path / "config.json").write_text(json.dumps([{"command": [], "settings": {"logging_dir": "logs"}}]))
+    values = {1: [40], 2: [20, "inf"], 3: [22, 23], 4: [24, 25], 5: [23, 24]}
+    for step, scores in values.items():
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for i, value in enumerate(scores):
+            append_row(tmp_path / "logs/scores.csv", {"step": step, "number": i, "video": "same", "psnr_hole": value})
+    rank_checkpoints([str(tmp_path), "--by=psnr_hole"])
+    _, *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["checkpoint-4", "checkpoint-5", "checkpoint-3"]
+    assert last == f"{LEFT}checkpoint-1, checkpoint-2"
+
+
 def test_scores_of_other_holes_are_not_ranked(validated, tmp_path, capsys):  # noqa: F811
     """A run that went on with another --mask_span: its earlier scores are named, and in no mean."""
     run = tmp_path / "run"
