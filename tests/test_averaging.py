@@ -15,7 +15,8 @@ import libs.training.checks
 import save_checkpoint_stage1
 from common.distributed import check_distributed
 from common.errors import InputError
-from common.run_files import read_rows
+from common.run_files import append_row, read_rows
+from libs.checkpoints.average import held_out_losses
 from libs.checkpoints.convert import convert, main
 from libs.training.checks import check_disk_space, check_memory
 from libs.training.config import parse_args
@@ -110,6 +111,15 @@ def test_checkpoints_that_make_no_mean(train, tmp_path, capsys):
     for name in ("model", "model_1"):
         save_file({"conv_in.weight": torch.zeros(1)}, run / f"checkpoint-1/{name}.safetensors")
     refused(r"checkpoint-1 was written by the original DiffuEraser scripts: convert one of them alone")
+
+
+def test_held_out_losses_are_those_of_the_newest_start(tmp_path):
+    """Which may have another folder of logs."""
+    starts = [{"command": [], "settings": {"logging_dir": name}} for name in ("old", "new")]
+    (tmp_path / "config.json").write_text(json.dumps(starts))
+    for name, loss in (("old", 0.5), ("new", 0.25)):
+        append_row(tmp_path / name / "held_out.csv", {"step": 1, "held_out_loss": loss})
+    assert held_out_losses(tmp_path) == {1: 0.25}
 
 
 def test_an_average_by_hand(tmp_path):

@@ -46,6 +46,8 @@ def test_both_stages(train, tmp_path, weights):
     for key, value in after.items():
         if "motion_modules" in key:
             assert torch.equal(value, before[key]) == key.endswith("pos_embed.pe"), key
+    with pytest.raises(InputError, match="c1 is also read from"):  # stage 1 would be gone, which other runs start from
+        convert(2, tmp_path / "s2", tmp_path / "c1", tmp_path / "c1")
     adapter = diffusers.MotionAdapter.from_pretrained(tmp_path / "c2/motion_adapter").state_dict()
     modules = {key: value for key, value in motion.state_dict().items() if "motion_modules" in key}
     assert adapter.keys() == modules.keys() and all(torch.equal(adapter[key], modules[key]) for key in adapter)
