@@ -283,7 +283,8 @@ def test_other_annotated_videos_on_resuming_anyway(monkeypatch, changes, anew):
 
 def test_a_setting_that_is_newer_than_the_checkpoint():
     saved, now = described(), described()
-    del saved.settings["compile"], saved.settings["probe_clips"]
+    for name in ("compile", "probe_clips", "bf16_weights", "hole_videos"):
+        del saved.settings[name]
     assert go_on_from("checkpoint-1", saved, now, resume_policy(), resume_anyway=False)[1] == []
     assert set(BATCH_SETTINGS) <= set(saved.settings) and isinstance(saved, TrainerState)
 
