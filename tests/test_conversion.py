@@ -1,9 +1,11 @@
 """Converters: bits, classes, configs, refusals, and checkpoints of the original scripts."""
 
+import hashlib
 import json
 import os
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -199,6 +201,74 @@ def test_checkpoints_of_the_original_scripts(published_layout, tmp_path, stage, 
     assert not (tmp_path / "wrong").exists() and not (tmp_path / "cut").exists()
 
 
+def test_heads_and_groups_leave_no_trace_in_shapes(tmp_path):
+    """They come from the first config of the original checkpoint's sizes, or are SD1.5's and AnimateDiff's."""
+    unet = {
+        "down_blocks.0.resnets.0.conv1.weight": torch.zeros(4, 4),
+        "down_blocks.1.resnets.0.conv1.weight": torch.zeros(8, 4),
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4, 6),
+        "down_blocks.0.motion_modules.0.pos_embed.pe": torch.zeros(1, 24, 4),
+    }
+    for name, tensors in (("model", unet), ("model_1", {"conv_in.bias": torch.zeros(4)})):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    sizes = {"block_out_channels": [4, 8], "cross_attention_dim": 6}
+    heads = {"norm_num_groups": 2, "num_attention_heads": 3, "motion_num_attention_heads": 5}
+    for name, config in (("own", sizes | heads), ("others", sizes | heads | {"cross_attention_dim": 7}),
+                         ("stage1", sizes | {"norm_num_groups": 4, "attention_head_dim": 2})):  # fmt: skip
+        (tmp_path / name / "unet_main").mkdir(parents=True)
+        (tmp_path / name / "unet_main/config.json").write_text(json.dumps(config))
+
+    def found(*folders):
+        folders = [folder and tmp_path / folder for folder in folders]
+        parts = libs.checkpoints.convert.original_parts(2, tmp_path, folders)
+        unet, brushnet = (parts[name][1] for name in ("unet_main", "brushnet"))
+        assert unet["motion_max_seq_length"] == 24 and sizes == {name: unet[name] for name in sizes} == {
+            name: brushnet[name] for name in sizes
+        }
+        assert brushnet["attention_head_dim"] == unet["num_attention_heads"]
+        return tuple(unet[name] for name in heads)
+
+    assert found(None, None) == found("others") == (32, 8, 8)
+    assert found(None, "own") == found("others", "own") == found("own", "stage1") == (2, 3, 5)
+    assert found("stage1", None) == (4, 2, 2)
+
+
+class OneLayer(torch.nn.Linear):
+    """What writing a folder takes of a model."""
+
+    @classmethod
+    def on_meta(cls, config):
+        return cls(2, 1, device="meta")
+
+    def save_config(self, folder):
+        Path(folder, "config.json").write_text("{}")
+
+
+def test_folders_are_fp32_with_their_checksum(tmp_path):
+    """Of weights in any type; a conversion that was killed is no obstacle."""
+    tensors = {"weight": torch.rand(1, 2).bfloat16(), "bias": torch.rand(1).bfloat16()}
+    (tmp_path / "out/conversion.partial/unet_main").mkdir(parents=True)
+    parts = {"unet_main": (OneLayer, {}, tensors.items())}
+    libs.checkpoints.convert.write_folders(parts, ["unet_main"], tmp_path / "out", {"step": 7})
+    file = tmp_path / "out/unet_main" / WEIGHTS
+    written = load_file(file)
+    assert all(written[name].dtype == torch.float32 and torch.equal(written[name], tensors[name]) for name in tensors)
+    marker = json.loads((tmp_path / "out/unet_main/conversion.json").read_text())
+    assert marker == {"step": 7, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["unet_main"]
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_conversion_that_fails_leaves_the_output_folder(tmp_path, existing):
+    """Where there was one; it has made none."""
+    if existing:
+        (tmp_path / "out").mkdir()
+    parts = {"unet_main": (OneLayer, {}, [("weight", torch.zeros(1, 2))])}
+    with pytest.raises(InputError, match="unet_main lacks bias"):
+        libs.checkpoints.convert.write_folders(parts, ["unet_main"], tmp_path / "out", {})
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "out"] if existing else [])
+
+
 def test_refusals_leave_everything_as_it_was(train, tmp_path, weights):
     train(1, output_dir=tmp_path / "s1", max_train_steps=1)
     checkpoint = tmp_path / "s1" / "checkpoint-1"
@@ -242,16 +312,20 @@ def test_nobodys_files_are_replaced(train, tmp_path, capsys):
 
 
 def test_stage_2_wants_the_stage_1_it_was_trained_on(train, tmp_path, weights):
-    train(2, output_dir=tmp_path / "s2", max_train_steps=1)
+    """Of several files in one folder, that of the run's --variant."""
     other = tmp_path / "other"
     shutil.copytree(weights / "diffuEraser", other)
+    for name in ("unet_main", "brushnet"):
+        shutil.copy(other / name / WEIGHTS, other / name / WEIGHTS.replace(".", ".fp16.", 1))
     path = other / "brushnet" / WEIGHTS
     tensors = load_file(path)
     tensors["conv_in_condition.bias"] += 1
     save_file(tensors, path)
+    train(2, output_dir=tmp_path / "s2", max_train_steps=1, pretrained_stage1=other, variant="fp16")
     with pytest.raises(InputError, match="is not what the checkpoint was trained on"):
         convert(2, tmp_path / "s2", tmp_path / "out", pretrained_stage1=other)
-    convert(2, tmp_path / "s2", tmp_path / "out", pretrained_stage1=weights / "diffuEraser")
+    convert(2, tmp_path / "s2", tmp_path / "out", pretrained_stage1=other, variant="fp16")
+    assert equal_files(tmp_path / "out/brushnet" / WEIGHTS, weights / "diffuEraser/brushnet" / WEIGHTS)
 
 
 def test_converting_twice_replaces_the_first(train, tmp_path):
