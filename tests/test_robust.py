@@ -126,6 +126,23 @@ def test_a_job_s_signals_at_a_loader_worker(tmp_path):
     assert worker.exitcode == -signal.SIGTERM and Path(tmp_path, "alive").exists()
 
 
+def test_processes_stop_together(tmp_path, monkeypatch):
+    """At steps that are logged, where all of them ask; one that has had no signal says that another has."""
+    others, asked, config = 0, [], SimpleNamespace(logging_steps=10)
+    monkeypatch.setattr(libs.training.loop, "sum_over_processes", lambda _, own: asked.append(own) or own + others)
+    stop = StopRequest(tmp_path)
+
+    def must_stop(step):
+        return libs.training.loop.must_stop(config, SimpleNamespace(num_processes=2), step, stop)
+
+    assert not must_stop(10) and asked == [False]
+    others = 1
+    assert not must_stop(11) and len(asked) == 1  # else this process would wait for one that does not ask
+    assert must_stop(20) and stop.signal == "a signal to another process"
+    stop.received = "SIGTERM"
+    assert must_stop(30) and stop.signal == "SIGTERM"
+
+
 def test_storage_that_stumbles_does_not_end_a_run(tmp_path, monkeypatch):
     with StopRequest(tmp_path) as stop:
         monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")))
