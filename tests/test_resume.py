@@ -121,8 +121,10 @@ def test_rates_and_accumulation_start_anew_on_resuming(tmp_path, monkeypatch):
 
 
 def test_limit_latest_and_incomplete_checkpoints(train, tmp_path, capsys):
+    """The first and the last step are logged whatever --logging_steps; a run that has ended is converted again."""
     run = tmp_path / "run"
-    train(1, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
+    train(1, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2, logging_steps=3)
+    assert sorted(losses(capsys.readouterr().out)) == [1, 3, 4]
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     (run / "checkpoint-4" / "trainer_state.json").unlink()
     (run / "checkpoint-9").mkdir()
@@ -134,6 +136,9 @@ def test_limit_latest_and_incomplete_checkpoints(train, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "checkpoint-4 has no trainer_state.json" in output and "resumed from" in output
     assert sorted(losses(output)) == [4, 5]
+    shutil.rmtree(run / "unet_main")
+    train(1, max_train_steps=5, resume_from_checkpoint="latest")
+    assert final(run).is_file()
 
 
 def test_a_checkpoint_cut_short_is_passed_over(train, tmp_path, capsys):

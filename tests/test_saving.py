@@ -250,7 +250,7 @@ def test_validation_goes_on_while_a_checkpoint_is_flushed(train, tmp_path, monke
 
 
 def test_a_run_that_is_stopped_waits_for_its_checkpoint(train, tmp_path, capsys, monkeypatch):
-    """It says that it can be resumed when it can; its error is the run's."""
+    """It says that it can be resumed when it can; its error is the run's. One that is in its last step just ends."""
     loss = libs.training.loss.denoising_loss
 
     def interrupted(*args):
@@ -261,6 +261,9 @@ def test_a_run_that_is_stopped_waits_for_its_checkpoint(train, tmp_path, capsys,
     train(1)
     output = capsys.readouterr().out
     assert 0 < output.find(f"saved {tmp_path}/run/checkpoint-1 in ") < output.find("stopped by SIGTERM at step 1")
+    train(1, resume_from_checkpoint="latest")
+    output = capsys.readouterr().out
+    assert "done at step 2" in output and "stopped by" not in output
     monkeypatch.setattr(checkpoint, "flush", lambda path: os.open(tmp_path / "none", os.O_RDONLY))
     with pytest.raises(SystemExit):
         train(1, output_dir=tmp_path / "other")
