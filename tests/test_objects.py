@@ -214,13 +214,18 @@ def test_an_edge_is_as_soft_as_in_a_whole_frame(root, monkeypatch):
         assert np.abs(clip.conditioning_frames.astype(int) - whole.conditioning_frames).max() <= 1
 
 
+def one_object(folder, mask, grey):
+    """Objects of a video of one frame, all of one grey, whose object is where the mask (h, w) uint8 is 255."""
+    write_frames(folder / "masks", np.repeat(mask[None, ..., None], 3, axis=3))
+    write_frames(folder / "frames", np.full((1, *mask.shape, 3), grey, np.uint8))
+    return Objects([AnnotatedVideo("a", folder / "masks", folder / "frames")])
+
+
 def test_a_thin_object_keeps_its_hole(tmp_path):
     """A pole of 8 pixels, of which holes that fall short of it by 4 or 5 would leave nothing."""
     mask = np.zeros((480, 854), np.uint8)
     mask[100:300, 400:408] = 255
-    write_frames(tmp_path / "masks", np.repeat(mask[None, ..., None], 3, axis=3))
-    write_frames(tmp_path / "frames", np.full((1, 480, 854, 3), 90, np.uint8))
-    pole = Objects([AnnotatedVideo("a", tmp_path / "masks", tmp_path / "frames")])
+    pole = one_object(tmp_path, mask, grey=90)
     clean = np.full((1, 512, 512, 3), 200, np.uint8)
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -244,9 +249,7 @@ def test_half_of_the_pasted_clips_have_a_shadow(tmp_path):
     """A white object on a paler ground: only a shadow makes anything darker."""
     mask = np.zeros((64, 64), np.uint8)
     mask[20:40, 20:40] = 255
-    write_frames(tmp_path / "masks", np.repeat(mask[None, ..., None], 3, axis=3))
-    write_frames(tmp_path / "frames", np.full((1, 64, 64, 3), 255, np.uint8))
-    lender = Objects([AnnotatedVideo("a", tmp_path / "masks", tmp_path / "frames")])
+    lender = one_object(tmp_path, mask, grey=255)
     ground, shadows = np.full((1, 64, 64, 3), 200, np.uint8), 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
