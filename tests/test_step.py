@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler
 
 import libs.training.cuda_graph
 import libs.training.loss
+import libs.training.optimizer
 import libs.training.setup
 from common.errors import InputError
 from dataset.finetune_dataset import to_tensors
@@ -24,7 +25,7 @@ from libs.inpainter import ClipInpainter, FrameInpainter, train_motion_modules_o
 from libs.training.config import parse_args
 from libs.training.cuda_graph import Captured, GraphedForwardBackward
 from libs.training.loss import Draws, EncodedBatch, ForwardBackward, denoising_loss, inpainting_loss
-from libs.training.optimizer import bf16_adam, eight_bit_adam, make_optimizer, round_stochastically
+from libs.training.optimizer import PIECE, bf16_adam, eight_bit_adam, make_optimizer, pieces, round_stochastically
 from libs.unet_2d_condition import UNet2DConditionModel
 from libs.unet_motion_model import MotionAdapter, UNetMotionModel
 from libs.vae import FrozenVAE
@@ -201,8 +202,9 @@ def test_stochastic_rounding_keeps_the_mean():
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100,)], ids=["moments of 8 bits", "of 32"])
-def test_bf16_weights_follow_fp32_ones(shape):
+def test_bf16_weights_follow_fp32_ones(shape, monkeypatch):
     """200 steps of a thousandth of a bf16 weight's last place: rounding to the nearest would stay where it began."""
+    monkeypatch.setattr(libs.training.optimizer, "PIECE", 1)  # two weights are two pieces
     settings = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.0, "adam_epsilon": 1e-8}
     flags = argparse.Namespace(**settings, use_8bit_adam=True)
     results = {}
@@ -221,6 +223,39 @@ def test_bf16_weights_follow_fp32_ones(shape):
         expected = results[torch.float32][0].mean().item()
         assert expected == pytest.approx(1 - 0.2 * 2**-7, abs=1e-5)
         assert weights[0].float().mean().item() == pytest.approx(expected, abs=4 * 0.7 * 2**-8 / 64)
+        assert weights[0].min() > 1 - 8 * 2**-8  # they are not the same ones' chances in every step
+
+
+@pytest.mark.parametrize("values", [1 << 24, 4200, 1], ids=["one piece", "two pieces", "a piece each"])
+def test_bf16_weights_are_updated_each_by_its_gradients(values, monkeypatch):
+    """Two steps as large as the weights take every weight to where fp32 ones come, rounded twice."""
+    monkeypatch.setattr(libs.training.optimizer, "PIECE", values)
+    settings = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.1, "adam_epsilon": 1e-8}
+    flags = argparse.Namespace(**settings, use_8bit_adam=True)
+    shapes = [(5,), (64, 64), (3, 10, 2), (4, 8, 16, 16)]
+    torch.manual_seed(0)
+    start, *gradients = ([torch.randn(shape).bfloat16().float() for shape in shapes] for _ in range(3))
+    start.append(torch.ones(3))  # its weight has no gradient
+    results = []
+    for flags.bf16_weights, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        weights = [torch.nn.Parameter(tensor.to(dtype, copy=True)) for tensor in start]
+        weights[1].data = weights[1].data.T.contiguous().T
+        weights[3].data = weights[3].data.to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(flags, weights, 1.0, torch.device("cpu"))
+        for step_gradients in gradients:
+            for weight, gradient in zip(weights, step_gradients, strict=False):
+                weight.grad = gradient.to(dtype)
+            optimizer.step()
+        results.append([weight.detach().float() for weight in weights])
+    assert optimizer.param_groups[0]["params"] == weights and optimizer.state.keys() == set(weights[:-1])
+    for exact, rounded in zip(*results, strict=True):
+        assert ((rounded - exact).abs() <= 2 * 2**-7 * exact.abs().clamp(min=2)).all()
+
+
+def test_bf16_weights_take_little_memory_in_fp32():
+    weights = [torch.zeros(size) for size in (PIECE // 2, PIECE // 2, 1, PIECE + 1, 2, 3)]
+    assert [list(map(len, piece)) for piece in pieces(weights)] == [[PIECE // 2] * 2, [1], [PIECE + 1], [2, 3]]
+    assert list(pieces([])) == []
 
 
 def test_without_an_eight_bit_optimizer(monkeypatch):

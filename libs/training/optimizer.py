@@ -7,6 +7,8 @@ import torch
 
 from common.errors import InputError
 
+PIECE = 1 << 24  # bf16 weights that are updated in fp32 at once
+
 
 def make_optimizer(config, parameters, learning_rate, device):
     """AdamW as the settings say. Raises InputError where its library is not installed."""
@@ -63,7 +65,8 @@ def bf16_adam():
 
     A weight is updated in fp32 and rounded up or down by chance, so that steps below half of a bf16 weight's last place
     are not lost (arXiv:2010.06192). The chances follow from the step and the weight's place: every process rounds
-    alike, and a resumed run as one that went on, where GPUs are of one model.
+    alike, and a resumed run as one that went on, where GPUs are of one model. Weights go through fp32 many at a
+    time, as stage 1's 1,424, one after the other, would keep the host busy for longer than the GPU.
     """
     if not importlib.util.find_spec("bitsandbytes"):
         raise InputError("--bf16_weights needs bitsandbytes: pip install bitsandbytes, or drop the flag (LOW_MEMORY=1)")
@@ -72,16 +75,48 @@ def bf16_adam():
         generator = None
 
         @torch.no_grad()
-        def update_step(self, group, p, gindex, pindex):
-            exact = torch.nn.Parameter(p.float())
-            exact.grad, self.state[exact] = p.grad.float(), self.state[p]
-            super().update_step(group, exact, gindex, pindex)
-            step = self.state.pop(exact)["step"]
-            self.generator = self.generator or torch.Generator(p.device)
-            self.generator.manual_seed(step * len(group["params"]) + pindex)  # a CPU's takes 32 bits of it
-            p.copy_(round_stochastically(exact, self.generator))
+        def step(self, closure=None):
+            (group,) = self.param_groups
+            weights = group["params"]
+            for number, piece in enumerate(pieces([weight for weight in weights if weight.grad is not None])):
+                values = flatten(piece).float()
+                group["params"] = exact = [torch.nn.Parameter(value) for value in views(values, piece)]
+                gradients = views(flatten([weight.grad for weight in piece]).float(), piece)
+                for weight, one, gradient in zip(piece, exact, gradients, strict=True):
+                    one.grad, self.state[one] = gradient, self.state.pop(weight, {})
+                super().step()
+                for weight, one in zip(piece, exact, strict=True):
+                    self.state[weight] = self.state.pop(one)
+                self.generator = self.generator or torch.Generator(values.device)
+                # A CPU's takes 32 bits of it.
+                self.generator.manual_seed(self.state[piece[0]]["step"] * len(weights) + number)
+                torch._foreach_copy_(piece, views(round_stochastically(values, self.generator), piece))
+            group["params"] = weights
 
     return BF16AdamW
+
+
+def pieces(weights):
+    """The list in lists, each of PIECE values at most or of one weight."""
+    piece, values = [], 0
+    for weight in weights:
+        if piece and values + weight.numel() > PIECE:
+            yield piece
+            piece, values = [], 0
+        piece.append(weight)
+        values += weight.numel()
+    if piece:
+        yield piece
+
+
+def flatten(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def views(flat, tensors):
+    """Parts of a flat tensor, one after the other, in these tensors' shapes."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def round_stochastically(values, generator):
@@ -90,7 +125,7 @@ def round_stochastically(values, generator):
     # carries over as often as that is large.
     bits = values.view(torch.int32)
     bits = bits + torch.empty_like(bits).random_(1 << 16, generator=generator)
-    return bits.view(torch.bfloat16)[..., 1::2]
+    return bits.view(torch.bfloat16)[..., 1::2].contiguous()
 
 
 def match_layout(optimizer):
