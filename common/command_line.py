@@ -1,7 +1,8 @@
-"""Command lines: errors of one line, defaults in --help, checks of numbers, and flags from a dataclass's fields."""
+"""Command lines: errors of one line, defaults in --help, checks of numbers, flags from a dataclass, variables."""
 
 import argparse
 import ast
+import os
 import re
 import sys
 from dataclasses import MISSING, fields
@@ -105,6 +106,11 @@ def check_settings(config):
         if needed:
             wrong.append(f"--{field.name}={value}: {needed}{optional}")
     require(not wrong, "; ".join(wrong))
+
+
+def variable(name, default=None):
+    """An environment variable; one that is empty counts as one that is not set."""
+    return os.environ.get(name) or default
 
 
 def needs(words, holds):

@@ -30,7 +30,7 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from common.command_line import Parser, require
+from common.command_line import Parser, require, variable
 from common.errors import InputError, first_line, one_line_errors
 from common.files import written_whole
 from common.hardware import compiling_lacks, gpu_is_used
@@ -96,11 +96,6 @@ def main(argv=None):
         words = f"stage {stage} failed with status {status}; the end of {log.path}:"
         print(words, *log.end(), sep="\n", file=sys.stderr)
     raise SystemExit(status)
-
-
-def variable(name, default=None):
-    """An environment variable; one that is empty counts as one that is not set."""
-    return os.environ.get(name) or default
 
 
 def check_variables():

@@ -20,6 +20,7 @@ from common.errors import InputError
 from dataset.images import read_mask
 from libs.checkpoints.convert import convert
 from libs.comparison import methods
+from libs.inference.load import PCM_FILE, check_inference_flags
 
 
 @pytest.fixture
@@ -174,6 +175,16 @@ def test_weights_lie_where_the_variable_says(monkeypatch):
     args = run_diffueraser.build_parser().parse_args(["--video=v", "--mask=m", "--output_dir=o"])
     assert args.base_model_name_or_path == "/elsewhere/stable-diffusion-v1-5"
     assert args.vae_path == "/elsewhere/sd-vae-ft-mse"
+
+
+def test_empty_variables_count_as_not_set(monkeypatch):
+    """As under the shell scripts: `PCM_WEIGHTS= python run_diffueraser.py --as_deployed` takes the default file."""
+    monkeypatch.setenv("WEIGHTS", "")
+    monkeypatch.setenv("PCM_WEIGHTS", "")
+    args = run_diffueraser.build_parser().parse_args(["--video=v", "--mask=m", "--output_dir=o", "--as_deployed"])
+    assert args.vae_path == "weights/sd-vae-ft-mse"
+    with pytest.raises(InputError, match=f"^weights/{PCM_FILE} is missing"):
+        check_inference_flags(args)
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 share."""
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 
-from common.command_line import at_least, require
+from common.command_line import at_least, require, variable
 from common.distributed import DTYPES
 from common.errors import InputError
 from common.hardware import accelerator_or_cpu
@@ -39,12 +38,12 @@ def add_inference_flags(parser):
     add = parser.add_argument_group("models").add_argument
     add("--weights", default="converted_weights/finetuned-stage2", metavar="DIR",
         help="converted folder of stage 1 or 2: unet_main/ and brushnet/ (default: %(default)s)")  # fmt: skip
-    folder = os.environ.get("WEIGHTS", "weights")  # as the shell scripts have it
+    folder = variable("WEIGHTS", "weights")  # as the shell scripts have it
     add("--base_model_name_or_path", default=f"{folder}/stable-diffusion-v1-5", metavar="DIR",
         help="tokenizer, text_encoder and scheduler are taken from it (default: %(default)s)")  # fmt: skip
     add("--vae_path", default=f"{folder}/sd-vae-ft-mse", metavar="DIR",
         help="VAE folder, or one with vae/ in it (default: %(default)s)")  # fmt: skip
-    add("--pcm_weights", default=os.environ.get("PCM_WEIGHTS"), metavar="FILE",
+    add("--pcm_weights", default=variable("PCM_WEIGHTS"), metavar="FILE",
         help="PCM's few-step weights, folded into the UNet: 2 to 16 steps instead of 20 or 50 (default: the variable "
         f"PCM_WEIGHTS; as deployed {folder}/{PCM_FILE})")  # fmt: skip
     add("--tokenizer_name", metavar="DIR", help="another tokenizer folder than the base model's")
@@ -89,7 +88,7 @@ def check_inference_flags(args):
         if getattr(args, flag, defaults) is None:
             setattr(args, flag, defaults[args.as_deployed])
     if args.as_deployed and args.pcm_weights is None:
-        args.pcm_weights = str(Path(os.environ.get("WEIGHTS", "weights"), PCM_FILE))
+        args.pcm_weights = str(Path(variable("WEIGHTS", "weights"), PCM_FILE))
     at_least(1, args, "nframes", "num_inference_steps")
     at_least(0, args, "overlap", "seed")
     require(args.blend != "latents" or args.pcm_weights, "--blend=latents needs few-step weights, as UniPC remembers a "
