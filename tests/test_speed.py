@@ -143,6 +143,13 @@ def test_the_cache_is_bounded(tmp_path, frames, caplog):
     assert [key is None for key in cache.read(frames)[1]] == [True, True, False]
 
 
+def test_the_cache_may_have_no_bound(tmp_path, frames):
+    cache = LatentCache(tmp_path / "cache", "vae", (8, 2, 2), torch.float32, float("inf"), num_processes=2)
+    cache.add(cache.read(frames)[1], torch.randn(3, 8, 2, 2))
+    cache.close()
+    assert not any(cache.read(frames)[1])
+
+
 def test_the_bound_is_in_bytes(tmp_path, frames):
     """Frames of another resolution and what is half-written count at their size; nothing is deleted but what a killed
     run has left half-written."""

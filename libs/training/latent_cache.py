@@ -45,7 +45,7 @@ class LatentCache:
         self.meaning = f"{vae} {self.shape} {dtype}"  # the shape tells that of the crop, which is the centre's
         self.bytes_per_frame = torch.Size(shape).numel() * dtype.itemsize
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.room = max(0, int(limit_gb * 1e9) - self.measure()) // num_processes  # bytes
+        self.room = max(0, limit_gb * 1e9 - self.measure()) / num_processes  # bytes
         self.writer, self.stream, self.said = None, None, False
         self.places = threading.BoundedSemaphore(MAX_WAITING)
 
