@@ -247,6 +247,7 @@ CASES = {
     "bf16_weights_in_fp32": (1, None, {**BF16, "mixed_precision": "no"},
                              "--bf16_weights needs --mixed_precision=bf16, not no"),
     "bf16_weights_averaged": (1, None, {**BF16, "ema_decay": 0.99}, "--ema_decay does not go with --bf16_weights"),
+    "known_frame_alone": (1, None, {"known_frames": 0.5, "nframes": 1}, "--known_frames=0.5: of --nframes=1 none"),
     "cuda_graph_without_gpu": (1, None, {"cuda_graph": True}, "--cuda_graph needs a GPU, and none was found"),
     "latent_cache_is_a_file": (
         1, lambda c: (c.folder / "cache").write_text(""), lambda c: {"latent_cache": c.folder / "cache"},
