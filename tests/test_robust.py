@@ -101,9 +101,11 @@ def test_a_signal_beside_the_stop_file_is_no_second_one(tmp_path):
         assert stop.signal == "SIGUSR1"
 
 
-def test_only_the_first_process_removes_the_stop_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("rank", "local_rank"), [(1, 1), (8, 0)])  # (8, 0): the first of the second machine
+def test_only_the_first_process_removes_the_stop_file(tmp_path, monkeypatch, rank, local_rank):
     """Another one that starts or ends a little later would take a request away."""
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     Path(tmp_path, "stop").write_text("SIGTERM\n")
     with StopRequest(tmp_path) as stop:
         assert stop.signal == "SIGTERM"

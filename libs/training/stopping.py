@@ -34,7 +34,7 @@ class StopRequest:
         self.remove_file()
 
     def remove_file(self):
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0:  # the machines of a run share its folder
             self.file.unlink(missing_ok=True)
 
     @property
