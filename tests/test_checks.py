@@ -50,9 +50,10 @@ def test_check_only(train, tmp_path, capsys):
     table = capsys.readouterr().out
     assert stop.value.code == 1 and table.count("FAILED") == 2
     with pytest.raises(SystemExit) as stop:
-        train(1, check_only=True, output_dir="/proc/run")
+        train(1, check_only=True, output_dir="/proc/run", scan_data=True)
     table = capsys.readouterr().out
     assert stop.value.code == 1 and "/proc/run cannot be written to" in table
+    assert "training data  FAILED  /proc/run/" in table and "memory         ok" in table
     assert not list(Path(tmp_path, "run").glob("checkpoint-*"))
 
 

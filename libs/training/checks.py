@@ -11,7 +11,7 @@ from accelerate.tracking import LoggerType, get_available_trackers
 
 from common.command_line import require
 from common.distributed import check_distributed, count_processes, count_processes_here, distributed_type
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.files import check_writable
 from common.hardware import compiling_lacks, gpu_is_used
 from common.run_files import CONFIG_FILE, RUN_FILES, read_starts
@@ -60,10 +60,10 @@ class Checks:
         """Run a check that returns (result, words): the result, None where it failed."""
         try:
             result, found = function(*args)
-        except InputError as error:
+        except (InputError, OSError) as error:  # OSError: what no check foresaw
             if not self.keep_going:
                 raise
-            self.rows.append((name, "FAILED", str(error)))
+            self.rows.append((name, "FAILED", one_line(error)))
             return None
         self.rows.append((name, "ok", found))
         return result
