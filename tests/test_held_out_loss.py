@@ -25,7 +25,7 @@ def make_held_out(videos, tmp_path, monkeypatch):
     data = SimpleNamespace(davis_root=videos / "DAVIS", ytvos_root="", nframes=3, frame_stride=2, resolution=16)
     base = LoadedBase(FrozenVAE(KnownPosterior(), 3), DDPMScheduler(), torch.randn(2, 7, 16), torch.device("cpu"))
     accelerator = SimpleNamespace(
-        num_processes=1, process_index=0, is_main_process=True, device=base.device, log=lambda values, step: None
+        num_processes=1, process_index=0, is_main_process=True, device=base.device, trackers=[]
     )
 
     def make(validation_steps):

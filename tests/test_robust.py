@@ -372,6 +372,7 @@ def quota():
     limit(None)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
 @pytest.mark.parametrize("size", [0, 20_000, 4_000_000], ids=["at_once", "small_files_only", "within_the_weights"])
 def test_a_full_disk(train, tmp_path, capsys, monkeypatch, quota, size):
     """A checkpoint that cannot be written is said and tried again; at the end it is an error; earlier ones stay."""
@@ -385,12 +386,13 @@ def test_a_full_disk(train, tmp_path, capsys, monkeypatch, quota, size):
 
     monkeypatch.setattr(libs.training.loss, "denoising_loss", fill_disk)
     with pytest.raises(SystemExit) as stop:
-        train(1, max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest")
+        train(1, max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest", report_to="tensorboard")
     quota(None)
     captured = capsys.readouterr()
     assert stop.value.code == 1
     assert "checkpoint of step 2 could not be written (" in captured.out and steps_of(captured.out)[-1] == 3
     assert captured.err.startswith("error: checkpoint of step 3 could not be written") and captured.err.count("\n") == 1
+    assert captured.out.count("tensorboard gets no more values in this start, training goes on: ") == (size == 0)
     assert {path: path.read_bytes() for path in before} == before
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1"]
     monkeypatch.undo()

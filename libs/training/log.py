@@ -122,3 +122,14 @@ def start_trackers(accelerator, config):
             f"--report_to={config.report_to} did not start ({first_line(error)}): log in, or use "
             "--report_to=tensorboard"
         ) from None
+
+
+def log_scalars(accelerator, values, step):
+    """{name: number} for the trackers. One that fails costs its curves, not the run: TensorBoard's writer ends with its
+    first error, such as of a full disk, and raises that ever after."""
+    for tracker in list(accelerator.trackers):
+        try:
+            tracker.log(values, step=step)
+        except Exception as error:  # those of trackers have no class in common
+            accelerator.trackers.remove(tracker)
+            log.error("%s gets no more values in this start, training goes on: %s", tracker.name, first_line(error))
