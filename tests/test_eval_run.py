@@ -101,6 +101,7 @@ def test_run_of_stage_1_in_odd_sizes(train, models, clip, tmp_path, capsys):
         ({"overlap": 40}, "--overlap=40"),
         ({"nframes": 0}, "--nframes=0: 1 or more"),
         ({"num_inference_steps": -3}, "--num_inference_steps=-3: 1 or more"),
+        ({"num_inference_steps": 1000}, "--num_inference_steps=1000: 999 at most"),
         ({"resolution": -5}, "--resolution=-5: 8 or more"),
         ({"fps": -1}, "--fps=-1.0: a positive number"),
         ({"fps": "nan"}, "--fps=nan: a positive number"),

@@ -121,6 +121,9 @@ def load_pipeline(args, weights):
     few_step = FewStepWeights(args.pcm_weights, args.num_inference_steps) if args.pcm_weights else None
     if few_step:
         few_step.match(read_shapes(unet.files))
+    most = base.noise_scheduler.config.num_train_timesteps - 1  # beyond, UniPC's result is no number
+    require(few_step or (args.num_inference_steps or 1) <= most,
+            f"--num_inference_steps={args.num_inference_steps}: {most} at most were needed")  # fmt: skip
     nframes, overlap = window_sizes(args, inpainter, unet)
 
     device, dtype = choose_device(args)
