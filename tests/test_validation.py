@@ -9,6 +9,7 @@ import signal
 import sys
 import types
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import cv2
@@ -93,19 +94,20 @@ def test_held_out_loss_scores_and_pictures(validated, tmp_path, capsys):
 
 
 def test_a_failed_validation_costs_nothing_else(validated, train, tmp_path, capsys, monkeypatch):
-    """Out of memory while sampling, then while measuring: a line each, and the weights of a run without validation."""
+    """Out of memory while sampling, then, the machine's, while measuring: a line each, and the weights of a run without
+    validation."""
     train(1, output_dir=tmp_path / "plain")
     capsys.readouterr()
 
-    def fail(*args, **kwargs):
-        raise RuntimeError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+    def fail(*args, error=RuntimeError, **kwargs):
+        raise error("CUDA out of memory.\nTried to allocate 2.00 GiB")
 
     monkeypatch.setattr(Pipeline, "fill", fail)
     validated()
     output = capsys.readouterr().out
     assert output.count("validation at step 1 failed, training goes on: CUDA out of memory.") == 2
     assert "0 videos in" in output and "without buoy, lantern" in output and "of its start" in output
-    monkeypatch.setattr(libs.training.held_out_loss, "predict", fail)
+    monkeypatch.setattr(libs.training.held_out_loss, "predict", partial(fail, error=MemoryError))
     validated(output_dir=tmp_path / "again")
     assert "of its start" not in capsys.readouterr().out
     for name in ("run", "again"):

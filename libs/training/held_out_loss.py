@@ -21,8 +21,8 @@ from libs.training.log import log, log_scalars
 from libs.training.loss import encode_batch, predict, weighted_mse
 
 FIXED_EPOCH = 2**31  # an epoch that no run reaches: the fixed clips' crops and masks are not trained on
-# What may go wrong: CUDA's out of memory is a RuntimeError, an InputError a ValueError.
-FAILURES = (RuntimeError, OSError, ValueError, cv2.error)
+# What may go wrong: CUDA's out of memory is a RuntimeError, the machine's a MemoryError, an InputError a ValueError.
+FAILURES = (RuntimeError, MemoryError, OSError, ValueError, cv2.error)
 
 
 class HeldOutLoss:
