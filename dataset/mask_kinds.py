@@ -95,7 +95,7 @@ def draw_kind(rng, kind, length, height, width, leaves=False, span=None):
 
     Args:
         kind: one of KINDS except "object", which needs annotations.
-        leaves: the hole may touch the frame's border and be up to half outside.
+        leaves: the hole, unless it is text, may touch the frame's border and be up to half outside.
         span: smallest and largest share of the frame's sides that its box takes; None: the kind's own.
     """
     masks = np.zeros((length, height, width), np.uint8)

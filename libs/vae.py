@@ -15,8 +15,8 @@ class FrozenVAE:
     A posterior is kept as the encoder gives it, (N, 2c, h, w): c means, then c log-variances.
 
     Args:
-        frames: of a clip. They are encoded together as far as memory allows, and apart from other clips', so that their
-            latents have the same bits however many clips a batch has.
+        frames: of a clip. How many are encoded at once follows from it and from memory, so that latents have the same
+            bits however many clips a batch has.
         cache: LatentCache for whole frames, or None.
     """
 
