@@ -17,8 +17,8 @@ MEDIAN_FRAMES = 100  # of a clip, spread over it, that a median is taken of: 123
 
 def read_prior(name, folder, paths, shape, size=None):
     """The video in `folder`, whose frames lie at `paths`, as another method filled it, scaled to `shape`, (h, w):
-    (f, h, w, 3) uint8; None where `name` is no folder. Raises InputError as `check_prior` does, and where a frame
-    cannot be read."""
+    (f, h, w, 3) uint8; None where `name` is one of ON_THE_SPOT. Raises InputError as `check_prior` does, and where a
+    frame cannot be read."""
     if name in ON_THE_SPOT:
         return None
     check_prior(name, folder, paths, size)
@@ -27,8 +27,8 @@ def read_prior(name, folder, paths, shape, size=None):
 
 
 def check_prior(name, folder, paths, size=None):
-    """Raises InputError where --prior is a folder, and not of as many frames of a video's size, or of `size`, a text
-    such as 432x240; `paths` may be the video's first frames, which will do then."""
+    """Raises InputError where --prior is a path, but no folder of as many frames of a video's size, or of `size`, a
+    text such as 432x240; `paths` may be the video's first frames, which will do then."""
     if name in ON_THE_SPOT:
         return
     prior = Path(name, folder.name)
