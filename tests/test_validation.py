@@ -11,6 +11,7 @@ import types
 import weakref
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -113,6 +114,15 @@ def test_a_failed_validation_costs_nothing_else(validated, train, tmp_path, caps
     for name in ("run", "again"):
         final = "unet_main/diffusion_pytorch_model.safetensors"
         assert equal_files(tmp_path / "plain" / final, tmp_path / name / final)
+
+
+def test_a_tracker_that_takes_no_pictures_costs_no_best_checkpoint(validated, tmp_path, capsys, monkeypatch):
+    """Its library's own class of errors, after the scores are known."""
+    fail = mock.Mock(side_effect=Exception("connection lost"))
+    monkeypatch.setattr(libs.training.validation, "show_in_trackers", fail)
+    validated(max_train_steps=1, best_by="psnr_hole", report_to="tensorboard")
+    assert "tensorboard gets no more values in this start, training goes on: connection lost" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/best_checkpoint.json").read_text())["step"] == 1
 
 
 def test_memory_is_given_back_after_what_did_not_fit(monkeypatch):

@@ -17,7 +17,7 @@ from common.errors import first_line
 from common.run_files import HELD_OUT_FILE, append_row
 from dataset.folders import scan_video
 from dataset.loader import TrainingClips
-from libs.training.log import log, log_scalars
+from libs.training.log import log, to_trackers
 from libs.training.loss import encode_batch, predict, weighted_mse
 
 FIXED_EPOCH = 2**31  # an epoch that no run reaches: the fixed clips' crops and masks are not trained on
@@ -62,7 +62,8 @@ class HeldOutLoss:
             share = f", {loss / state.probe_start:.3f} of its start" if state.probe_start else ""
             log.info("held-out loss %.4f at step %d%s%s", loss, step, share, hole_words(in_hole))
             scalars = {"held_out_loss": loss, "held_out_loss_hole": in_hole}
-            log_scalars(self.accelerator, {name: value for name, value in scalars.items() if value is not None}, step)
+            scalars = {name: value for name, value in scalars.items() if value is not None}
+            to_trackers(self.accelerator, lambda tracker: tracker.log(scalars, step=step))
         return loss, by_video
 
     @torch.compiler.set_stance("force_eager")  # used too rarely to compile variants of the models for it

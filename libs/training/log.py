@@ -118,12 +118,12 @@ def start_trackers(accelerator, config):
         ) from None
 
 
-def log_scalars(accelerator, values, step):
-    """{name: number} for the trackers. One that fails costs its curves, not the run: TensorBoard's writer ends with its
+def to_trackers(accelerator, send):
+    """Call `send` with every tracker. One that fails costs its curves, not the run: TensorBoard's writer ends with its
     first error, such as of a full disk, and raises that ever after."""
     for tracker in list(accelerator.trackers):
         try:
-            tracker.log(values, step=step)
+            send(tracker)
         except Exception as error:
             accelerator.trackers.remove(tracker)
             log.error("%s gets no more values in this start, training goes on: %s", tracker.name, first_line(error))

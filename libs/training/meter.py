@@ -11,7 +11,7 @@ import torch
 from common.distributed import sum_over_processes
 from common.errors import InputError
 from common.run_files import HISTORY_FILE, append_row
-from libs.training.log import log, log_scalars
+from libs.training.log import log, to_trackers
 
 MAX_BAD_LOSSES = 5  # in a row, before a run is stopped
 MIN_BROKEN = 5  # broken clips met, before their share means anything
@@ -66,7 +66,7 @@ class Meter:
             time.strftime("%H:%M:%S", time.gmtime(left)),
         )  # fmt: skip
         values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "seconds_per_step": seconds, "peak_gib": memory}
-        log_scalars(self.accelerator, values, step)
+        to_trackers(self.accelerator, lambda tracker: tracker.log(values, step=step))
         if self.accelerator.is_main_process:
             try:
                 append_row(Path(self.accelerator.logging_dir, HISTORY_FILE), {"step": step, **values})

@@ -32,7 +32,7 @@ from libs.inference.pipeline import Pipeline, deployed_pipeline
 from libs.inference.prior import ON_THE_SPOT, make_prior, read_prior
 from libs.inference.video import dilate, resize, stack, write_gif, write_image
 from libs.training.held_out_loss import HeldOutLoss, attempt, spread
-from libs.training.log import log, log_scalars
+from libs.training.log import log, to_trackers
 
 AS_TRAINED = ""  # the form of validation that samples as the stage trains; the other one is AS_DEPLOYED
 
@@ -242,9 +242,14 @@ class Validation:
         path = self.samples_folder(step) / of_form(CONTACT_SHEET, form)
         write_image(path, stack_sheets([sheet for _, sheet in found.values()]))
         means = {score: value for score, value in rows[name].items() if score in SCORES}
-        log_scalars(self.accelerator, {f"validation{form}/{score}": value for score, value in means.items()}, step)
+        scalars = {f"validation{form}/{score}": value for score, value in means.items()}
         gifs = {f"{i + 1}-{self.videos[i].name}{form}": self.samples_folder(step) / f"{i + 1}{form}.gif" for i in found}
-        show_in_trackers(self.accelerator.trackers, step, gifs, path)
+
+        def send(tracker):
+            tracker.log(scalars, step=step)
+            show_in_trackers([tracker], step, gifs, path)
+
+        to_trackers(self.accelerator, send)
         return means
 
     def free_memory(self):
