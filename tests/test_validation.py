@@ -32,7 +32,7 @@ from common.run_files import AS_DEPLOYED, append_row, read_rows, validation_form
 from libs.checkpoints.checkpoint import PARTIAL_SUFFIX, mark_best, prune, read_best
 from libs.checkpoints.rank import main as rank_checkpoints
 from libs.evaluation.baselines import telea
-from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers
+from libs.evaluation.contact_sheet import contact_sheet, show_in_tracker
 from libs.inference.composition import resize_picture
 from libs.inference.pipeline import Pipeline
 from libs.inference.video import write_gif
@@ -119,7 +119,7 @@ def test_a_failed_validation_costs_nothing_else(validated, train, tmp_path, caps
 def test_a_tracker_that_takes_no_pictures_costs_no_best_checkpoint(validated, tmp_path, capsys, monkeypatch):
     """Its library's own class of errors, after the scores are known."""
     fail = mock.Mock(side_effect=Exception("connection lost"))
-    monkeypatch.setattr(libs.training.validation, "show_in_trackers", fail)
+    monkeypatch.setattr(libs.training.validation, "show_in_tracker", fail)
     validated(max_train_steps=1, best_by="psnr_hole", report_to="tensorboard")
     assert "tensorboard gets no more values in this start, training goes on: connection lost" in capsys.readouterr().out
     assert json.loads((tmp_path / "run/best_checkpoint.json").read_text())["step"] == 1
@@ -397,7 +397,7 @@ def test_samples_in_wandb(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     logged = []
     tracker = types.SimpleNamespace(name="wandb", log=lambda values, step: logged.append((step, values)))
-    show_in_trackers([tracker], 7, {"bear": tmp_path / "1.gif"}, tmp_path / "sheet.png")
+    show_in_tracker(tracker, 7, {"bear": tmp_path / "1.gif"}, tmp_path / "sheet.png")
     assert logged == [(7, {"samples/bear": ("video", str(tmp_path / "1.gif"), "gif"),
                            "samples/contact_sheet": ("image", str(tmp_path / "sheet.png"))})]  # fmt: skip
 

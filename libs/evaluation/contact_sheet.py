@@ -56,24 +56,23 @@ def stack_sheets(sheets):
     return np.concatenate(padded)
 
 
-def show_in_trackers(trackers, step, gifs, sheet):
-    """The samples in TensorBoard's images and W&B's media.
+def show_in_tracker(tracker, step, gifs, sheet):
+    """The samples in TensorBoard's images or W&B's media.
 
     Args:
-        trackers: accelerate's.
+        tracker: one of accelerate's.
         gifs: {video: path of a GIF}.
         sheet: path of the contact sheet.
     """
-    for tracker in trackers:
-        if tracker.name == "tensorboard":
-            # As `add_video` would store it, which needs another package to make the GIF.
-            for name, path in {**gifs, "contact_sheet": sheet}.items():
-                add_encoded_image(tracker.writer, f"samples/{name}", path.read_bytes(), step)
-        elif tracker.name == "wandb":
-            import wandb
+    if tracker.name == "tensorboard":
+        # As `add_video` would store it, which needs another package to make the GIF.
+        for name, path in {**gifs, "contact_sheet": sheet}.items():
+            add_encoded_image(tracker.writer, f"samples/{name}", path.read_bytes(), step)
+    elif tracker.name == "wandb":
+        import wandb
 
-            media = {f"samples/{name}": wandb.Video(str(path), format="gif") for name, path in gifs.items()}
-            tracker.log({**media, "samples/contact_sheet": wandb.Image(str(sheet))}, step=step)
+        media = {f"samples/{name}": wandb.Video(str(path), format="gif") for name, path in gifs.items()}
+        tracker.log({**media, "samples/contact_sheet": wandb.Image(str(sheet))}, step=step)
 
 
 def add_encoded_image(writer, tag, content, step):

@@ -23,7 +23,7 @@ from dataset.utils import draw_holes
 from libs.checkpoints.checkpoint import HELD_OUT
 from libs.evaluation.baselines import telea
 from libs.evaluation.cases import noise_seed
-from libs.evaluation.contact_sheet import contact_sheet, show_in_trackers, stack_sheets
+from libs.evaluation.contact_sheet import contact_sheet, show_in_tracker, stack_sheets
 from libs.evaluation.metrics import SCORES, Reference, average, table
 from libs.evaluation.networks import on_device
 from libs.inference.composition import MASK_DILATIONS, paste
@@ -247,7 +247,7 @@ class Validation:
 
         def send(tracker):
             tracker.log(scalars, step=step)
-            show_in_trackers([tracker], step, gifs, path)
+            show_in_tracker(tracker, step, gifs, path)
 
         to_trackers(self.accelerator, send)
         return means
