@@ -157,7 +157,7 @@ def wrong_flags(config):
         yield (f"--learning_rate={config.learning_rate}: more than {POLYNOMIAL_END} was needed, where "
                "--lr_scheduler=polynomial ends")  # fmt: skip
     if config.known_frames and config.nframes < 2:
-        yield f"--known_frames={config.known_frames}: of --nframes=1 none would be left to fill: raise it"
+        yield f"--known_frames={config.known_frames}: of --nframes=1 none is left to fill: use --nframes=2 or more"
     # diffusers divides by zero.
     if config.lr_scheduler == "polynomial" and config.lr_warmup_steps == config.max_train_steps:
         yield f"--lr_warmup_steps={config.lr_warmup_steps} are all of --max_train_steps: use another number of either"

@@ -124,6 +124,6 @@ def to_trackers(accelerator, send):
     for tracker in list(accelerator.trackers):
         try:
             send(tracker)
-        except Exception as error:
+        except Exception as error:  # as above
             accelerator.trackers.remove(tracker)
             log.error("%s gets no more values in this start, training goes on: %s", tracker.name, first_line(error))
